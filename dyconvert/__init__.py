@@ -1,0 +1,39 @@
+"""Turn a pretrained CNN into a dynamic-convolution network that still computes the same outputs.
+
+>>> import torchvision, dyconvert
+>>> model = torchvision.models.resnet18()
+>>> dynamic = dyconvert.convert(model, method="dynet", g=6)
+"""
+
+# from dyconvert.checkpoint import load, save
+from dyconvert.errors import CheckpointError, DyconvertError, ModelError, PlanError
+from dyconvert.methods import METHODS, Method
+from dyconvert.nn import CoefficientPredictor, DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.surgery.convert import convert, plan
+from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
+from dyconvert.verify import Differences, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "CheckpointError",
+    "CoefficientPredictor",
+    "Differences",
+    "DyconvertError",
+    "DynamicConv",
+    "DynamicConv1d",
+    "DynamicConv2d",
+    "DynamicConv3d",
+    "Method",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "PlannedBlock",
+    "PlannedConv",
+    "convert",
+    #    "load",
+    "plan",
+    #    "save",
+    "verify",
+]

@@ -1,0 +1,121 @@
+"""What differs between the published dynamic convolutions, as data.
+
+Every one of them keeps g weight sets ("experts") per conv and mixes them per image by predicted
+coefficients. They differ in four things, the four choices of a :class:`Method`. One conv module and one
+predictor serve all of them, and any other mixture that you write down yourself.
+"""
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dyconvert.errors import PlanError
+
+
+class Method(BaseModel):
+    """One way to predict the coefficients that mix g weight sets.
+
+    Attributes:
+        name: what `--method` takes.
+        g: number of experts (weight sets) per conv, unless asked otherwise.
+        per: one coefficient per expert for the whole `layer`, or for each output `channel`.
+        activation: `sigmoid` (each coefficient in 0..1), or `softmax` over the experts.
+        temperature: divides the logits: softmax(z / T), sigmoid(z / T). Saved with the model.
+        reduction: None for one linear; r for two with a ReLU between them and C_in / r hidden units.
+        reduce_from: two linears only where the predictor reads at least this many channels.
+        scope: one predictor per `layer`, or per `block`, reading the block's input.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "custom"
+    g: Annotated[int, Field(ge=1)] = 6
+    per: Literal["layer", "channel"] = "channel"
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    reduction: Annotated[int, Field(ge=1)] | None = 4
+    reduce_from: Annotated[int, Field(ge=1)] = 1
+    scope: Literal["layer", "block"] = "block"
+    title: str = ""
+    paper: str = ""
+
+    @model_validator(mode="after")
+    def _something_is_dynamic(self) -> "Method":
+        if self.g == 1 and self.activation == "softmax":
+            raise ValueError("softmax over one expert is always 1, nothing would be dynamic; take g >= 2")
+        return self
+
+    @property
+    def initial_coefficient(self) -> float:
+        """What every coefficient is while the predictor's logits are zero."""
+        return 0.5 if self.activation == "sigmoid" else 1.0 / self.g
+
+    def hidden_features(self, in_features: int) -> int | None:
+        """Hidden units of a predictor that reads `in_features` channels; None for a single linear."""
+        if self.reduction is None or in_features < self.reduce_from:
+            return None
+        return max(in_features // self.reduction, 4)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="dynet",
+            g=6,
+            per="channel",
+            activation="sigmoid",
+            reduction=4,
+            # The paper's two linears are its ResNets'; MobileNet's narrow inputs take one.
+            reduce_from=64,
+            scope="block",
+            title="DyNet: one predictor per block, one coefficient per expert and output channel",
+            paper="Zhang et al. 2020, arXiv:2004.10694",
+        ),
+        Method(
+            name="condconv",
+            g=8,
+            per="layer",
+            activation="sigmoid",
+            reduction=None,
+            scope="layer",
+            title="CondConv: one predictor per conv, one coefficient per expert",
+            paper="Yang et al. 2019, arXiv:1904.04971",
+        ),
+        Method(
+            name="dyconv",
+            g=4,
+            per="layer",
+            activation="softmax",
+            # Where the paper's annealing starts: flat coefficients let every expert learn early on.
+            temperature=30.0,
+            reduction=4,
+            scope="layer",
+            title="Dynamic Convolution: one predictor per conv, softmax over the experts",
+            paper="Chen et al. 2020, arXiv:1912.03458",
+        ),
+    )
+}
+
+
+def get_method(method: "str | Method" = "dynet", **changes: object) -> Method:
+    """The method called `method`, with the `changes` that are not None.
+
+    Raises:
+        PlanError: no method has that name, or a change is out of range.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PlanError(f"There is no method {method!r}.{hint} The methods are {', '.join(METHODS)}.")
+        method = METHODS[method]
+    given = {key: value for key, value in changes.items() if value is not None}
+    try:
+        return Method.model_validate(method.model_dump() | given)
+    except ValueError as error:
+        problems = "; ".join(
+            ".".join(map(str, e["loc"])) + (": " if e["loc"] else "") + e["msg"] for e in error.errors()
+        )
+        raise PlanError(f"Method {method.name!r} can't be changed like that: {problems}.") from None

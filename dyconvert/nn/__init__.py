@@ -1,0 +1,14 @@
+"""What runs after conversion: the dynamic conv, its predictor, its kernels. Knows nothing of surgery."""
+
+from dyconvert.nn.conv import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.nn.kernels import dynamic_conv
+from dyconvert.nn.predictor import CoefficientPredictor
+
+__all__ = [
+    "CoefficientPredictor",
+    "DynamicConv",
+    "DynamicConv1d",
+    "DynamicConv2d",
+    "DynamicConv3d",
+    "dynamic_conv",
+]

@@ -1,0 +1,76 @@
+"""The coefficient predictor: pool -> linear(s) -> sigmoid | softmax(z / T)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dyconvert.methods import Method
+
+
+class CoefficientPredictor(nn.Module):
+    r"""Predicts the coefficients of one conv, or of all the convs of a block, from one feature map.
+
+    .. math:: \eta = \sigma(W_2\, \mathrm{ReLU}(W_1\, \mathrm{GAP}(x)) / T)
+
+    with :math:`\sigma` the sigmoid (DyNet, eq. 3 and 4; CondConv, eq. 2) or the softmax over the experts
+    (Dynamic Convolution, eq. 3 and section 3.3), and a single linear where the method has no reduction.
+
+    The last linear starts at zero, so that all coefficients start equal. There is no batch norm here: it
+    could not train with one image per device.
+
+    Args:
+        in_channels: channels of the feature map that is read.
+        outputs: for each conv, how many coefficients an expert has: 1, or the conv's output channels.
+        method: activation, temperature, reduction and g.
+
+    Shape:
+        - Input: `[N, in_channels, *spatial]`
+        - Output: one tensor `[N, g, outputs[i]]` for each conv i
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: Sequence[int],
+        method: Method,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.outputs = tuple(outputs)
+        self.g = method.g
+        self.activation = method.activation
+        total = method.g * sum(self.outputs)
+        hidden = method.hidden_features(in_channels)
+        if hidden is None:
+            self.hidden = None
+        else:
+            self.hidden = nn.utils.skip_init(nn.Linear, in_channels, hidden, dtype=dtype)
+            # As nn.Linear does, but from our own generator: converting must not disturb the global one.
+            bound = in_channels**-0.5
+            with torch.no_grad():
+                self.hidden.weight.uniform_(-bound, bound, generator=generator)
+                self.hidden.bias.uniform_(-bound, bound, generator=generator)
+        self.linear = nn.utils.skip_init(nn.Linear, hidden or in_channels, total, dtype=dtype)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("temperature", torch.tensor(method.temperature, dtype=dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        z = x.flatten(2).mean(2)  # [N, C]
+        if self.hidden is not None:
+            z = self.hidden(z).relu()
+        z = self.linear(z) / self.temperature  # [N, g * sum(outputs)]
+        coefficients = []
+        start = 0
+        for channels in self.outputs:
+            logits = z.narrow(1, start, self.g * channels).unflatten(1, (self.g, channels))
+            coefficients.append(logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(1))
+            start += self.g * channels
+        return tuple(coefficients)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, outputs={self.outputs}, g={self.g}, activation={self.activation}"

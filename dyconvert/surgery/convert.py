@@ -1,0 +1,302 @@
+"""plan(model) and convert(model): the two verbs of the package."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyconvert.errors import ModelError, PlanError
+from dyconvert.methods import Method, get_method
+from dyconvert.nn import CoefficientPredictor, DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.surgery.blocks import check_convertible, find, unsupported
+from dyconvert.surgery.expand import Deviations, empty_bank, expand
+from dyconvert.surgery.observe import skeleton
+from dyconvert.surgery.plan import Plan, PlannedConv
+from dyconvert.surgery.rewrite import PREDICTOR, block_class, replace_everywhere, shared_forward
+from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
+
+_CLASSES = {1: DynamicConv1d, 2: DynamicConv2d, 3: DynamicConv3d}
+
+# On a converted model: the plan that was carried out. `save` writes it.
+PLAN_ATTRIBUTE = "dyconvert_plan"
+
+
+def plan(
+    model: nn.Module,
+    method: str | Method = "dynet",
+    g: int | None = None,
+    *,
+    scope: str | None = None,
+    reduction: int | None = None,
+    temperature: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    include_stem: bool = False,
+    example: Any = None,
+) -> Plan:
+    """Plan a conversion: what becomes of every conv of `model`, which is left as it is.
+
+    Args:
+        model: any module with convs.
+        method: `"dynet"`, `"condconv"`, `"dyconv"`, or a :class:`~dyconvert.methods.Method` of your own.
+        g: number of experts per conv. None: the method's own, 6, 8 or 4.
+        scope: `"block"` or `"layer"`: what one predictor serves. None: the method's own.
+        reduction: the predictor's two linears have C_in / reduction hidden units; 0 for a single linear.
+        temperature: divides the predictor's logits.
+        include, exclude: shell patterns over the convs' names, or those of modules that hold them.
+        include_stem: convert the conv that reads the image as well.
+        example: an input, or the tuple of the forward's arguments, for a trial run on the meta device. None:
+            common sizes are tried.
+
+    Raises:
+        ModelError: the model can't be converted: no convs, already converted, wrapped, compiled, ...
+        PlanError: unknown method, g < 1, a pattern that matches nothing, ...
+    """
+    return _plan(model, method, g, scope, reduction, temperature, include, exclude, include_stem, example)[0]
+
+
+def _plan(
+    model: nn.Module,
+    method: str | Method = "dynet",
+    g: int | None = None,
+    scope: str | None = None,
+    reduction: int | None = None,
+    temperature: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    include_stem: bool = False,
+    example: Any = None,
+) -> tuple[Plan, dict[str, BlockTrace]]:
+    chosen = get_method(method, g=g, scope=scope, reduction=reduction, temperature=temperature)
+    return find(
+        model,
+        chosen,
+        include=_sequence(include),
+        exclude=_sequence(exclude),
+        include_stem=include_stem,
+        example=example,
+    )
+
+
+def _sequence(patterns: str | Sequence[str]) -> Sequence[str]:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    inplace: bool = False,
+    seed: int = 0,
+    diversity: float = 0.1,
+    progress: Callable[[str, int, int], None] | None = None,
+    **choices: Any,
+) -> nn.Module:
+    """Give every planned conv g weight sets, mixed per image by predicted coefficients.
+
+    The result computes what `model` does until it is trained, and is a model of the same class, with the same
+    names, attributes, hooks, devices, dtypes and `requires_grad`. Predictors are trainable.
+
+    Args:
+        model: any module with convs; left as it is, unless `inplace`.
+        plan: what to do, from :func:`plan`. None: it is made from `choices`, which :func:`plan` lists
+            (`method="dynet", g=6, ...`).
+        inplace: change `model` itself. After an error it is still untouched.
+        seed: of the experts' differences and the predictors' hidden layers. The global generator isn't used.
+        diversity: how far the experts differ at first, relative to each output channel's root mean square.
+        progress: called with a conv's name, how many are done, and how many there are.
+
+    Raises:
+        ModelError: the model can't be converted.
+        PlanError: the plan doesn't fit the model.
+    """
+    if plan is not None and choices:
+        raise PlanError(f"convert() got a plan and {', '.join(choices)}: the plan has decided that. Give one of them.")
+    if plan is None:
+        plan, traces = _plan(model, **choices)
+    else:
+        check_convertible(model)
+        traces = _retrace(model, plan)
+    if not plan.converted:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in plan.reasons().items())
+        raise PlanError(f"Not one conv is to be converted: {reasons}. Widen include, or exclude less.")
+    return carry_out(model, plan, traces, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
+
+
+def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
+    """Convert `model` in place without filling the experts, whose values will be loaded."""
+    check_convertible(model)
+    return carry_out(model, plan, _retrace(model, plan), inplace=True, seed=0, diversity=None)
+
+
+def carry_out(
+    model: nn.Module,
+    plan: Plan,
+    traces: dict[str, BlockTrace],
+    *,
+    inplace: bool,
+    seed: int,
+    diversity: float | None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> nn.Module:
+    """What :func:`convert` does when the plan is made. `diversity=None` leaves the experts unfilled."""
+    static = {entry.name: _static_conv(model, entry) for entry in plan.converted}
+    if not inplace:
+        # The convs' weights are about to be replaced, so the copy may share them with the original until then.
+        replaced = {id(t) for conv in static.values() for t in (conv.weight, conv.bias) if t is not None}
+        model = skeleton(model, lambda t: t if id(t) in replaced else t.detach().clone())
+        static = {name: model.get_submodule(name) for name in static}
+    # All that is new is made first: after an error the model is as it was.
+    fill = _Expansion(plan.method, static.values(), seed, diversity)
+    generator = torch.Generator().manual_seed(seed)
+    replacements = {}
+    for done, entry in enumerate(plan.converted, 1):
+        predictor = None
+        conv = static[entry.name]
+        if entry.block is None:
+            predictor = _predictor(entry.in_channels, [entry], plan.method, conv, generator)
+        replacements[conv] = _dynamic(conv, plan.method, fill, predictor, done)
+        if progress is not None:
+            progress(entry.name, done, len(static))
+    blocks = []
+    for block in plan.blocks:
+        entries = plan.shared(block.name)
+        if not entries:
+            continue
+        prefix = len(block.name) + 1 if block.name else 0
+        source = shared_forward(traces[block.name], [entry.name[prefix:] for entry in entries])
+        module = model.get_submodule(block.name)
+        predictor = _predictor(block.in_channels, entries, plan.method, static[entries[0].name], generator)
+        blocks.append((module, block_class(type(module), source), predictor))
+
+    for module, cls, predictor in blocks:
+        module.__class__ = cls
+        module.add_module(PREDICTOR, predictor.train(module.training))
+    if model in replacements:
+        model = replacements[model]
+    else:
+        replace_everywhere(model, replacements)
+    setattr(model, PLAN_ATTRIBUTE, plan.model_copy(deep=True))
+    return model
+
+
+def _static_conv(model: nn.Module, entry: PlannedConv) -> nn.Module:
+    try:
+        conv = model.get_submodule(entry.name)
+    except AttributeError:
+        raise PlanError(
+            f"The plan names the conv {entry.name!r}, which {type(model).__name__} doesn't have. "
+            "Plan this model afresh."
+        ) from None
+    found = (
+        tuple(getattr(conv, "kernel_size", ())),
+        getattr(conv, "in_channels", 0),
+        getattr(conv, "out_channels", 0),
+    )
+    if found != (entry.kernel_size, entry.in_channels, entry.out_channels):
+        raise PlanError(
+            f"The plan has {entry.name} as {entry.label}, but the model has {conv}. Plan this model afresh."
+        )
+    if reason := unsupported(conv):
+        raise PlanError(f"{entry.name} can't be converted: {reason}. Skip it: plan.skip({entry.name!r}).")
+    return conv
+
+
+def _retrace(model: nn.Module, plan: Plan) -> dict[str, BlockTrace]:
+    """The traces that a plan's shared blocks need, from a model that it was made for."""
+    bare = skeleton(model, lambda t: t.to("meta") if t.device.type != "meta" else t)
+    traces = {}
+    names = {block.name for block in plan.blocks}
+    for entry in plan.converted:
+        if entry.block is not None and entry.block not in names:
+            raise PlanError(f"The plan has {entry.name} share with block {entry.block!r}, which it doesn't list.")
+    for block in plan.blocks:
+        entries = plan.shared(block.name)
+        if not entries:
+            continue
+        prefix = len(block.name) + 1 if block.name else 0
+        convs = {entry.name[prefix:]: _static_conv(bare, entry) for entry in entries}
+        try:
+            module = bare.get_submodule(block.name)
+            traces[block.name] = trace_block(module, convs, known=(block.reads, block.in_channels))
+        except (Untraceable, AttributeError) as why:
+            raise PlanError(
+                f"The convs of block {block.name!r} can't share a predictor: {why}. "
+                f"Give them their own: plan.unshare('{block.name}.*')."
+            ) from why
+    return traces
+
+
+class _Expansion:
+    """Makes banks: expanded from the static weights, or unfilled."""
+
+    def __init__(self, method: Method, convs: Any, seed: int, diversity: float | None) -> None:
+        self.method = method
+        self.diversity = diversity
+        self.seed = seed
+        self.longest = max(conv.weight.numel() for conv in convs)
+        self.tables: dict[tuple[torch.dtype, torch.device], Deviations] = {}
+
+    def __call__(self, static: nn.Parameter, number: int) -> nn.Parameter:
+        data = static.detach()
+        if self.diversity is None:
+            return nn.Parameter(empty_bank(data, self.method.g), requires_grad=static.requires_grad)
+        key = data.dtype, data.device
+        if key not in self.tables:
+            self.tables[key] = Deviations(self.method.g, self.longest, self.seed, *key)
+        # Some prime, so that the convs take their deviations from different places of the table.
+        bank = expand(data, self.method, self.tables[key], self.diversity, offset=number * 7919)
+        return nn.Parameter(bank, requires_grad=static.requires_grad)
+
+
+def _predictor(
+    in_channels: int,
+    entries: Sequence[PlannedConv],
+    method: Method,
+    like: nn.Module,
+    generator: torch.Generator,
+) -> CoefficientPredictor:
+    outputs = [entry.out_channels if method.per == "channel" else 1 for entry in entries]
+    weight: Tensor = like.weight
+    made = CoefficientPredictor(in_channels, outputs, method, generator=generator, dtype=weight.dtype)
+    return made.to(weight.device)
+
+
+def _dynamic(
+    conv: nn.Module, method: Method, fill: _Expansion, predictor: CoefficientPredictor | None, number: int
+) -> DynamicConv:
+    dynamic = _CLASSES[len(conv.kernel_size)](
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        g=method.g,
+        coefficients_per=method.per,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        weight=fill(conv.weight, 2 * number),
+        bias=None if conv.bias is None else fill(conv.bias, 2 * number + 1),
+        coefficient_predictor=predictor,
+    )
+    # Hooks and whatever else the user has put on the conv stay on it.
+    own = vars(nn.Module()).keys() | vars(dynamic).keys()
+    vars(dynamic).update({k: v for k, v in vars(conv).items() if k not in own or "hook" in k})
+    return dynamic.train(conv.training)
+
+
+def check_converted(model: nn.Module) -> Plan:
+    """The plan by which `model` was converted.
+
+    Raises:
+        ModelError: it isn't a model that :func:`convert` or `load` returned.
+    """
+    found = getattr(model, PLAN_ATTRIBUTE, None)
+    if not isinstance(found, Plan):
+        raise ModelError(
+            f"{type(model).__name__} isn't what dyconvert.convert or dyconvert.load returned. "
+            "Pass that model itself, not a part or a wrapper of it."
+        )
+    return found

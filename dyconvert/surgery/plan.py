@@ -1,0 +1,210 @@
+"""Plan: every conv of a model, converted or skipped with a reason. Readable, editable, JSON."""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from dyconvert.errors import PlanError
+from dyconvert.methods import Method
+
+SCHEMA = 1
+
+
+class PlannedConv(BaseModel):
+    """What is to become of one conv.
+
+    Attributes:
+        name: where it stands, as in `model.get_submodule(name)`.
+        kind: its class.
+        in_channels, out_channels, kernel_size, groups: as in the conv.
+        map_size: the spatial size of the map it reads, where a trial run has shown it.
+        convert: whether it becomes dynamic.
+        reason: why not, where it doesn't.
+        block: the block whose predictor gives its coefficients; None: a predictor of its own.
+        note: why it has a predictor of its own where the method shares one per block.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int
+    map_size: tuple[int, ...] | None = None
+    convert: bool = True
+    reason: str | None = None
+    block: str | None = None
+    note: str | None = None
+
+    def skip(self, reason: str) -> None:
+        """Leave this conv static, for this reason."""
+        self.convert, self.reason, self.block, self.note = False, reason, None, None
+
+    @property
+    def label(self) -> str:
+        size = "x".join(map(str, self.kernel_size))
+        depthwise = self.groups == self.in_channels > 1
+        groups = " depthwise" if depthwise else f" groups={self.groups}" if self.groups > 1 else ""
+        return f"{size} {self.in_channels}→{self.out_channels}{groups}"
+
+
+class PlannedBlock(BaseModel):
+    """A block whose convs share one predictor.
+
+    Attributes:
+        name: where it stands; "" is the model itself.
+        reads: the node of the block's graph that the predictor reads: its input, as a rule.
+        in_channels: that map's channels.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    reads: str
+    in_channels: Annotated[int, Field(ge=1)]
+
+
+class Plan(BaseModel):
+    """What a conversion does to every conv of a model.
+
+    `print(plan)` shows it as a table; `plan[name]` is one conv's entry; `plan.skip("layer4.*")` and
+    `plan.unshare("*.conv1")` edit it; `plan.to_json()` and `Plan.from_json(text)` carry it over.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA
+    model: str
+    method: Method
+    convs: list[PlannedConv]
+    blocks: list[PlannedBlock] = []
+    warnings: list[str] = []
+
+    def __getitem__(self, name: str) -> PlannedConv:
+        for conv in self.convs:
+            if conv.name == name:
+                return conv
+        raise PlanError(f"The plan has no conv {name!r}. Its convs are listed by print(plan).")
+
+    @property
+    def converted(self) -> list[PlannedConv]:
+        return [conv for conv in self.convs if conv.convert]
+
+    @property
+    def skipped(self) -> list[PlannedConv]:
+        return [conv for conv in self.convs if not conv.convert]
+
+    def reasons(self) -> dict[str, int]:
+        """How many convs are skipped for each reason, most frequent first."""
+        return dict(Counter(conv.reason or "no reason given" for conv in self.skipped).most_common())
+
+    def notes(self) -> dict[str, int]:
+        """How many convs have a predictor of their own, by why they share none; most frequent first."""
+        return dict(Counter(conv.note for conv in self.converted if conv.note).most_common())
+
+    def shared(self, block: str) -> list[PlannedConv]:
+        """The convs that get their coefficients from `block`'s predictor, in order."""
+        return [conv for conv in self.converted if conv.block == block]
+
+    def skip(self, *patterns: str, reason: str = "skipped by hand") -> None:
+        """Leave the convs whose names match static (shell patterns).
+
+        Raises:
+            PlanError: a pattern matches no conv.
+        """
+        for name in matching(patterns, [conv.name for conv in self.convs]):
+            self[name].skip(reason)
+
+    def unshare(self, *patterns: str) -> None:
+        """Give the convs whose names match predictors of their own (shell patterns).
+
+        Raises:
+            PlanError: a pattern matches no conv.
+        """
+        for name in matching(patterns, [conv.name for conv in self.convs]):
+            if self[name].block is not None:
+                self[name].block, self[name].note = None, "unshared by hand"
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return self.model_dump_json(indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Plan":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: not JSON, not a plan, or a plan of another schema version.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise PlanError(f"This isn't a plan that this version of dyconvert reads: {problems(error)}") from None
+
+    def summary(self) -> str:
+        """Counts, in a few lines: converted, shared, skipped by reason."""
+        converted = len(self.converted)
+        shared = sum(conv.block is not None for conv in self.converted)
+        blocks = len({conv.block for conv in self.converted if conv.block is not None})
+        lines = [f"{len(self.convs)} convs: {converted} converted, {len(self.convs) - converted} skipped"]
+        if shared:
+            lines.append(f"  {shared} share the predictors of {blocks} blocks, {converted - shared} have their own")
+        else:
+            lines.append(f"  {converted} have a predictor each")
+        lines += [f"  own predictor: {count:3d}  {note}" for note, count in self.notes().items()]
+        lines += [f"  skipped:       {count:3d}  {reason}" for reason, count in self.reasons().items()]
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("conv", overflow="fold", ratio=3)
+        table.add_column("shape", overflow="fold", ratio=2)
+        table.add_column("reads")
+        table.add_column("becomes", overflow="fold", ratio=3)
+        for conv in self.convs:
+            if not conv.convert:
+                becomes = f"static: {conv.reason}"
+            elif conv.block is not None:
+                becomes = f"dynamic, predictor of {conv.block or 'the model'}"
+            else:
+                becomes = "dynamic, own predictor"
+            size = "x".join(map(str, conv.map_size)) if conv.map_size else "?"
+            table.add_row(conv.name or "(the model)", conv.label, size, becomes)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        method = f"{self.model}, method {self.method.name}, g = {self.method.g}"
+        return f"{method}\n\n{capture.get()}\n{self.summary()}"
+
+    __repr__ = __str__
+
+
+def problems(error: ValidationError) -> str:
+    """A validation error's findings in one line."""
+    found = [f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()]
+    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def matching(patterns: Iterable[str], names: list[str]) -> list[str]:
+    """The names that match a shell pattern, or stand inside of a module that matches.
+
+    Raises:
+        PlanError: a pattern matches nothing.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")}
+        if not hits:
+            examples = ", ".join(names[:3])
+            raise PlanError(f"No conv's name matches {pattern!r}. Names look like {examples}; try '*{pattern}*'.")
+        found |= hits
+    return [name for name in names if name in found]
