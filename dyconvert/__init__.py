@@ -5,7 +5,7 @@
 >>> dynamic = dyconvert.convert(model, method="dynet", g=6)
 """
 
-# from dyconvert.checkpoint import load, save
+from dyconvert.checkpoint import load, save
 from dyconvert.errors import CheckpointError, DyconvertError, ModelError, PlanError
 from dyconvert.methods import METHODS, Method
 from dyconvert.nn import CoefficientPredictor, DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
@@ -32,8 +32,10 @@ __all__ = [
     "PlannedBlock",
     "PlannedConv",
     "convert",
+    "load",
     #    "load",
     "plan",
+    "save",
     #    "save",
     "verify",
 ]

@@ -130,6 +130,11 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     return carry_out(model, plan, _retrace(model, plan), inplace=True, seed=0, diversity=None)
 
 
+def preview(model: nn.Module, plan: Plan) -> nn.Module:
+    """The converted architecture on the meta device: its parameters and MACs, without its memory."""
+    return rebuild(skeleton(model, lambda t: t.to("meta")), plan)
+
+
 def carry_out(
     model: nn.Module,
     plan: Plan,

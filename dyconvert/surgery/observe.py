@@ -171,6 +171,43 @@ def _filled(t: Tensor, device: torch.device) -> Tensor:
     return t.detach().to(device)
 
 
+def example_for(
+    model: nn.Module, batch: int = 2, size: tuple[int, ...] | None = None, seed: int = 0
+) -> tuple[Any, ...]:
+    """Random images that the model takes, on its device: the arguments of its forward.
+
+    Args:
+        batch: images in a batch; a model that takes a list of images gets one.
+        size: `(C, *spatial)`, or `(*spatial,)` alone. None: the first of the common sizes that the model takes.
+
+    Raises:
+        ModelError: it takes none of them, or not this size.
+    """
+    first = next(model.parameters())
+    if size is not None:
+        convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+        if convs and len(size) == len(convs[0].kernel_size):
+            size = (convs[0].in_channels, *size)
+        arguments = observe(model, set(), torch.empty(1, *size, device="meta", dtype=first.dtype)).example
+    elif (observed := observe(model, set())) is not None:
+        arguments = observed.example
+    else:
+        raise ModelError(
+            f"{type(model).__name__} takes none of the common input sizes. Give its input's size: "
+            "--input-size 3,224,224 (example=... in Python)."
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def image(t: Tensor, alone: bool) -> Tensor:
+        shape = (batch, *t.shape[1:]) if alone else t.shape
+        return torch.randn(shape, generator=generator).to(first.device, t.dtype)
+
+    return tuple(
+        image(value, True) if isinstance(value, Tensor) else tree_map_only(Tensor, lambda t: image(t, False), value)
+        for value in arguments
+    )
+
+
 def guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Inputs, on the meta device, that a model with this first conv may take."""
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)

@@ -1,0 +1,263 @@
+"""save and load: a directory with `model.safetensors` and `dyconvert.json`, and no pickle.
+
+`dyconvert.json` names the weights file, its hash, the plan and where the model came from. Replacing it is the
+one step that makes a save valid, so an interrupted save leaves the old directory whole.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from dyconvert import models
+from dyconvert.errors import CheckpointError, PlanError
+from dyconvert.surgery.convert import check_converted, rebuild
+from dyconvert.surgery.observe import skeleton
+from dyconvert.surgery.plan import Plan, problems
+
+SCHEMA = 1
+DESCRIPTION = "dyconvert.json"
+# Which of the two is in use stands in dyconvert.json; the other one is free to be written.
+WEIGHTS = ("model.safetensors", "model-1.safetensors")
+
+# On a model that was saved or loaded: its models.Source, if it has one.
+SOURCE_ATTRIBUTE = "dyconvert_source"
+
+
+class Description(BaseModel):
+    """What `dyconvert.json` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    dyconvert: str
+    torch: str
+    weights: str
+    sha256: str
+    source: dict[str, Any] | None
+    plan: Plan
+
+
+def save(
+    model: nn.Module, directory: str | Path, *, source: "models.Source | None" = None, force: bool = False
+) -> Path:
+    """Save a converted model, trained or not.
+
+    Args:
+        model: what :func:`~dyconvert.convert` or :func:`load` returned.
+        directory: made if need be. A model that was saved there before is replaced, in one step.
+        source: where the static model came from, so that :func:`load` can build it. None: what the model was
+            loaded with, if anything; else :func:`load` will need the static model.
+        force: write into a directory that holds other things.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ModelError: the model wasn't converted.
+        CheckpointError: the directory holds something else, or can't be written. What was there is still there.
+    """
+    plan = check_converted(model)
+    source = source or getattr(model, SOURCE_ATTRIBUTE, None)
+    directory = Path(directory)
+    check_writable(directory, replace=True, force=force)
+    if any(t.is_meta for t in model.state_dict().values() if isinstance(t, torch.Tensor)):
+        raise CheckpointError("The model is on the meta device and has no values to save.")
+    try:
+        with _destination(directory) as target:
+            name = WEIGHTS[0] if _used_weights(target) != WEIGHTS[0] else WEIGHTS[1]
+            part = target / (name + ".part")
+            save_model(model, str(part))
+            _flush(part)
+            os.replace(part, target / name)
+            description = Description(
+                dyconvert=_version(),
+                torch=torch.__version__,
+                weights=name,
+                sha256=_sha256(target / name),
+                source=source.to_json() if source else None,
+                plan=plan,
+            )
+            part = target / (DESCRIPTION + ".part")
+            part.write_text(description.model_dump_json(indent=2), encoding="utf-8")
+            _flush(part)
+            os.replace(part, target / DESCRIPTION)
+            for other in {*WEIGHTS} - {name}:
+                (target / other).unlink(missing_ok=True)
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory} can't be written: {error}. Free some space or choose another directory; "
+            "what was saved there before is unchanged."
+        ) from error
+    if source is not None:
+        setattr(model, SOURCE_ATTRIBUTE, source)
+    return directory
+
+
+def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
+    """Load a model that :func:`save` wrote, in eval mode, on the CPU or on `model`'s device.
+
+    Args:
+        directory: what was saved.
+        model: the static architecture, with any weights; left as it is. None: it is built from its source.
+        trust_code: run the source's code, where the source is a Python file or module of the user's own.
+
+    Raises:
+        CheckpointError: nothing was saved there; the files were altered or truncated, or are of a newer version;
+            the architecture doesn't fit, or is needed.
+    """
+    directory = Path(directory)
+    description = describe(directory)
+    weights = directory / description.weights
+    if description.weights not in WEIGHTS:
+        raise CheckpointError(
+            f"{directory / DESCRIPTION} names {description.weights!r} as its weights; it was altered."
+        )
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} is missing. Copy the whole directory again.")
+    if _sha256(weights) != description.sha256:
+        raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
+    source = models.Source.from_json(description.source) if description.source else None
+    static = _build(source, directory, trust_code) if model is None else _copied(model)
+    try:
+        model = rebuild(static, description.plan)
+        load_model(model, str(weights))
+    except (PlanError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The architecture isn't the one that was saved in {directory}: {error} "
+            "Pass the static model that was converted as model=..."
+        ) from error
+    if source is not None:
+        setattr(model, SOURCE_ATTRIBUTE, source)
+    return model.eval()
+
+
+def describe(directory: str | Path) -> Description:
+    """Read and check `dyconvert.json`.
+
+    Raises:
+        CheckpointError: it is missing, is no JSON, or is of a newer version.
+    """
+    file = Path(directory) / DESCRIPTION
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {DESCRIPTION}: no model was saved there by dyconvert.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}. Copy the directory again.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise CheckpointError(
+            f"{file} has schema version {version}, and this dyconvert ({_version()}) reads up to {SCHEMA}. "
+            "Upgrade: pip install -U dyconvert."
+        )
+    try:
+        return Description.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{file} isn't what dyconvert writes: {problems(error)}. Was it edited?") from None
+
+
+def check_writable(directory: Path, *, replace: bool = False, force: bool = False) -> None:
+    """Refuse a place that holds something already.
+
+    Args:
+        replace: a model saved by dyconvert may stand there.
+        force: anything may stand there.
+
+    Raises:
+        CheckpointError: something stands there that may not.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file. Choose another directory.")
+    if force or not directory.exists() or not any(directory.iterdir()):
+        return
+    if (directory / DESCRIPTION).exists():
+        if not replace:
+            raise CheckpointError(
+                f"{directory} holds a model already. Replace it with --force, or choose another --output."
+            )
+    else:
+        raise CheckpointError(
+            f"{directory} holds other files. Write there with --force (force=True), or choose another."
+        )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    return skeleton(model, lambda t: t.detach().clone())
+
+
+def _version() -> str:
+    import dyconvert
+
+    return dyconvert.__version__
+
+
+def _build(source: "models.Source | None", directory: Path, trust_code: bool) -> nn.Module:
+    if source is None:
+        raise CheckpointError(
+            f"{directory} doesn't say where its static model comes from. Pass it: dyconvert.load(directory, model=...)."
+        )
+    if source.specifier.partition(":")[0] not in models._LIBRARIES and not trust_code:
+        raise CheckpointError(
+            f"{directory} was made from {source.specifier}, which is code that loading would run. Pass the static "
+            "model as model=..., or, if you trust that code, trust_code=True (--trust-code)."
+        )
+    return models.build(source)
+
+
+@contextmanager
+def _destination(directory: Path) -> Iterator[Path]:
+    """The directory itself where it exists; else one beside it that takes its name when all is written."""
+    if directory.exists():
+        try:
+            yield directory
+        except BaseException:
+            for name in (*WEIGHTS, DESCRIPTION):
+                (directory / (name + ".part")).unlink(missing_ok=True)
+            if (used := _used_weights(directory)) is not None:
+                for name in {*WEIGHTS} - {used}:
+                    (directory / name).unlink(missing_ok=True)
+            raise
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
+        made = Path(temporary) / directory.name
+        made.mkdir()
+        yield made
+        os.replace(made, directory)
+
+
+def _flush(file: Path) -> None:
+    """Onto the disk, so that a power cut can't leave a description of weights that aren't there."""
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _used_weights(directory: Path) -> str | None:
+    try:
+        return json.loads((directory / DESCRIPTION).read_text(encoding="utf-8")).get("weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

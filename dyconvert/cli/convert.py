@@ -1,0 +1,214 @@
+"""dyconvert convert"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from dyconvert import builtin, checkpoint, models
+from dyconvert.analysis.flops import macs, parameters
+from dyconvert.cli.output import count, err, out
+from dyconvert.errors import ModelError
+from dyconvert.surgery.convert import convert as convert_model
+from dyconvert.surgery.convert import plan as plan_model
+from dyconvert.surgery.convert import preview
+from dyconvert.surgery.observe import example_for
+from dyconvert.surgery.plan import Plan
+from dyconvert.verify import Differences, verify
+
+# float32's rounding, through the deepest models, stays well below.
+TOLERANCE = 1e-4
+
+
+def convert(
+    model: Annotated[
+        str, typer.Argument(help="resnet50, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")
+    ],
+    method: Annotated[str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.")] = "dynet",
+    g: Annotated[
+        int | None, typer.Option("--g", help="Experts (weight sets) per conv; by default the method's own.")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="What one predictor serves: block or layer.")] = None,
+    reduction: Annotated[
+        int | None, typer.Option(help="Hidden units of the predictor: C_in / reduction; 0 for a single linear.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the predictor's logits.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Convert only convs whose names match, such as 'layer4.*'. Repeatable.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave convs static whose names match. Repeatable.")] = None,
+    include_stem: Annotated[bool, typer.Option("--include-stem", help="Convert the stem as well.")] = False,
+    weights: Annotated[
+        str, typer.Option(help="default, none (random), a weight set's name, or a FILE (.pth .pt .th .safetensors).")
+    ] = "default",
+    model_arg: Annotated[
+        list[str] | None, typer.Option("--model-arg", help="An argument for the model: name=value. Repeatable.")
+    ] = None,
+    input_size: Annotated[str | None, typer.Option(help="Such as 3,224,224 or 224.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to save to; by default MODEL-METHOD-gG.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the experts' initial differences.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, load no weights, write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in the output directory.")] = False,
+) -> None:
+    """Convert a pretrained model, check that it computes what it did, and save it.
+
+    `dyconvert MODEL ...` does the same.
+    """
+    size = _input_size(input_size)
+    chosen = {
+        "method": method,
+        "g": g,
+        "scope": scope,
+        "reduction": reduction,
+        "temperature": temperature,
+        "include": include or (),
+        "exclude": exclude or (),
+        "include_stem": include_stem,
+    }
+    arguments = models.parse_arguments(model_arg or [])
+    if dry_run:
+        _dry_run(model, weights, arguments, size, chosen, as_json)
+        return
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=err,
+        transient=True,
+    )
+    started = time.perf_counter()
+    with progress:
+        task = progress.add_task(f"loading {model}", total=None)
+        # What can be refused without the weights is refused before they are loaded.
+        wanted = _destination(model, chosen, output)
+        checkpoint.check_writable(wanted, force=force)
+        static, source = models.create(model, weights, arguments)
+        example = example_for(static, batch=2, size=size or source.input_size)
+        plan = plan_model(static, **chosen, example=example)
+        progress.update(task, description="converting", total=len(plan.converted), completed=0)
+        dynamic = convert_model(
+            static, plan, seed=seed, progress=lambda _, done, total: progress.update(task, completed=done)
+        )
+        seconds = time.perf_counter() - started
+        progress.update(task, description="checking that the outputs are the same", total=None)
+        differences = _checked(static, dynamic, example)
+        figures = _figures(static, dynamic, example)
+        if source.specifier == "builtin:digits-resnet8":
+            figures["accuracy"] = [builtin.accuracy(static), builtin.accuracy(dynamic)]
+        progress.update(task, description=f"saving to {wanted}")
+        checkpoint.save(dynamic, wanted, source=source, force=force)
+    if as_json:
+        result = {
+            "model": source.to_json(),
+            "plan": plan.model_dump(mode="json"),
+            "difference": {"relative": differences.relative, "absolute": differences.absolute},
+            "seconds": seconds,
+            "output": str(wanted),
+            **figures,
+        }
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        _report(source, plan, differences, figures, seconds, wanted)
+
+
+def _input_size(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        size = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        size = ()
+    if not size or min(size) < 1:
+        raise ModelError(f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224.")
+    return size * 2 if len(size) == 1 else size
+
+
+def _destination(model: str, chosen: dict[str, Any], output: Path | None) -> Path:
+    from dyconvert.methods import get_method
+
+    method = get_method(chosen["method"], g=chosen["g"], scope=chosen["scope"])
+    name = model.rpartition(":")[2].replace("/", "-")
+    return output or Path(f"{name}-{method.name}-g{method.g}")
+
+
+def _dry_run(
+    specifier: str, weights: str, arguments: dict[str, Any], size: Any, chosen: dict[str, Any], as_json: bool
+) -> None:
+    # The plan doesn't depend on the library's weights, so they aren't downloaded for it.
+    static, source = models.create(specifier, "none" if weights == "default" else weights, arguments)
+    example = example_for(static, batch=2, size=size or source.input_size)
+    plan = plan_model(static, **chosen, example=example)
+    if as_json:
+        typer.echo(plan.to_json())
+        return
+    out.print(plan.table())
+    out.print()
+    _print_plan(plan)
+    _print_figures(_figures(static, preview(static, plan), example))
+    out.print("\nDry run: nothing was written.")
+
+
+def _checked(static: nn.Module, dynamic: nn.Module, example: Any) -> Differences:
+    differences = verify(static, dynamic, example)
+    if differences.relative > TOLERANCE and verify(static, static, example).relative < differences.relative / 10:
+        raise ModelError(
+            f"The converted model does not compute what the original did: {differences}. Nothing was saved. "
+            "Try --scope layer, or --exclude parts of the model, and please report it."
+        )
+    return differences
+
+
+def _figures(static: nn.Module, dynamic: nn.Module, example: tuple[Any, ...]) -> dict[str, list[float]]:
+    one = tuple(value[:1] if isinstance(value, torch.Tensor) else value for value in example)
+    return {
+        "parameters": [parameters(static), parameters(dynamic)],
+        "macs": [macs(static, one), macs(dynamic, one)],
+    }
+
+
+def _report(
+    source: "models.Source", plan: Plan, differences: Differences, figures: dict, seconds: float, saved: Path
+) -> None:
+    out.print(Text(source.specifier, style="bold"), f"weights: {source.weights or 'random'}")
+    _print_plan(plan)
+    _print_figures(figures)
+    out.print(f"\nlargest difference {differences.relative:.1e} relative, {differences.absolute:.1e} absolute")
+    out.print(f"loaded and converted in {seconds:.1f} s")
+    out.print(f"saved to {saved}")
+    out.print(f'\nNext: python -c "import dyconvert; model = dyconvert.load({str(saved)!r})"')
+
+
+def _print_plan(plan: Plan) -> None:
+    out.print(f"method {plan.method.name}, g = {plan.method.g}")
+    out.print(Text(plan.summary()))
+    for warning in plan.warnings:
+        out.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _print_figures(figures: dict[str, list[float]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "before", "after", ""):
+        table.add_column(name, justify="right" if name else "left")
+    titles = {"parameters": "parameters", "macs": "MACs, one image", "accuracy": "accuracy on 360 test digits"}
+    for key, title in titles.items():
+        if key in figures:
+            before, after = figures[key]
+            if key == "accuracy":
+                table.add_row(title, f"{before:.2f} %", f"{after:.2f} %")
+            else:
+                ratio = after / before if before else math.nan
+                table.add_row(title, count(before), count(after), f"x {ratio:.2f}")
+    out.print()
+    out.print(table)

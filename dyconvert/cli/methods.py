@@ -1,0 +1,31 @@
+"""dyconvert methods"""
+
+from rich.text import Text
+
+from dyconvert.cli.output import out
+from dyconvert.methods import METHODS, Method
+
+
+def methods() -> None:
+    """List the methods, what each does, and its paper."""
+    for method in METHODS.values():
+        out.print(Text(method.name, style="bold"), Text(f"g = {method.g}"))
+        out.print(f"  {method.title}")
+        out.print(f"  coefficients {_coefficients(method)}")
+        out.print(f"  predictor    {_predictor(method)}")
+        out.print(f"  paper        {method.paper}\n")
+    out.print("Any mixture works as well: see --scope, --reduction, --temperature, and dyconvert.Method.")
+
+
+def _coefficients(method: Method) -> str:
+    per = "output channel" if method.per == "channel" else "conv"
+    if method.activation == "sigmoid":
+        return f"g per {per}, sigmoid"
+    return f"g per {per}, softmax(z / T) from T = {method.temperature:g}"
+
+
+def _predictor(method: Method) -> str:
+    if method.reduction is None:
+        return f"one per {method.scope}: pool, linear"
+    wide = f" (one linear below {method.reduce_from} channels)" if method.reduce_from > 1 else ""
+    return f"one per {method.scope}: pool, linear to C_in/{method.reduction}, ReLU, linear{wide}"
