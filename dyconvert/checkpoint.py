@@ -1,6 +1,6 @@
 """save and load: a directory with `model.safetensors` and `dyconvert.json`, and no pickle.
 
-`dyconvert.json` names the weights file, its hash, the plan and where the model came from. Replacing it is the
+`dyconvert.json` names the weights file, the plan, the hashes of both, and where the model came from. Replacing it is the
 one step that makes a save valid, so an interrupted save leaves the old directory whole.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -29,6 +29,9 @@ SCHEMA = 1
 DESCRIPTION = "dyconvert.json"
 # Which of the two is in use stands in dyconvert.json; the other one is free to be written.
 WEIGHTS = ("model.safetensors", "model-1.safetensors")
+
+# safetensors' names of the floating dtypes.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # On a model that was saved or loaded: its models.Source, if it has one.
 SOURCE_ATTRIBUTE = "dyconvert_source"
@@ -45,6 +48,7 @@ class Description(BaseModel):
     weights: str
     sha256: str
     source: dict[str, Any] | None
+    plan_sha256: str
     plan: Plan
 
 
@@ -86,6 +90,7 @@ def save(
                 weights=name,
                 sha256=_sha256(target / name),
                 source=source.to_json() if source else None,
+                plan_sha256=_plan_sha256(plan.model_dump(mode="json")),
                 plan=plan,
             )
             part = target / (DESCRIPTION + ".part")
@@ -105,7 +110,7 @@ def save(
 
 
 def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
-    """Load a model that :func:`save` wrote, in eval mode, on the CPU or on `model`'s device.
+    """Load a model that :func:`save` wrote, in eval mode, on the CPU or on `model`'s device, in the dtype saved.
 
     Args:
         directory: what was saved.
@@ -127,10 +132,11 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         raise CheckpointError(f"{weights} is missing. Copy the whole directory again.")
     if _sha256(weights) != description.sha256:
         raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
-    source = models.Source.from_json(description.source) if description.source else None
+    source = _source(description, directory)
     static = _build(source, directory, trust_code) if model is None else _copied(model)
     try:
         model = rebuild(static, description.plan)
+        _take_dtypes(model, weights)
         load_model(model, str(weights))
     except (PlanError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
@@ -163,9 +169,13 @@ def describe(directory: str | Path) -> Description:
             "Upgrade: pip install -U dyconvert."
         )
     try:
-        return Description.model_validate(content)
+        description = Description.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"{file} isn't what dyconvert writes: {problems(error)}. Was it edited?") from None
+    if _plan_sha256(content["plan"]) != description.plan_sha256:
+        # Another activation, say, would load without complaint and compute something else.
+        raise CheckpointError(f"The plan in {file} was altered after it was saved. Copy the file again.")
+    return description
 
 
 def check_writable(directory: Path, *, replace: bool = False, force: bool = False) -> None:
@@ -180,6 +190,9 @@ def check_writable(directory: Path, *, replace: bool = False, force: bool = Fals
     """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file. Choose another directory.")
+    above = next((parent for parent in directory.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise CheckpointError(f"{directory} can't be made: {above} is a file. Choose another directory.")
     if force or not directory.exists() or not any(directory.iterdir()):
         return
     if (directory / DESCRIPTION).exists():
@@ -197,6 +210,28 @@ def _copied(model: nn.Module) -> nn.Module:
     return skeleton(model, lambda t: t.detach().clone())
 
 
+def _take_dtypes(model: nn.Module, weights: Path) -> None:
+    """Give parameters and buffers the dtypes that they were saved in, which copying values wouldn't."""
+    tensors = model.state_dict(keep_vars=True)
+    with safe_open(weights, "pt") as file:
+        for name in file.keys() & tensors.keys():
+            saved = _DTYPES.get(file.get_slice(name).get_dtype())
+            if saved is not None and tensors[name].dtype != saved:
+                tensors[name].data = tensors[name].data.to(saved)
+
+
+def _source(description: Description, directory: Path) -> "models.Source | None":
+    if description.source is None:
+        return None
+    try:
+        source = models.Source.from_json(description.source)
+        if isinstance(source.specifier, str):
+            return source
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise CheckpointError(f"The source in {directory / DESCRIPTION} isn't what dyconvert writes. Was it edited?")
+
+
 def _version() -> str:
     import dyconvert
 
@@ -208,10 +243,10 @@ def _build(source: "models.Source | None", directory: Path, trust_code: bool) ->
         raise CheckpointError(
             f"{directory} doesn't say where its static model comes from. Pass it: dyconvert.load(directory, model=...)."
         )
-    if source.specifier.partition(":")[0] not in models._LIBRARIES and not trust_code:
+    if source.runs_user_code and not trust_code:
         raise CheckpointError(
             f"{directory} was made from {source.specifier}, which is code that loading would run. Pass the static "
-            "model as model=..., or, if you trust that code, trust_code=True (--trust-code)."
+            "model as model=..., or, if you trust that code, trust_code=True."
         )
     return models.build(source)
 
@@ -220,14 +255,15 @@ def _build(source: "models.Source | None", directory: Path, trust_code: bool) ->
 def _destination(directory: Path) -> Iterator[Path]:
     """The directory itself where it exists; else one beside it that takes its name when all is written."""
     if directory.exists():
+        before = {name for name in WEIGHTS if (directory / name).exists()}
         try:
             yield directory
         except BaseException:
             for name in (*WEIGHTS, DESCRIPTION):
                 (directory / (name + ".part")).unlink(missing_ok=True)
-            if (used := _used_weights(directory)) is not None:
-                for name in {*WEIGHTS} - {used}:
-                    (directory / name).unlink(missing_ok=True)
+            used = _used_weights(directory)
+            for name in {*WEIGHTS} - ({used} if used else before):
+                (directory / name).unlink(missing_ok=True)
             raise
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +285,10 @@ def _used_weights(directory: Path) -> str | None:
         return json.loads((directory / DESCRIPTION).read_text(encoding="utf-8")).get("weights")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _plan_sha256(plan: Any) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,7 @@
-"""What can go wrong, in four types. Each message says what happened, why, and what to do next."""
+"""What can go wrong, in four types. Each message says what happened, why, and what to do next.
+
+Below the types: how messages list many things, and how they quote other errors.
+"""
 
 
 class DyconvertError(Exception):
@@ -15,3 +18,16 @@ class PlanError(DyconvertError):
 
 class CheckpointError(DyconvertError):
     """A saved model can't be written, or can't be read back as it was written."""
+
+
+def some(items: list[str], count: int = 5) -> str:
+    """Return the first `count` items, with commas, and how many more there are."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + more
+
+
+def brief(error: BaseException) -> str:
+    """Return the error's type and the first line of what it says, to be quoted in a message of ours."""
+    # Before the mark, torch advises to load the file with its code; after the first line comes help.
+    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

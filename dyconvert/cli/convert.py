@@ -17,6 +17,7 @@ from dyconvert import builtin, checkpoint, models
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import ModelError
+from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import convert as convert_model
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview
@@ -87,6 +88,7 @@ def convert(
         MofNCompleteColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
     started = time.perf_counter()
     with progress:
@@ -95,6 +97,7 @@ def convert(
         wanted = _destination(model, chosen, output)
         checkpoint.check_writable(wanted, force=force)
         static, source = models.create(model, weights, arguments)
+        check_convertible(static)
         example = example_for(static, batch=2, size=size or source.input_size)
         plan = plan_model(static, **chosen, example=example)
         progress.update(task, description="converting", total=len(plan.converted), completed=0)
@@ -148,6 +151,7 @@ def _dry_run(
 ) -> None:
     # The plan doesn't depend on the library's weights, so they aren't downloaded for it.
     static, source = models.create(specifier, "none" if weights == "default" else weights, arguments)
+    check_convertible(static)
     example = example_for(static, batch=2, size=size or source.input_size)
     plan = plan_model(static, **chosen, example=example)
     if as_json:
@@ -187,7 +191,11 @@ def _report(
     out.print(f"\nlargest difference {differences.relative:.1e} relative, {differences.absolute:.1e} absolute")
     out.print(f"loaded and converted in {seconds:.1f} s")
     out.print(f"saved to {saved}")
-    out.print(f'\nNext: python -c "import dyconvert; model = dyconvert.load({str(saved)!r})"')
+    # A source that is code of the user's own runs only where they say so.
+    trust = ", trust_code=True" if source.runs_user_code else ""
+    command = f'python -c "import dyconvert; model = dyconvert.load({str(saved)!r}{trust})"'
+    # On one line, however long: it is to be copied.
+    out.print(f"\nNext: {command}", soft_wrap=True)
 
 
 def _print_plan(plan: Plan) -> None:

@@ -215,7 +215,7 @@ def _share(plan: Plan, model: nn.Module, observed: Observation | None) -> dict[s
     for block, held in innermost_blocks(model, names).items():
         try:
             if any(block == "" or stem.startswith(block + ".") for stem in stems):
-                raise Untraceable("its block reads the image itself")
+                raise Untraceable("as a block it would read the image itself")
             if shared := [name for name in held if name in several]:
                 raise Untraceable(f"{shared[0]} has several names")
             module = bare.get_submodule(block)

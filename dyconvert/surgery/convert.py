@@ -120,7 +120,10 @@ def convert(
         traces = _retrace(model, plan)
     if not plan.converted:
         reasons = "; ".join(f"{count} {reason}" for reason, count in plan.reasons().items())
-        raise PlanError(f"Not one conv is to be converted: {reasons}. Widen include, or exclude less.")
+        raise PlanError(
+            f"Not one conv of {type(model).__name__} is to be converted: {reasons}. Widen include, exclude less, or "
+            "convert the stem: include_stem=True."
+        )
     return carry_out(model, plan, traces, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
 
 

@@ -29,7 +29,8 @@ class Deviations:
     def __init__(self, g: int, length: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self.period = g * _STRIDE
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.period, generator=generator)
+        # In double, whatever the weights are: the sum is zero only to this table's precision.
+        drawn = torch.randn(self.period, generator=generator, dtype=torch.float64)
         table = ((drawn - drawn.roll(-_STRIDE)) / 2**0.5).to(device, dtype)
         self.table = table.repeat((length + 2 * self.period) // self.period + 1)
 

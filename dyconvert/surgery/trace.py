@@ -91,7 +91,7 @@ def _trace(block: nn.Module, inside: set[nn.Module]) -> fx.Graph:
     try:
         graph = _BlockTracer(inside).trace(block)
     except Exception as error:
-        raise Untraceable(f"its forward can't be traced ({_first_line(error)})") from error
+        raise Untraceable(f"its forward can't be traced ({_brief(error)})") from error
     finally:
         for name in set(vars(block)) - before:
             delattr(block, name)
@@ -105,9 +105,10 @@ def _trace(block: nn.Module, inside: set[nn.Module]) -> fx.Graph:
     return graph
 
 
-def _first_line(error: Exception) -> str:
+def _brief(error: Exception) -> str:
+    """The first sentence: FX goes on with what its documentation says."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
 def conv_nodes(graph: fx.Graph, name: str) -> list[fx.Node]:
@@ -176,7 +177,7 @@ def _node_values(graph: fx.Graph, block: nn.Module, call: Call) -> dict[fx.Node,
         with torch.no_grad():
             interpreter.run(*(_argument(block, call, name) for name in placeholders), enable_io_processing=False)
     except Exception as error:
-        raise Untraceable(f"its graph doesn't run on what the block is given ({_first_line(error)})") from error
+        raise Untraceable(f"its graph doesn't run on what the block is given ({_brief(error)})") from error
     return interpreter.env
 
 
@@ -199,4 +200,4 @@ def _channels(node: fx.Node, block: nn.Module, call: Call | None) -> int:
         for attribute in ("in_channels", "num_features", "num_channels"):
             if isinstance(getattr(module, attribute, None), int):
                 return getattr(module, attribute)
-    raise Untraceable("its input's channels are unknown; pass an example input")
+    raise Untraceable("it isn't called in eval mode, so how many channels it reads is unknown")

@@ -1,0 +1,94 @@
+"""From a specifier such as `timm:resnet18` to a model with weights, and a record of where it came from.
+
+| specifier                      | model                                                      |
+|--------------------------------|------------------------------------------------------------|
+| `resnet50`                     | of torchvision, otherwise of this package                  |
+| `torchvision:resnet50`         | any of `torchvision.models.list_models()`                  |
+| `timm:resnet18`                | any of `timm.list_models()`                                |
+| `builtin:digits-resnet8`       | comes with this package, weights and all                   |
+| `package.module:factory`       | what the factory returns; the current folder is importable |
+| `path/to/file.py:factory`      | the same, from a file                                      |
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from dyconvert.errors import ModelError
+from dyconvert.models.arguments import parse_arguments
+from dyconvert.models.from_builtin import builtin_model
+from dyconvert.models.from_factory import factory_model
+from dyconvert.models.from_timm import timm_model
+from dyconvert.models.from_torchvision import torchvision_model
+from dyconvert.models.listing import list_models
+from dyconvert.models.source import LIBRARIES, Source, absolute, as_tuples
+from dyconvert.models.weights import load_state_dict_into, names_file, read_state_dict
+
+__all__ = [
+    "LIBRARIES",
+    "Source",
+    "build",
+    "create",
+    "list_models",
+    "load_state_dict_into",
+    "parse_arguments",
+    "read_state_dict",
+]
+
+_OF_LIBRARY = {"torchvision": torchvision_model, "timm": timm_model, "builtin": builtin_model}
+
+
+def create(
+    specifier: str, weights: str = "default", arguments: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Source]:
+    """Build a model and give it its weights.
+
+    Args:
+        specifier: see the table above.
+        weights: "default" (the library's default pretrained set; of a factory, what it returns), "none"
+            (random; of a factory, again what it returns), the name of a weight set (torchvision's
+            "IMAGENET1K_V2", a timm tag), or a file that `read_state_dict` can read. A file named as
+            torchvision names its own is that weight set, with the settings that belong to it.
+        arguments: passed to the model's builder; lists become tuples, so that JSON can keep them.
+
+    Returns:
+        The model, on the CPU and in eval mode, and its source.
+
+    Raises:
+        ModelError: unknown model, weights or argument; a failed download; a file that doesn't fit.
+    """
+    arguments = {name: as_tuples(value) for name, value in (arguments or {}).items()}
+    return _make(specifier, weights, arguments, load=True)
+
+
+def build(source: Source) -> nn.Module:
+    """Build the architecture that `create` made, on the CPU, without its weights and without a download.
+
+    A factory is called again, and does what it does.
+
+    Raises:
+        ModelError: as in `create`.
+    """
+    model, _ = _make(source.specifier, source.weights or "none", source.arguments, load=False)
+    return model
+
+
+def _make(specifier: str, weights: str, arguments: dict, load: bool) -> tuple[nn.Module, Source]:
+    chosen: str | Path = weights
+    if names_file(weights):
+        chosen = absolute(weights)
+        if load and not chosen.is_file():
+            raise ModelError(f"There is no weights file {chosen}; give the path of an existing file.")
+    head, colon, name = specifier.partition(":")
+    if not colon:
+        if specifier.endswith(".py"):
+            raise ModelError(f"{specifier} names a file, but no factory in it; write `{specifier}:FACTORY`.")
+        head, name = "torchvision" if specifier in torchvision.models.list_models() else "builtin", specifier
+    if head in LIBRARIES:
+        model, source = _OF_LIBRARY[head](name, chosen, arguments, load)
+    else:
+        model, source = factory_model(specifier, chosen, arguments, load)
+    return model.eval(), source

@@ -1,0 +1,115 @@
+"""Weights files: read without running their code, and copied into a model whole or not at all."""
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dyconvert.errors import ModelError, brief, some
+
+_FILE_SUFFIXES = {".pth", ".pt", ".th", ".safetensors", ".bin"}
+_NESTED_UNDER = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+_HOW_TO_SAVE = "save `model.state_dict()`, with torch.save or as safetensors"
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the tensors of a weights file onto the CPU; code in the file is never run.
+
+    The file is safetensors (by its suffix), or what torch.save made of a state dict, plain or under
+    "state_dict", "model" and the like. The key prefixes of DataParallel and torch.compile are removed.
+
+    Raises:
+        ModelError: the file is missing or damaged, or holds other things than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"There is no weights file {path}; give the path of an existing file.")
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if isinstance(loaded, dict):
+        nested = (loaded[key] for key in _NESTED_UNDER if isinstance(loaded.get(key), dict))
+        loaded = next(nested, loaded)
+    if not isinstance(loaded, dict) or not loaded:
+        what = "nothing" if loaded == {} else f"a {type(loaded).__name__}"
+        raise ModelError(f"{path} holds {what} instead of a state dict; {_HOW_TO_SAVE}.")
+    others = [f"{key} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ModelError(f"{path} isn't a state dict: {some(others)} aren't tensors; {_HOW_TO_SAVE}.")
+    state_dict = {str(key): tensor for key, tensor in loaded.items()}
+    while prefix := next((p for p in _WRAPPER_PREFIXES if all(key.startswith(p) for key in state_dict)), None):
+        state_dict = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+    return state_dict
+
+
+def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Copy `state_dict`, all of it, into `model`; only `num_batches_tracked` may be missing from it.
+
+    Args:
+        path: the file to name in the error.
+
+    Raises:
+        ModelError: keys or shapes differ; the model stays as it was.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state_dict if key not in own]
+    reshaped = [
+        f"{key} (file {list(tensor.shape)}, model {list(own[key].shape)})"
+        for key, tensor in state_dict.items()
+        if key in own and tensor.shape != own[key].shape
+    ]
+    if missing or unexpected or reshaped:
+        problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+        listed = "".join(f"\n  {len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
+        raise ModelError(
+            f"{path} doesn't fit the model, which has {len(own)} tensors; the file has{listed}\n"
+            "Name the model that the file was saved from, with its arguments (`--model-arg num_classes=10`)."
+        )
+    model.load_state_dict(state_dict, strict=False)
+
+
+def names_file(weights: str) -> bool:
+    """Whether `weights` is meant as a path, be the file there or not."""
+    if weights in ("default", "none"):
+        return False
+    is_path = any(separator in weights for separator in (os.sep, os.altsep or os.sep))
+    return is_path or Path(weights).suffix in _FILE_SUFFIXES or os.path.isfile(weights)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} can't be read as safetensors: {error}. It is cut short, damaged, or of another kind; get it again."
+        ) from error
+
+
+def _read_torch(path: Path) -> Any:
+    # Only zip archives, torch's format since 1.6, can be mapped into memory.
+    mmap = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the errors below say it better
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise ModelError(
+                f"{path} holds more than tensors: loading it would run code, here {code[1]}, and only tensors "
+                f"are loaded. If you trust the file, load it yourself and {_HOW_TO_SAVE}."
+            ) from error
+        if "TorchScript" in str(error):
+            raise ModelError(f"{path} is a TorchScript program, not a state dict; {_HOW_TO_SAVE}.") from error
+        raise ModelError(
+            f"{path} can't be read as a PyTorch file: {brief(error)}. It is cut short, damaged, or of another "
+            "kind; get it again."
+        ) from error

@@ -1,0 +1,514 @@
+"""Models from every kind of specifier, with every kind of weights, and what is said when that fails."""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from dyconvert.builtin import DigitsResNet8, accuracy, load_digits_test
+from dyconvert.errors import ModelError
+from dyconvert.models import (
+    Source,
+    build,
+    create,
+    list_models,
+    load_state_dict_into,
+    parse_arguments,
+    read_state_dict,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CIFAR_RESNET = ROOT / "recipes" / "cifar_resnet.py"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    """Whatever is downloaded fails, and nothing that this machine downloaded before is found."""
+
+    def fail(url, *args, **kwargs):
+        raise URLError("no network in tests")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+
+
+@pytest.fixture
+def trained():
+    return create("digits-resnet8")[0].state_dict()
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ---- Specifiers ----
+
+
+def test_builtin_model_reads_digits():
+    model, source = create("digits-resnet8")
+    assert source == Source("builtin:digits-resnet8", {}, "digits", (1, 8, 8))
+    assert not model.training
+    images, labels = load_digits_test()
+    assert images.shape == (360, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (0, 1)
+    assert labels.shape == (360,)
+    assert labels.dtype == torch.int64
+    assert labels.bincount().min() >= 34
+    assert accuracy(model) >= 98.5
+    model.train()
+    assert accuracy(model) >= 98.5
+    assert model.training
+
+
+@pytest.mark.parametrize("specifier", ["resnet18", "torchvision:resnet18"])
+def test_torchvision_model(specifier):
+    model, source = create(specifier, weights="none")
+    assert isinstance(model, torchvision.models.ResNet)
+    assert source == Source("torchvision:resnet18", {}, None, (3, 224, 224))
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "input_size"),
+    [
+        ("inception_v3", (3, 299, 299)),
+        ("quantized_resnet18", (3, 224, 224)),
+        ("lraspp_mobilenet_v3_large", (3, 520, 520)),
+        ("r3d_18", (3, 16, 112, 112)),
+        ("ssdlite320_mobilenet_v3_large", None),
+    ],
+)
+def test_torchvision_models_of_every_kind_without_a_download(name, input_size):
+    with torch.device("meta"):  # the architecture alone, for speed
+        model, source = create(name, weights="none")
+    assert source.input_size == input_size
+    assert any(type(module) in (torch.nn.Conv2d, torch.nn.Conv3d) for module in model.modules())
+
+
+def test_random_weights_are_initialised_as_the_library_does():
+    torch.manual_seed(0)
+    model, _ = create("torchvision:googlenet", weights="none")
+    assert model.conv1.conv.weight.std().item() == pytest.approx(0.01, rel=0.05)  # PyTorch's own default: 0.048
+
+
+def test_timm_model_and_its_tags():
+    model, source = create("timm:resnet18", weights="none", arguments={"num_classes": 7})
+    assert model.fc.out_features == 7
+    assert source == Source("timm:resnet18", {"num_classes": 7}, None, (3, 224, 224))
+    # The tag decides the class count and the input size.
+    _, source = create("timm:convnext_atto.d2_in1k", weights="none", arguments={"in_chans": 1})
+    assert source == Source("timm:convnext_atto.d2_in1k", {"in_chans": 1}, None, (1, 224, 224))
+    tagged = Source("timm:efficientnet_b5", {}, "sw_in12k", (3, 416, 416))
+    with torch.device("meta"):
+        assert build(tagged).classifier.out_features == 11821
+
+
+FACTORIES = """
+    import torch
+    from neighbour import WIDTH
+
+    class Net(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.fc = torch.nn.Linear(1, width)
+        def forward(self, x):
+            return self.fc(x)
+
+    def make(width=WIDTH):
+        import later_neighbour
+        return Net(width).train()
+
+    def make_list():
+        return [1]
+
+    def fail():
+        raise RuntimeError("out of cheese")
+"""
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    """A folder with `nets.py`, which imports its neighbours; the current one; its modules forgotten after."""
+    (tmp_path / "nets.py").write_text(textwrap.dedent(FACTORIES))
+    (tmp_path / "neighbour.py").write_text("WIDTH = 3")
+    (tmp_path / "later_neighbour.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    path = list(sys.path)
+    yield tmp_path
+    assert sys.path == path
+    for name in ("nets", "neighbour", "later_neighbour"):
+        sys.modules.pop(name, None)
+
+
+def test_factory_of_a_module(factories):
+    model, source = create("nets:make", arguments={"width": 2})
+    assert model.fc.out_features == 2
+    assert not model.training
+    assert source == Source("nets:make", {"width": 2}, None, None)
+    assert build(source).fc.out_features == 2
+
+
+def test_factory_of_a_file_from_elsewhere(factories, tmp_path_factory, monkeypatch):
+    model, source = create("nets.py:make")
+    assert source.specifier == f"{factories / 'nets.py'}:make"
+    assert equal(pickle.loads(pickle.dumps(model)).state_dict(), model.state_dict())
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    again = build(source)
+    assert again.fc.out_features == 3
+    assert type(again) is type(model)
+
+
+def test_factory_with_a_weights_file(factories, trained):
+    torch.save({"fc.weight": torch.ones(3, 1), "fc.bias": torch.zeros(3)}, "net.ckpt")
+    model, source = create("nets.py:make", weights="net.ckpt")
+    assert model.fc.weight.sum() == 3
+    assert source.weights == str(factories / "net.ckpt")
+    Path("net.ckpt").unlink()
+    build(source)
+
+
+@pytest.mark.parametrize(
+    ("specifier", "message"),
+    [
+        ("nets.py:mke", "no factory 'mke'; use .*nets.py:make"),
+        ("nets.py", "nets.py:FACTORY"),
+        ("nets:make_list", "nets:make_list returns a list"),
+        ("nets.py:fail", "fail can't be built with no arguments: RuntimeError: out of cheese"),
+        ("broken.py:make", "can't be run: ModuleNotFoundError: No module named 'no_such'"),
+        ("broken:make", "broken can't be imported: ModuleNotFoundError: No module named 'no_such'"),
+        ("leaves.py:make", "can't be run: SystemExit"),
+        ("absent.py:make", "absent.py can't be read: No such file"),
+        ("absent.models:make", "no model source or module 'absent.models'.* path/to/file.py:FACTORY"),
+        ("tim:resnet18", "'tim'. Is it `timm:`?"),
+    ],
+)
+def test_wrong_factories(factories, specifier, message):
+    (factories / "broken.py").write_text("import no_such")
+    (factories / "leaves.py").write_text("import sys; sys.exit(1)")
+    with pytest.raises(ModelError, match=message):
+        create(specifier)
+
+
+def test_errors_of_a_factory_keep_their_cause(factories):
+    with pytest.raises(ModelError) as caught:
+        create("nets:fail")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_factories_have_no_named_weights(factories):
+    with pytest.raises(ModelError, match="no weights named 'IMAGENET1K_V1'"):
+        create("nets:make", weights="IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    ("specifier", "nearest"),
+    [
+        ("resnt50", "torchvision:resnet50"),
+        ("ResNet50", "torchvision:resnet50"),
+        ("tf_efficientnet_lite0", "timm:tf_efficientnet_lite0"),
+        ("torchvision:tf_efficientnet_lite0", "timm:tf_efficientnet_lite0"),
+        ("timm:digits-resnet9", "builtin:digits-resnet8"),
+        ("builtin:digit-resnet8", "builtin:digits-resnet8"),
+        ("timm:", "There is no model ''"),
+    ],
+)
+def test_unknown_models_name_the_nearest(specifier, nearest):
+    with pytest.raises(ModelError, match=nearest):
+        create(specifier)
+
+
+def test_list_models():
+    names = list_models()
+    assert names["torchvision"] == torchvision.models.list_models()
+    assert "resnet18" in names["timm"]
+    assert names["builtin"] == ["digits-resnet8"]
+    assert list_models("builtin") == {"builtin": names["builtin"]}
+    assert list_models("torchvision").keys() == {"torchvision"}
+    with pytest.raises(ModelError, match="no model source 'keras'"):
+        list_models("keras")
+
+
+def test_importing_models_leaves_timm_alone():
+    code = "import dyconvert.models, sys; sys.exit('timm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert list_models().keys() == {"torchvision", "builtin"}
+    create("digits-resnet8")
+    for call in (lambda: create("timm:resnet18"), lambda: list_models("timm")):
+        with pytest.raises(ModelError, match=r"pip install 'dyconvert\[timm\]'"):
+            call()
+    with pytest.raises(ModelError, match="the nearest are torchvision:resnet50"):
+        create("resnt50")
+
+
+# ---- Arguments ----
+
+
+def test_parse_arguments():
+    pairs = ["a=1", "b = 0.5", "c=(1, 2)", "d=avg", "e=True", "f=false", "g=a=b", "h=None", "i='1'", "j="]
+    assert parse_arguments(pairs) == {
+        "a": 1, "b": 0.5, "c": (1, 2), "d": "avg", "e": True, "f": False, "g": "a=b", "h": None, "i": "1", "j": ""
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pairs", [["a"], ["=1"], ["a b=1"], ["a=1", "a=2"]])
+def test_malformed_arguments(pairs):
+    with pytest.raises(ModelError, match=r"model argument"):
+        parse_arguments(pairs)
+
+
+@pytest.mark.parametrize("specifier", ["torchvision:resnet18", "timm:resnet18", "builtin:digits-resnet8"])
+def test_rejected_arguments_are_named(specifier):
+    with pytest.raises(ModelError, match=r"can't be built with no_such=1: TypeError: .*no_such"):
+        create(specifier, weights="none", arguments={"no_such": 1})
+
+
+def test_arguments_that_contradict_the_weights():
+    with pytest.raises(ModelError, match=r"num_classes=10: ValueError: .*expected value 1000 but got 10"):
+        create("torchvision:resnet18", arguments={"num_classes": 10})
+
+
+def test_source_through_json():
+    source = Source("timm:x", {"sizes": (1, (2, 3)), "name": "a", "none": None}, "tag", (3, 8, 8))
+    assert Source.from_json(json.loads(json.dumps(source.to_json()))) == source
+    without = Source("timm:x", {}, None, None)
+    assert Source.from_json(json.loads(json.dumps(without.to_json()))) == without
+    _, source = create("resnet50", "none", {"replace_stride_with_dilation": [False, False, True]})
+    assert Source.from_json(json.loads(json.dumps(source.to_json()))) == source
+    _, source = create("resnet18", "none", {"norm_layer": torch.nn.BatchNorm2d})
+    with pytest.raises(ModelError, match=r"norm_layer=.* can't be saved"):
+        source.to_json()
+
+
+# ---- Weights files ----
+
+
+def wrapped(state_dict, prefix="module."):
+    return {prefix + key: tensor for key, tensor in state_dict.items()}
+
+
+WAYS_TO_SAVE = {
+    "plain.pth": torch.save,
+    "plain.safetensors": save_file,
+    "plain.bin": torch.save,
+    "legacy.th": lambda weights, path: torch.save(weights, path, _use_new_zipfile_serialization=False),
+    "wrapped.th": lambda weights, path: torch.save(wrapped(weights), path),
+    "compiled.safetensors": lambda weights, path: save_file(wrapped(weights, "_orig_mod."), path),
+    "both.pt": lambda weights, path: torch.save(wrapped(weights, "module._orig_mod."), path),
+    "nested.pth": lambda weights, path: torch.save({"epoch": 3, "state_dict": wrapped(weights)}, path),
+    "model.pth": lambda weights, path: torch.save({"model": weights, "optimizer": {"lr": 0.1}}, path),
+    "old_pytorch.pth": lambda weights, path: torch.save(
+        {key: tensor for key, tensor in weights.items() if "num_batches_tracked" not in key}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WAYS_TO_SAVE)
+def test_weights_files(name, tmp_path, trained):
+    path = tmp_path / name
+    WAYS_TO_SAVE[name](trained, path)
+    assert read_state_dict(path).keys() <= trained.keys()
+    model, source = create("digits-resnet8", weights=str(path))
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], trained[key]) for key in trained if "num_batches" not in key)
+    assert source.weights == str(path)
+    path.unlink()
+    assert build(source).state_dict().keys() == trained.keys()
+
+
+def test_state_dict_is_preferred_to_its_averages(tmp_path, trained):
+    averages = {key: tensor + 1 for key, tensor in trained.items()}
+    torch.save({"state_dict_ema": averages, "state_dict": trained}, tmp_path / "ema.pth")
+    assert equal(read_state_dict(tmp_path / "ema.pth"), trained)
+
+
+class Attack:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_code_in_a_weights_file_is_not_run(tmp_path, dump):
+    dump({"state_dict": Attack(tmp_path / "ran")}, tmp_path / "attack.pth")
+    with pytest.raises(ModelError):
+        create("digits-resnet8", weights=str(tmp_path / "attack.pth"))
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Attack(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (DigitsResNet8(), r"run code, here dyconvert\.\S*DigitsResNet8.* save `model.state_dict\(\)`"),
+        ({"state_dict": {"a": torch.ones(1)}, "args": argparse.Namespace()}, "run code, here argparse.Namespace"),
+        ({"a": torch.ones(1), "epoch": 3}, r"epoch \(int\) aren't tensors"),
+        ([torch.ones(1)], "holds a list"),
+        (torch.ones(1), "holds a Tensor"),
+        ({}, "holds nothing"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, thing, message):
+    torch.save(thing, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match=message):
+        read_state_dict(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("name", ["plain.pth", "legacy.th", "plain.safetensors"])
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_truncated_files(tmp_path, trained, name, kept):
+    path = tmp_path / name
+    WAYS_TO_SAVE[name](trained, path)
+    contents = path.read_bytes()
+    path.write_bytes(contents[: int(kept * len(contents))])
+    with pytest.raises(ModelError, match="cut short, damaged"):
+        read_state_dict(path)
+
+
+def test_a_web_page_in_place_of_weights(tmp_path):
+    (tmp_path / "page.pth").write_text("<html>Not found</html>")
+    with pytest.raises(ModelError, match="damaged"):
+        read_state_dict(tmp_path / "page.pth")
+
+
+@pytest.mark.parametrize("weights", ["absent.pth", "absent.safetensors", "folder/absent"])
+def test_missing_weights_files(weights):
+    for specifier in ("resnet18", "timm:resnet18", "digits-resnet8"):
+        with pytest.raises(ModelError, match=r"no weights file .*absent"):
+            create(specifier, weights=weights)
+
+
+def test_weights_of_another_model():
+    model = DigitsResNet8()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    weights = {key: tensor + 1 for key, tensor in before.items() if key != "conv1.weight"}
+    weights |= {"fc.weight": torch.zeros(7, 64), "fc.bias": torch.zeros(7), "head": torch.ones(1)}
+    with pytest.raises(ModelError) as caught:
+        load_state_dict_into(model, weights, "some.pth")
+    message = str(caught.value)
+    assert "some.pth doesn't fit the model" in message
+    assert "1 missing: conv1.weight" in message
+    assert "1 unexpected: head" in message
+    assert "2 of another shape: fc.weight (file [7, 64], model [10, 64])" in message
+    assert equal(model.state_dict(), before)
+
+
+def test_a_long_mismatch_is_cut(tmp_path, trained):
+    torch.save(trained, tmp_path / "digits.pth")
+    with pytest.raises(ModelError) as caught:
+        create("torchvision:resnet18", weights=str(tmp_path / "digits.pth"))
+    message = str(caught.value)
+    assert "which has 122 tensors" in message
+    assert "missing: layer1.0.conv1.weight, layer1.0.bn1.weight" in message
+    assert len(message) < 1500
+
+
+def test_cifar_resnet_recipe():
+    model, source = create(f"{CIFAR_RESNET}:resnet20")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    torch.fx.symbolic_trace(model)
+    assert source.specifier == f"{CIFAR_RESNET}:resnet20"
+
+
+def test_cifar_resnet_weights():
+    data = os.environ.get("DYCONVERT_DATA")
+    if not data:
+        pytest.skip("DYCONVERT_DATA, a folder with trained CIFAR-10 ResNets, isn't set")
+    path = Path(data) / "cifar10_resnets" / "resnet20-12fca82f.th"
+    model, _ = create(f"{CIFAR_RESNET}:resnet20", weights=str(path))
+    stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    assert torch.equal(model.linear.weight, stored["module.linear.weight"])
+
+
+# ---- Pretrained weights ----
+
+
+@pytest.mark.parametrize(
+    ("specifier", "weights", "address"),
+    [
+        ("torchvision:resnet18", "default", "https://download.pytorch.org/models/resnet18-"),
+        ("torchvision:resnet50", "IMAGENET1K_V1", "https://download.pytorch.org/models/resnet50-0676ba61"),
+        ("torchvision:quantized_resnet18", "default", "https://download.pytorch.org/models/resnet18-"),
+        ("timm:resnet18", "default", "https://huggingface.co/timm/resnet18.a1_in1k"),
+        ("timm:resnet18", "a2_in1k", "https://huggingface.co/timm/resnet18.a2_in1k"),
+        ("timm:resnet18.a3_in1k", "default", "https://huggingface.co/timm/resnet18.a3_in1k"),
+    ],
+)
+def test_failed_download(specifier, weights, address, capsys):
+    with pytest.raises(ModelError) as caught:
+        create(specifier, weights=weights)
+    message = str(caught.value)
+    assert f"can't be downloaded from {address}" in message
+    assert "--weights none" in message
+    assert "--weights FILE" in message
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("specifier", "weights", "message"),
+    [
+        ("torchvision:resnet50", "IMAGENET1K_V3", "IMAGENET1K_V1"),
+        ("timm:resnet18", "a9_in1k", "a1_in1k"),
+        ("timm:resnet18.a9_in1k", "none", "a1_in1k"),
+        ("timm:resnet18.a1_in1k", "a2_in1k", "already names its weights"),
+        ("timm:beit3_giant_patch14_224", "default", "no pretrained weights for timm:beit3.*--weights none"),
+        ("digits-resnet8", "mnist", "'mnist', but digits"),
+    ],
+)
+def test_unknown_weights(specifier, weights, message):
+    with pytest.raises(ModelError, match=message):
+        create(specifier, weights=weights)
+
+
+# What torchvision's own file holds; None if the builder can't make it without the weight set.
+PRETRAINED = {
+    "googlenet": {"init_weights": False, "aux_logits": True},
+    "inception_v3": {"init_weights": False},
+    "fcn_resnet50": {"weights_backbone": None, "aux_loss": True},
+    "fasterrcnn_resnet50_fpn": None,
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_pretrained_model_is_built_again(name, tmp_path, monkeypatch):
+    """`create` from a (forged) download, `create` from the same file, and `build` make the same model."""
+    weight_set = torchvision.models.get_model_weights(name).DEFAULT
+    built = build(Source(f"torchvision:{name}", {}, weight_set.name, None))
+    settings = PRETRAINED[name]
+    original = built if settings is None else torchvision.models.get_model(name, weights=None, **settings)
+    path = tmp_path / Path(weight_set.url).name
+    torch.save(original.state_dict(), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, to, *a, **k: shutil.copy(path, to))
+    model, source = create(name)
+    assert source.weights == weight_set.name
+    assert repr(built) == repr(model)
+    assert getattr(built, "transform_input", None) == getattr(model, "transform_input", None)
+    assert built.load_state_dict(model.state_dict())
+
+    from_file, source = create(name, weights=str(path))
+    assert source.weights == str(path)
+    assert repr(from_file) == repr(model)
+    assert equal(from_file.state_dict(), model.state_dict())
