@@ -1,6 +1,6 @@
 """save and load: a directory with `model.safetensors` and `dyconvert.json`, and no pickle.
 
-`dyconvert.json` names the weights file, the plan, the hashes of both, and where the model came from. Replacing it is the
+`dyconvert.json` names the weights file, the plan, both hashes, and where the model came from. Replacing it is the
 one step that makes a save valid, so an interrupted save leaves the old directory whole.
 """
 
@@ -128,9 +128,13 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         raise CheckpointError(
             f"{directory / DESCRIPTION} names {description.weights!r} as its weights; it was altered."
         )
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} is missing. Copy the whole directory again.")
-    if _sha256(weights) != description.sha256:
+    try:
+        digest = _sha256(weights)
+    except FileNotFoundError:
+        raise CheckpointError(f"{weights} is missing. Copy the whole directory again.") from None
+    except OSError as error:
+        raise CheckpointError(f"{weights} can't be read: {error}. Copy the directory again.") from error
+    if digest != description.sha256:
         raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
     source = _source(description, directory)
     static = _build(source, directory, trust_code) if model is None else _copied(model)
@@ -140,7 +144,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         load_model(model, str(weights))
     except (PlanError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"The architecture isn't the one that was saved in {directory}: {error} "
+            f"The architecture isn't the one that was saved in {directory}: {_first_lines(error)}. "
             "Pass the static model that was converted as model=..."
         ) from error
     if source is not None:
@@ -186,8 +190,15 @@ def check_writable(directory: Path, *, replace: bool = False, force: bool = Fals
         force: anything may stand there.
 
     Raises:
-        CheckpointError: something stands there that may not.
+        CheckpointError: something stands there that may not, or one may not look.
     """
+    try:
+        _check_writable(directory, replace, force)
+    except OSError as error:
+        raise CheckpointError(f"{directory} can't be used: {error}. Choose another directory.") from error
+
+
+def _check_writable(directory: Path, replace: bool, force: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file. Choose another directory.")
     above = next((parent for parent in directory.parents if parent.exists()), None)
@@ -204,6 +215,11 @@ def check_writable(directory: Path, *, replace: bool = False, force: bool = Fals
         raise CheckpointError(
             f"{directory} holds other files. Write there with --force (force=True), or choose another."
         )
+
+
+def _first_lines(error: Exception) -> str:
+    # torch lists every key that differs; the first says it.
+    return " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(". ")
 
 
 def _copied(model: nn.Module) -> nn.Module:

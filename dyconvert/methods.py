@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(method: "str | Method" = "dynet", **changes: object) -> Method:
-    """The method called `method`, with the `changes` that are not None.
+    """The method called `method`, with the `changes` that are not None; `reduction=0` is a single linear.
 
     Raises:
         PlanError: no method has that name, or a change is out of range.
@@ -112,10 +112,12 @@ def get_method(method: "str | Method" = "dynet", **changes: object) -> Method:
             raise PlanError(f"There is no method {method!r}.{hint} The methods are {', '.join(METHODS)}.")
         method = METHODS[method]
     given = {key: value for key, value in changes.items() if value is not None}
+    if given.get("reduction") == 0:
+        given["reduction"] = None
     try:
         return Method.model_validate(method.model_dump() | given)
     except ValueError as error:
         problems = "; ".join(
-            ".".join(map(str, e["loc"])) + (": " if e["loc"] else "") + e["msg"] for e in error.errors()
+            ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
         )
         raise PlanError(f"Method {method.name!r} can't be changed like that: {problems}.") from None

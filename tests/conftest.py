@@ -11,16 +11,18 @@ import pytest
 from nets import ResidualNet, seeded
 from torch import nn
 
+# Read here, where the working directory is still the one that a relative path was meant for.
+DATA = Path(os.environ["DYCONVERT_DATA"]).resolve() if os.environ.get("DYCONVERT_DATA") else None
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real weights and images that the environment variable DYCONVERT_DATA names."""
-    folder = os.environ.get("DYCONVERT_DATA")
-    if not folder:
+    if DATA is None:
         pytest.skip("DYCONVERT_DATA isn't set: it names the folder with the real weights")
-    if not Path(folder).is_dir():
-        pytest.fail(f"DYCONVERT_DATA={folder} is no folder")
-    return Path(folder)
+    if not DATA.is_dir():
+        pytest.fail(f"DYCONVERT_DATA={DATA} is no folder")
+    return DATA
 
 
 @pytest.fixture
@@ -125,7 +127,8 @@ def broken():
 
 
 @pytest.fixture
-def models_file(cli, tmp_path) -> str:
+def models_file(cli, monkeypatch, tmp_path) -> str:
     """A file with factories, in the folder that `cli` runs in."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # tests compare what is in the folder
     (tmp_path / "mine.py").write_text(FACTORIES)
     return "mine.py"

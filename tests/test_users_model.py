@@ -201,7 +201,9 @@ def test_dropout_follows_train_and_eval_after_conversion() -> None:
 
 def test_drop_path_follows_train_and_eval() -> None:
     timm = pytest.importorskip("timm")
-    dynamic = convert(timm.create_model("resnet18", drop_path_rate=0.5, zero_init_last=False), example=torch.randn(1, 3, 32, 32))
+    dynamic = convert(
+        timm.create_model("resnet18", drop_path_rate=0.5, zero_init_last=False), example=torch.randn(1, 3, 32, 32)
+    )
     x = torch.randn(4, 3, 32, 32)
     dynamic.train()
     assert not torch.equal(dynamic(x), dynamic(x))
@@ -211,8 +213,9 @@ def test_drop_path_follows_train_and_eval() -> None:
 
 def test_a_shared_conv_is_replaced_under_all_its_names() -> None:
     model = seeded(ResidualNet)
+    model.layer1[1] = seeded(BasicBlock, 8, 8, seed=1)
     model.layer1[1].conv1 = model.layer1[0].conv1
-    model.layer1[1].conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    model.head = nn.Linear(8, 5)
     dynamic = convert(model, example=image())
     assert dynamic.layer1[1].conv1 is dynamic.layer1[0].conv1
     assert dynamic.layer1[0].conv1.coefficient_predictor is not None

@@ -20,7 +20,8 @@ def macs(model: nn.Module, example: Any) -> int:
         example: an input tensor, or the tuple of the forward's arguments; its batch size is what is counted.
     """
     arguments = example if isinstance(example, tuple) else (example,)
-    for device in ("meta", None):
+    on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    for device in ("meta",) if on_meta else ("meta", None):
         runner = skeleton(model, (lambda t: t.to("meta")) if device else (lambda t: t)).eval()
         clear_hooks(runner)
         inputs = tree_map_only(Tensor, lambda t: t.to(device), arguments) if device else arguments  # noqa: B023
@@ -29,7 +30,7 @@ def macs(model: nn.Module, example: Any) -> int:
             with torch.no_grad(), counter:
                 runner(*inputs)
         except Exception:
-            if device is None:
+            if device is None or on_meta:
                 raise
             continue
         return counter.get_total_flops() // 2

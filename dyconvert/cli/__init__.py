@@ -11,7 +11,7 @@ from dyconvert.errors import DyconvertError
 def main() -> None:
     """`dyconvert resnet50 --g 6` is `dyconvert convert resnet50 --g 6`; errors end with exit code 2."""
     arguments = sys.argv[1:]
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in command_names():
+    if arguments and arguments[0] not in command_names() | {"--help", "-h", "--version"}:
         arguments = ["convert", *arguments]
     try:
         app(args=arguments, prog_name="dyconvert")

@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli import convert, ls, methods
+from dyconvert.cli import collapse, convert, export, ls, methods
 
 app = typer.Typer(
     name="dyconvert",
     help="Turn a pretrained CNN into a dynamic-convolution network that still computes the same outputs.\n\n"
     "`dyconvert MODEL` is short for `dyconvert convert MODEL`.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,6 +38,8 @@ def _main(
 
 
 app.command("convert")(convert.convert)
+app.command("collapse")(collapse.collapse)
+app.command("export")(export.export)
 app.command("ls")(ls.ls)
 app.command("methods")(methods.methods)
 

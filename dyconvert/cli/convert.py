@@ -188,7 +188,10 @@ def _report(
     out.print(Text(source.specifier, style="bold"), f"weights: {source.weights or 'random'}")
     _print_plan(plan)
     _print_figures(figures)
-    out.print(f"\nlargest difference {differences.relative:.1e} relative, {differences.absolute:.1e} absolute")
+    out.print(
+        f"\nlargest difference {differences.relative:.1e} relative (allowed {TOLERANCE:g}), "
+        f"{differences.absolute:.1e} absolute"
+    )
     out.print(f"loaded and converted in {seconds:.1f} s")
     out.print(f"saved to {saved}")
     # A source that is code of the user's own runs only where they say so.

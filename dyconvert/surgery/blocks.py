@@ -17,8 +17,8 @@ from dyconvert.surgery.observe import Call, Observation, observe, skeleton
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv, matching
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
 
-STEM = "the stem: it reads the image (--include-stem converts it)"
-SEES_1X1 = "sees 1x1 maps: the predictor would read what the conv reads"
+STEM = "the stem, which reads the image"
+SEES_1X1 = "sees 1x1 maps, which are pooled already"
 
 _PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _PLAIN_CONV_FORWARDS = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}

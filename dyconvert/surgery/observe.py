@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from dyconvert.errors import ModelError
+from dyconvert.errors import ModelError, brief
 
 # Spatial sizes that models are commonly built for, by the number of spatial dimensions.
 _COMMON_SIZES = {
@@ -110,8 +110,8 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
                     break
     if given:
         raise ModelError(
-            f"{type(model).__name__} rejects the example input: {type(failure).__name__}: {failure} "
-            "Pass an example that the model's forward takes."
+            f"{type(model).__name__} rejects the example input: {brief(failure)}. Pass an example that the model's "
+            "forward takes (--input-size)."
         ) from failure
     return None
 

@@ -1,6 +1,7 @@
 """Plan: every conv of a model, converted or skipped with a reason. Readable, editable, JSON."""
 
 import fnmatch
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -157,8 +158,9 @@ class Plan(BaseModel):
             lines.append(f"  {shared} share the predictors of {blocks} blocks, {converted - shared} have their own")
         else:
             lines.append(f"  {converted} have a predictor each")
-        lines += [f"  own predictor: {count:3d}  {note}" for note, count in self.notes().items()]
-        lines += [f"  skipped:       {count:3d}  {reason}" for reason, count in self.reasons().items()]
+        for title, counts in (("own predictor", self.notes()), ("skipped", self.reasons())):
+            for why, count in counts.items():
+                lines += textwrap.wrap(f"  {count} {title}: {why}", 80, subsequent_indent="      ")
         return "\n".join(lines)
 
     def table(self) -> Table:
@@ -169,7 +171,7 @@ class Plan(BaseModel):
         table.add_column("becomes", overflow="fold", ratio=3)
         for conv in self.convs:
             if not conv.convert:
-                becomes = f"static: {conv.reason}"
+                becomes = f"static ({conv.reason})"
             elif conv.block is not None:
                 becomes = f"dynamic, predictor of {conv.block or 'the model'}"
             else:

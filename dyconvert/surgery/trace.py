@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dyconvert.errors import brief
 from dyconvert.surgery.observe import Call
 
 
@@ -91,7 +92,7 @@ def _trace(block: nn.Module, inside: set[nn.Module]) -> fx.Graph:
     try:
         graph = _BlockTracer(inside).trace(block)
     except Exception as error:
-        raise Untraceable(f"its forward can't be traced ({_brief(error)})") from error
+        raise Untraceable(f"its forward can't be traced ({_sentence(error)})") from error
     finally:
         for name in set(vars(block)) - before:
             delattr(block, name)
@@ -105,10 +106,9 @@ def _trace(block: nn.Module, inside: set[nn.Module]) -> fx.Graph:
     return graph
 
 
-def _brief(error: Exception) -> str:
-    """The first sentence: FX goes on with what its documentation says."""
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
+def _sentence(error: Exception) -> str:
+    """What went wrong, without what FX's documentation has to say about it."""
+    return brief(error).split(". ")[0]
 
 
 def conv_nodes(graph: fx.Graph, name: str) -> list[fx.Node]:
@@ -177,7 +177,7 @@ def _node_values(graph: fx.Graph, block: nn.Module, call: Call) -> dict[fx.Node,
         with torch.no_grad():
             interpreter.run(*(_argument(block, call, name) for name in placeholders), enable_io_processing=False)
     except Exception as error:
-        raise Untraceable(f"its graph doesn't run on what the block is given ({_brief(error)})") from error
+        raise Untraceable(f"its graph doesn't run on what the block is given ({_sentence(error)})") from error
     return interpreter.env
 
 

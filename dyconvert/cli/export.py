@@ -1,0 +1,101 @@
+"""dyconvert export"""
+
+import json
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dyconvert import checkpoint
+from dyconvert.cli.convert import _input_size
+from dyconvert.cli.output import count, err, out
+from dyconvert.errors import DyconvertError, ModelError
+from dyconvert.export import export_onnx, export_torch
+from dyconvert.surgery.fuse import fuse as fuse_model
+from dyconvert.surgery.observe import example_for
+
+
+class Format(str, Enum):
+    """What `--to` takes."""
+
+    onnx = "onnx"
+    torch = "torch"
+
+
+_SUFFIX = {Format.onnx: ".onnx", Format.torch: ".pt2"}
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model saved by dyconvert.")],
+    to: Annotated[Format, typer.Option("--to", help="onnx, or torch: torch.export's .pt2.")] = Format.onnx,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="By default DIR.onnx or DIR.pt2.")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="A fixed number of images; any number by default.")
+    ] = None,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Any spatial size that the model takes.")
+    ] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Weights and computation in float16 (ONNX).")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold batch norms into the convs first.")] = True,
+    input_size: Annotated[str | None, typer.Option(help="Such as 3,224,224 or 224.")] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the Python file or module that the model was built by.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
+) -> None:
+    """Write a saved model as one file for a runtime, and check that it computes the same there."""
+    if fp16 and to is not Format.onnx:
+        raise DyconvertError("--fp16 is for ONNX. For torch, convert the loaded model: model.half().")
+    size = _input_size(input_size)
+    name = directory.resolve().name
+    file = output or Path(name + _SUFFIX[to])
+    check_free(file, force)
+    started = time.perf_counter()
+    with err.status(f"exporting {directory}"):
+        model = checkpoint.load(directory, trust_code=trust_code)
+        source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)
+        example = example_for(model, batch=batch or 2, size=size or (source.input_size if source else None))
+        if fuse:
+            model = fuse_model(model)
+        if to is Format.onnx:
+            done = export_onnx(model, file, example, batch is None, dynamic_size, fp16)
+        else:
+            done = export_torch(model, file, example, batch is None, dynamic_size)
+    seconds = time.perf_counter() - started
+    if as_json:
+        result = {
+            "file": str(done.file),
+            "bytes": done.bytes,
+            "opset": done.opset,
+            "difference": done.difference,
+            "checked": done.checked,
+            "seconds": seconds,
+        }
+        typer.echo(json.dumps(result, indent=2))
+        return
+    batches = f"{batch} image{'s' if batch > 1 else ''}" if batch else "any number of images"
+    sizes = "any size" if dynamic_size else "x".join(map(str, example[0].shape[1:]))
+    opset = f", opset {done.opset}" if done.opset else ""
+    out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s")
+    out.print(f"takes {batches}, {sizes}, in {'float16' if fp16 else str(example[0].dtype).removeprefix('torch.')}")
+    if done.difference is None:
+        out.print("not checked: onnxruntime isn't installed (pip install 'dyconvert[onnx]')")
+    else:
+        runner = "onnxruntime" if to is Format.onnx else "the loaded program"
+        shapes = ", ".join("x".join(map(str, shape)) for shape in done.checked)
+        out.print(f"checked in {runner} at {shapes}: largest difference {done.difference:.1e} relative")
+
+
+def check_free(file: Path, force: bool) -> None:
+    """Refuse a file that exists, before the work is done.
+
+    Raises:
+        ModelError: it exists, and isn't to be replaced.
+    """
+    if file.is_dir():
+        raise ModelError(f"{file} is a directory. Name a file with --output.")
+    if file.exists() and not force:
+        raise ModelError(f"{file} exists already. Replace it with --force, or choose another --output.")
