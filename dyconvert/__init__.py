@@ -8,9 +8,19 @@
 from dyconvert.checkpoint import load, save
 from dyconvert.errors import CheckpointError, DyconvertError, ModelError, PlanError
 from dyconvert.methods import METHODS, Method
-from dyconvert.nn import CoefficientPredictor, DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.nn import (
+    CoefficientPredictor,
+    DynamicConv,
+    DynamicConv1d,
+    DynamicConv2d,
+    DynamicConv3d,
+    DynamicConvTranspose1d,
+    DynamicConvTranspose2d,
+    DynamicConvTranspose3d,
+)
 from dyconvert.surgery.convert import convert, plan
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
+from dyconvert.surgery.trainable import set_trainable
 from dyconvert.verify import Differences, verify
 
 __version__ = "0.1.0"
@@ -25,6 +35,9 @@ __all__ = [
     "DynamicConv1d",
     "DynamicConv2d",
     "DynamicConv3d",
+    "DynamicConvTranspose1d",
+    "DynamicConvTranspose2d",
+    "DynamicConvTranspose3d",
     "Method",
     "ModelError",
     "Plan",
@@ -36,6 +49,7 @@ __all__ = [
     #    "load",
     "plan",
     "save",
+    "set_trainable",
     #    "save",
     "verify",
 ]

@@ -47,6 +47,9 @@ def convert(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave convs static whose names match. Repeatable.")] = None,
     include_stem: Annotated[bool, typer.Option("--include-stem", help="Convert the stem as well.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a model with a block whose convs can't share a predictor.")
+    ] = False,
     weights: Annotated[
         str, typer.Option(help="default, none (random), a weight set's name, or a FILE (.pth .pt .th .safetensors).")
     ] = "default",
@@ -76,6 +79,7 @@ def convert(
         "include": include or (),
         "exclude": exclude or (),
         "include_stem": include_stem,
+        "strict": strict,
     }
     arguments = models.parse_arguments(model_arg or [])
     if dry_run:

@@ -3,6 +3,7 @@
 from dyconvert.nn.conv import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
 from dyconvert.nn.kernels import dynamic_conv
 from dyconvert.nn.predictor import CoefficientPredictor
+from dyconvert.nn.transposed import DynamicConvTranspose1d, DynamicConvTranspose2d, DynamicConvTranspose3d
 
 __all__ = [
     "CoefficientPredictor",
@@ -10,5 +11,8 @@ __all__ = [
     "DynamicConv1d",
     "DynamicConv2d",
     "DynamicConv3d",
+    "DynamicConvTranspose1d",
+    "DynamicConvTranspose2d",
+    "DynamicConvTranspose3d",
     "dynamic_conv",
 ]

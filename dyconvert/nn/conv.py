@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyconvert.nn.kernels import dynamic_conv
+from dyconvert.nn.padding import TF_SAME, pad_tf_same
 from dyconvert.nn.predictor import CoefficientPredictor
 
-# A leaf to symbolic tracing: which kernel is best depends on the batch, which a Proxy doesn't know.
+# Leaves to symbolic tracing: they depend on shapes, which a Proxy doesn't know.
 torch.fx.wrap("dynamic_conv")
+torch.fx.wrap("pad_tf_same")
 
 
 class DynamicConv(nn.Module):
@@ -24,7 +26,9 @@ class DynamicConv(nn.Module):
 
     - `weight`: the bank `[g * C_out, C_in / groups, *kernel]`, expert by expert
       (`weight.unflatten(0, (g, -1))` has one expert per index);
-    - `bias`: `[g * C_out]`, or None.
+    - `bias`: `[g * C_out]`, or None;
+    - `shift`: `[C_out]`, or None: added after mixing, the same for every image. Only
+      :func:`~dyconvert.surgery.fuse.fuse` sets it, for a batch norm's shift that is not to be mixed.
 
     Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g` and
     `coefficients_per`: `"layer"` or `"channel"`.
@@ -52,6 +56,7 @@ class DynamicConv(nn.Module):
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         coefficient_predictor: CoefficientPredictor | None = None,
+        shift: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -66,6 +71,7 @@ class DynamicConv(nn.Module):
         self.padding_mode = padding_mode
         self.weight = weight
         self.register_parameter("bias", bias)
+        self.register_parameter("shift", shift)
         self.coefficient_predictor = coefficient_predictor
         self._explicit_padding = None if padding_mode == "zeros" else self._amounts_of_padding()
 
@@ -84,18 +90,29 @@ class DynamicConv(nn.Module):
 
     def forward(self, x: Tensor, coefficients: Tensor | None = None) -> Tensor:
         if coefficients is None:
-            if self.coefficient_predictor is None:
-                raise RuntimeError(
-                    "This dynamic conv takes its coefficients from the predictor of its block, but was "
-                    "called from outside the block's forward. Convert it with a predictor of its own: "
-                    "plan.unshare(conv), or scope='layer'."
-                )
-            coefficients = self.coefficient_predictor(x)[0]
+            coefficients = self._coefficients(x)
         padding = self.padding
         if self._explicit_padding is not None:
             x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
             padding = (0,) * self.spatial_dims
-        return dynamic_conv(x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups)
+        elif padding == TF_SAME:
+            x = pad_tf_same(x, self.kernel_size, self.stride, self.dilation)
+            padding = (0,) * self.spatial_dims
+        return self._shifted(
+            dynamic_conv(x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups)
+        )
+
+    def _coefficients(self, x: Tensor) -> Tensor:
+        if self.coefficient_predictor is None:
+            raise RuntimeError(
+                "This dynamic conv takes its coefficients from the predictor of its block, but was called from "
+                "outside the block's forward. Convert it with a predictor of its own: plan.unshare(conv), or "
+                "scope='layer'."
+            )
+        return self.coefficient_predictor(x)[0]
+
+    def _shifted(self, out: Tensor) -> Tensor:
+        return out if self.shift is None else out + self.shift.view(-1, *[1] * self.spatial_dims)
 
     def extra_repr(self) -> str:
         text = (
@@ -112,6 +129,8 @@ class DynamicConv(nn.Module):
             text += ", bias=False"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
+        if self.shift is not None:
+            text += ", shift=True"
         return text
 
 

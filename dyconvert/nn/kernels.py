@@ -1,35 +1,70 @@
-"""Dynamic convolution: mix each image's kernel from the bank, then convolve with it.
+"""dynamic_conv: which strategy computes a dynamic conv, and running it."""
 
-Convolution is linear, so mixing kernels equals mixing feature maps,
-``sum_i eta_i (w_i * x) = (sum_i eta_i w_i) * x`` (DyNet, eq. 5), at 1/g of the cost.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from dyconvert.errors import DyconvertError
+from dyconvert.nn import strategies, tiles
+from dyconvert.nn.backward import TiledConv
+from dyconvert.nn.mixing import mix as mix
+from dyconvert.nn.strategies import Geometry, amounts_of_padding
+
+Strategy = Callable[[Tensor, Tensor, Tensor | None, Tensor, Geometry], Tensor]
 
 
-def mix(bank: Tensor, coefficients: Tensor) -> Tensor:
-    r"""The kernel of each image, :math:`\tilde w_t = \sum_i \eta_t^i w_t^i` (DyNet, eq. 1).
+def tiled(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """A few images and output channels at a time, for CPUs; keeps no image's kernel for backward."""
+    return _tiled(x, weight, bias, coefficients, geometry, None)
 
-    Args:
-        bank: the experts, `[g, C_out, ...]`.
-        coefficients: `[N, g, 1]`, or `[N, g, C_out]` for a coefficient per output channel.
 
-    Returns:
-        `[N, C_out, ...]`
+STRATEGIES: dict[str, Strategy] = {
+    "tiled": tiled,
+    "groups": strategies.groups,
+    "unfold": strategies.unfold,
+    "features": strategies.features,
+}
+
+
+class Key(NamedTuple):
+    """What the best strategy for a dynamic conv depends on."""
+
+    shape: tuple[int, ...]
+    weight: tuple[int, ...]
+    coefficients: tuple[int, ...]
+    geometry: Geometry
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+    training: bool
+    threads: int
+
+
+# What `tune` has measured: the strategy's name.
+tuned: dict[Key, str] = {}
+
+_forced: str | None = None
+
+
+@contextmanager
+def force(name: str | None) -> Iterator[None]:
+    """Within it, every dynamic conv of this process is computed by the strategy `name`; None: by the best one.
+
+    Raises:
+        DyconvertError: there is no such strategy.
     """
-    g, channels = bank.shape[:2]
-    flat = bank.reshape(g, channels, -1)
-    if coefficients.shape[2] == 1:
-        mixed = coefficients.flatten(1) @ flat.flatten(1)  # [N, g] @ [g, C_out K]
-    else:
-        mixed = torch.einsum("ngt,gtk->ntk", coefficients, flat)
-    return mixed.view(-1, *bank.shape[1:])
+    global _forced
+    if name is not None and name not in STRATEGIES:
+        raise DyconvertError(f"There is no strategy {name!r}. The strategies are {', '.join(STRATEGIES)}.")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def dynamic_conv(
@@ -54,17 +89,90 @@ def dynamic_conv(
     Returns:
         `[N, C_out, *spatial]`
     """
-    g = coefficients.shape[1]
-    kernel = mix(weight.unflatten(0, (g, -1)), coefficients)  # [N, C_out, C_in / groups, *kernel]
-    mixed_bias = None if bias is None else mix(bias.unflatten(0, (g, -1)), coefficients).flatten()
-    # One conv for the batch: its images are the groups of a single image.
-    out = _CONV[x.dim() - 2](
-        x.reshape(1, -1, *x.shape[2:]),
-        kernel.flatten(0, 1),
-        mixed_bias,
-        stride,
-        padding,
-        dilation,
-        groups * x.shape[0],
+    geometry = Geometry(stride, padding, dilation, groups)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
+    strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
+    return STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
+
+
+def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> str:
+    batch = x.shape[0]
+    single = isinstance(batch, int) and batch == 1
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(batch, int):
+        # A group count is a constant of the graph, so folding the batch into it would fix the batch.
+        return "groups" if single else "unfold"
+    if tuned and (found := tuned.get(key(x, weight, bias, coefficients, geometry))):
+        return found
+    if x.device.type == "cpu" and x.dtype in _TILED_DTYPES and not _observed():
+        return "tiled"
+    if not single and weight.shape[2:].numel() == 1 and geometry.groups == 1:
+        return "unfold"  # 1 x 1: one batched matmul
+    return "groups"
+
+
+# Tiles add up the bank's gradient part by part, for which half precision is too coarse.
+_TILED_DTYPES = (torch.float32, torch.float64)
+
+
+def _observed() -> bool:
+    """Whether something looks at the operations, or differentiates otherwise than by backward."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
-    return out.unflatten(1, (x.shape[0], -1)).squeeze(0)
+
+
+def key(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Key:
+    """What :data:`tuned` is looked up by."""
+    return Key(
+        tuple(x.shape),
+        tuple(weight.shape),
+        tuple(coefficients.shape),
+        geometry,
+        x.dtype,
+        x.device.type,
+        tiles.is_channels_last(x),
+        needs_backward(x, weight, bias, coefficients),
+        torch.get_num_threads(),
+    )
+
+
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether a backward through what is computed from the tensors may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to a conv's arguments: an autograd function doesn't see it in its backward."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _tiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    tile: tiles.Tile | None,
+) -> Tensor:
+    if isinstance(geometry.padding, str):
+        x, geometry = _number_the_padding(x, weight.shape[2:], geometry)
+    if not needs_backward(x, weight, bias, coefficients):
+        return tiles.forward(x, weight, bias, coefficients, geometry, tile)
+    out = TiledConv.apply(x, weight, coefficients, geometry, tile)
+    if bias is not None:
+        mixed = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)
+        out = out + mixed.view(*mixed.shape, *[1] * (x.dim() - 2))
+    return out
+
+
+def _number_the_padding(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
+    amounts = amounts_of_padding(kernel_size, geometry)  # (before, after) of the last dimension first
+    if any(before != after for before, after in zip(amounts[::2], amounts[1::2], strict=True)):
+        return F.pad(x, amounts), geometry._replace(padding=(0,) * len(kernel_size))
+    return x, geometry._replace(padding=tuple(reversed(amounts[::2])))

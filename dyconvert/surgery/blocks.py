@@ -4,24 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torchvision.ops
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
-from dyconvert.errors import ModelError
+from dyconvert.errors import ModelError, PlanError, some
 from dyconvert.methods import Method
 from dyconvert.nn import DynamicConv
+from dyconvert.surgery.adapters import CONVS, unsupported
 from dyconvert.surgery.observe import Call, Observation, observe, skeleton
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv, matching
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
 
 STEM = "the stem, which reads the image"
 SEES_1X1 = "sees 1x1 maps, which are pooled already"
-
-_PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-_PLAIN_CONV_FORWARDS = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 def check_convertible(model: nn.Module) -> None:
@@ -49,7 +44,7 @@ def check_convertible(model: nn.Module) -> None:
             raise ModelError(
                 f"{name or 'The model'} is lazy and has no weights yet. Run a batch through the model first."
             )
-        found += isinstance(module, _ConvNd)
+        found += isinstance(module, CONVS)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no convs (Conv1d, Conv2d, Conv3d), so there is nothing to convert."
@@ -63,6 +58,7 @@ def find(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     include_stem: bool = False,
+    strict: bool = False,
     example: Any = None,
 ) -> tuple[Plan, dict[str, BlockTrace]]:
     """Plan a conversion, and hand on the traces of the blocks that share a predictor.
@@ -72,7 +68,7 @@ def find(
     """
     check_convertible(model)
     modules = dict(model.named_modules())
-    convs = {name: m for name, m in modules.items() if isinstance(m, (_ConvNd, torchvision.ops.DeformConv2d))}
+    convs = {name: m for name, m in modules.items() if isinstance(m, CONVS)}
     watched = {name for name, m in modules.items() if not _is_container(m)}
     observed = observe(model, watched, example)
     plan = Plan(model=type(model).__name__, method=method, convs=[_entry(n, c) for n, c in convs.items()])
@@ -82,7 +78,14 @@ def find(
             "Pass an example input."
         )
     _skip(plan, model, convs, observed, include, exclude, include_stem)
-    traces = _share(plan, model, observed) if method.scope == "block" else {}
+    if method.scope != "block":
+        return plan, {}
+    traces, failures = _share(plan, model, observed)
+    if strict and failures:
+        listed = some([f"{block or 'the model'} ({why})" for block, why in failures.items()], 3)
+        raise PlanError(
+            f"{listed} can't share a predictor. Without strict, their convs get one each; exclude leaves them out."
+        )
     return plan, traces
 
 
@@ -126,21 +129,6 @@ def _skip(
             entry.skip(STEM)
         elif sizes and all(max(size) == 1 for size in sizes):
             entry.skip(SEES_1X1)
-
-
-def unsupported(conv: nn.Module) -> str | None:
-    """Why this kind of conv can't become dynamic, or None if it can."""
-    if isinstance(conv, torchvision.ops.DeformConv2d):
-        return "deformable conv: it samples by its offsets, and mixes no kernels"
-    if isinstance(conv, _ConvTransposeNd):
-        return "transposed conv"
-    if parametrize.is_parametrized(conv):
-        return "its weight is parametrized"
-    if not isinstance(conv.weight, nn.Parameter):
-        return "its weight is computed (weight_norm, spectral_norm), no parameter"
-    if type(conv).forward not in _PLAIN_FORWARDS or type(conv)._conv_forward not in _PLAIN_CONV_FORWARDS:
-        return f"{type(conv).__name__} has a forward of its own"
-    return None
 
 
 def _tied(model: nn.Module) -> dict[int, str]:
@@ -206,16 +194,20 @@ def innermost_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, list[s
     }
 
 
-def _share(plan: Plan, model: nn.Module, observed: Observation | None) -> dict[str, BlockTrace]:
+def _share(plan: Plan, model: nn.Module, observed: Observation | None) -> tuple[dict[str, BlockTrace], dict[str, str]]:
+    """Settle for every block whether its convs share a predictor: the traces of those, why not of the others."""
     bare = skeleton(model, lambda t: t.to("meta") if t.device.type != "meta" else t)
     names = [conv.name for conv in plan.converted]
-    stems = find_stems({n: m for n, m in model.named_modules() if isinstance(m, _ConvNd)}, observed)
+    stems = find_stems({n: m for n, m in model.named_modules() if isinstance(m, CONVS)}, observed)
     several = _with_several_names(model)
-    traces = {}
+    traces, failures = {}, {}
     for block, held in innermost_blocks(model, names).items():
+        kind = type(model.get_submodule(block)).__name__
+        if any(block == "" or stem.startswith(block + ".") for stem in stems):
+            for name in held:
+                plan[name].note = f"in no block but {kind}, which reads the image"
+            continue
         try:
-            if any(block == "" or stem.startswith(block + ".") for stem in stems):
-                raise Untraceable("as a block it would read the image itself")
             if shared := [name for name in held if name in several]:
                 raise Untraceable(f"{shared[0]} has several names")
             module = bare.get_submodule(block)
@@ -225,14 +217,15 @@ def _share(plan: Plan, model: nn.Module, observed: Observation | None) -> dict[s
             inner = {name[prefix:]: bare.get_submodule(name) for name in held}
             trace = trace_block(module, inner, calls[0] if calls else None)
         except Untraceable as why:
+            failures[block] = f"{kind}: {why}"
             for name in held:
-                plan[name].note = f"{type(model.get_submodule(block)).__name__}: {why}"
+                plan[name].note = failures[block]
         else:
             traces[block] = trace
             plan.blocks.append(PlannedBlock(name=block, reads=trace.reads, in_channels=trace.in_channels))
             for name in held:
                 plan[name].block = block
-    return traces
+    return traces, failures
 
 
 def _with_several_names(model: nn.Module) -> set[str]:

@@ -1,22 +1,41 @@
 """plan(model) and convert(model): the two verbs of the package."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dyconvert.errors import ModelError, PlanError
 from dyconvert.methods import Method, get_method
-from dyconvert.nn import CoefficientPredictor, DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.surgery.blocks import check_convertible, find, unsupported
+from dyconvert.nn import (
+    CoefficientPredictor,
+    DynamicConv,
+    DynamicConv1d,
+    DynamicConv2d,
+    DynamicConv3d,
+    DynamicConvTranspose1d,
+    DynamicConvTranspose2d,
+    DynamicConvTranspose3d,
+)
+from dyconvert.surgery.adapters import static_padding, static_weight, unsupported
+from dyconvert.surgery.blocks import check_convertible, find
 from dyconvert.surgery.expand import Deviations, empty_bank, expand
 from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.plan import Plan, PlannedConv
 from dyconvert.surgery.rewrite import PREDICTOR, block_class, replace_everywhere, shared_forward
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
+from dyconvert.surgery.trainable import Trainable, set_trainable
 
-_CLASSES = {1: DynamicConv1d, 2: DynamicConv2d, 3: DynamicConv3d}
+# By (transposed, number of spatial dimensions).
+_CLASSES = {
+    (False, 1): DynamicConv1d,
+    (False, 2): DynamicConv2d,
+    (False, 3): DynamicConv3d,
+    (True, 1): DynamicConvTranspose1d,
+    (True, 2): DynamicConvTranspose2d,
+    (True, 3): DynamicConvTranspose3d,
+}
 
 # On a converted model: the plan that was carried out. `save` writes it.
 PLAN_ATTRIBUTE = "dyconvert_plan"
@@ -33,6 +52,7 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     include_stem: bool = False,
+    strict: bool = False,
     example: Any = None,
 ) -> Plan:
     """Plan a conversion: what becomes of every conv of `model`, which is left as it is.
@@ -46,6 +66,8 @@ def plan(
         temperature: divides the predictor's logits.
         include, exclude: shell patterns over the convs' names, or those of modules that hold them.
         include_stem: convert the conv that reads the image as well.
+        strict: refuse a model with a block whose convs can't share a predictor. Otherwise they get one each, and
+            the plan says why.
         example: an input, or the tuple of the forward's arguments, for a trial run on the meta device. None:
             common sizes are tried.
 
@@ -53,7 +75,7 @@ def plan(
         ModelError: the model can't be converted: no convs, already converted, wrapped, compiled, ...
         PlanError: unknown method, g < 1, a pattern that matches nothing, ...
     """
-    return _plan(model, method, g, scope, reduction, temperature, include, exclude, include_stem, example)[0]
+    return _plan(model, method, g, scope, reduction, temperature, include, exclude, include_stem, strict, example)[0]
 
 
 def _plan(
@@ -66,6 +88,7 @@ def _plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     include_stem: bool = False,
+    strict: bool = False,
     example: Any = None,
 ) -> tuple[Plan, dict[str, BlockTrace]]:
     chosen = get_method(method, g=g, scope=scope, reduction=reduction, temperature=temperature)
@@ -75,6 +98,7 @@ def _plan(
         include=_sequence(include),
         exclude=_sequence(exclude),
         include_stem=include_stem,
+        strict=strict,
         example=example,
     )
 
@@ -90,6 +114,7 @@ def convert(
     inplace: bool = False,
     seed: int = 0,
     diversity: float = 0.1,
+    trainable: Trainable | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **choices: Any,
 ) -> nn.Module:
@@ -105,6 +130,8 @@ def convert(
         inplace: change `model` itself. After an error it is still untouched.
         seed: of the experts' differences and the predictors' hidden layers. The global generator isn't used.
         diversity: how far the experts differ at first, relative to each output channel's root mean square.
+        trainable: None: what was frozen stays frozen, experts are as their static weights were, and predictors
+            train. `"predictors"`, `"experts"` or `"all"`: as :func:`~dyconvert.set_trainable` says.
         progress: called with a conv's name, how many are done, and how many there are.
 
     Raises:
@@ -124,7 +151,10 @@ def convert(
             f"Not one conv of {type(model).__name__} is to be converted: {reasons}. Widen include, exclude less, or "
             "convert the stem: include_stem=True."
         )
-    return carry_out(model, plan, traces, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
+    if trainable is not None and trainable not in get_args(Trainable):
+        raise PlanError(f"trainable is one of {', '.join(get_args(Trainable))}, not {trainable!r}.")
+    model = carry_out(model, plan, traces, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
+    return model if trainable is None else set_trainable(model, trainable)
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
@@ -246,16 +276,15 @@ class _Expansion:
         self.longest = max(conv.weight.numel() for conv in convs)
         self.tables: dict[tuple[torch.dtype, torch.device], Deviations] = {}
 
-    def __call__(self, static: nn.Parameter, number: int) -> nn.Parameter:
-        data = static.detach()
+    def __call__(self, static: Tensor, number: int, requires_grad: bool) -> nn.Parameter:
         if self.diversity is None:
-            return nn.Parameter(empty_bank(data, self.method.g), requires_grad=static.requires_grad)
-        key = data.dtype, data.device
+            return nn.Parameter(empty_bank(static, self.method.g), requires_grad)
+        key = static.dtype, static.device
         if key not in self.tables:
             self.tables[key] = Deviations(self.method.g, self.longest, self.seed, *key)
         # Some prime, so that the convs take their deviations from different places of the table.
-        bank = expand(data, self.method, self.tables[key], self.diversity, offset=number * 7919)
-        return nn.Parameter(bank, requires_grad=static.requires_grad)
+        bank = expand(static, self.method, self.tables[key], self.diversity, offset=number * 7919)
+        return nn.Parameter(bank, requires_grad)
 
 
 def _predictor(
@@ -274,20 +303,21 @@ def _predictor(
 def _dynamic(
     conv: nn.Module, method: Method, fill: _Expansion, predictor: CoefficientPredictor | None, number: int
 ) -> DynamicConv:
-    dynamic = _CLASSES[len(conv.kernel_size)](
+    dynamic = _CLASSES[conv.transposed, len(conv.kernel_size)](
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
         g=method.g,
         coefficients_per=method.per,
         stride=conv.stride,
-        padding=conv.padding,
+        padding=static_padding(conv),
         dilation=conv.dilation,
         groups=conv.groups,
         padding_mode=conv.padding_mode,
-        weight=fill(conv.weight, 2 * number),
-        bias=None if conv.bias is None else fill(conv.bias, 2 * number + 1),
+        weight=fill(static_weight(conv), 2 * number, conv.weight.requires_grad),
+        bias=None if conv.bias is None else fill(conv.bias.detach(), 2 * number + 1, conv.bias.requires_grad),
         coefficient_predictor=predictor,
+        **({"output_padding": conv.output_padding} if conv.transposed else {}),
     )
     # Hooks and whatever else the user has put on the conv stay on it.
     own = vars(nn.Module()).keys() | vars(dynamic).keys()

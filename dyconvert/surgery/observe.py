@@ -62,7 +62,9 @@ def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
         ModelError: the model can't be copied.
     """
     memo: dict[int, Any] = {}
-    for t in (*model.parameters(), *model.buffers()):
+    # weight_norm's hook leaves a result of autograd as a plain attribute, which deepcopy refuses.
+    attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    for t in (*model.parameters(), *model.buffers(), *attributes):
         with torch.no_grad():
             new = tensor(t)
         memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new

@@ -1,0 +1,23 @@
+"""TensorFlow's padding "same", which depends on the input's size where the conv is strided."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# In place of "same" as a dynamic conv's padding.
+TF_SAME = "tf_same"
+
+
+def pad_tf_same(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Zeros around x, so that a conv's output has `ceil(size / stride)` pixels; the odd one at the end.
+
+    Args:
+        x: `[N, C, *spatial]`
+    """
+    amounts: list[int] = []
+    for size, kernel, step, spread in zip(x.shape[2:], kernel_size, stride, dilation, strict=True):
+        outputs = (size + step - 1) // step
+        total = max((outputs - 1) * step + (kernel - 1) * spread + 1 - size, 0)
+        amounts = [total // 2, total - total // 2, *amounts]  # F.pad takes the last dimension first
+    return F.pad(x, amounts)

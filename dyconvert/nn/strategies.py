@@ -1,0 +1,121 @@
+"""The ways to compute a dynamic conv in plain, differentiable operations, each for any shape.
+
+Convolution is linear, so mixing kernels equals mixing feature maps,
+``sum_i eta_i (w_i * x) = (sum_i eta_i w_i) * x`` (DyNet, eq. 5), at 1/g of the cost.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyconvert.nn.mixing import mix
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Geometry(NamedTuple):
+    """How a conv walks over its input: what `torch.nn.functional.conv2d` calls by these names."""
+
+    stride: Sequence[int]
+    padding: Sequence[int] | str
+    dilation: Sequence[int]
+    groups: int
+
+
+def mixed(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Each image's kernel `[N, C_out, C_in / groups, *kernel]` and bias `[N, C_out]`."""
+    g = coefficients.shape[1]
+    kernel = mix(weight.unflatten(0, (g, -1)), coefficients)
+    return kernel, None if bias is None else mix(bias.unflatten(0, (g, -1)), coefficients)
+
+
+def groups(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """One conv for the batch: its images are the groups of a single image."""
+    kernel, mixed_bias = mixed(x, weight, bias, coefficients)
+    batch = x.shape[0]
+    out = CONV[x.dim() - 2](
+        x.reshape(1, -1, *x.shape[2:]),
+        kernel.flatten(0, 1),
+        None if mixed_bias is None else mixed_bias.flatten(),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups * batch,
+    )
+    return out.unflatten(1, (batch, -1)).squeeze(0)
+
+
+def single(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """A batch of one: its kernel, then the plain conv."""
+    kernel, mixed_bias = mixed(x, weight, bias, coefficients)
+    return CONV[x.dim() - 2](x, kernel.squeeze(0), None if mixed_bias is None else mixed_bias.squeeze(0), *geometry)
+
+
+def unfold(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """One batched matmul of the kernels with the unfolded input.
+
+    Nothing in it depends on the number of images, so it exports with a dynamic batch.
+    """
+    kernel, mixed_bias = mixed(x, weight, bias, coefficients)
+    kernel_size = kernel.shape[3:]
+    taps = shifted(x, kernel_size, geometry)  # k1 k2 ... x [N, C_in, *out]
+    spatial = taps[0].shape[2:]
+    rows = taps[0] if len(taps) == 1 else torch.stack(taps, 2)  # [N, C_in, taps, *out]
+    rows = rows.unflatten(1, (geometry.groups, -1)).flatten(2, -1 - len(spatial)).flatten(3)
+    matrix = kernel.flatten(2).unflatten(1, (geometry.groups, -1))  # [N, groups, C_out / groups, C_in / groups taps]
+    if matrix.shape[2] == 1 and matrix.shape[3] <= 64:
+        # Depthwise: a matmul of one row. Summing the taps is less work than packing it.
+        out = (matrix.transpose(2, 3) * rows).sum(2)  # [N, groups, L]
+    else:
+        out = (matrix @ rows).flatten(1, 2)  # [N, C_out, L]
+    if mixed_bias is not None:
+        out = out + mixed_bias.unsqueeze(2)
+    return out.unflatten(2, spatial)
+
+
+def features(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """Mix feature maps instead of kernels: how DyNet's paper trains (eq. 5), at g times the work and memory."""
+    g = coefficients.shape[1]
+    experts = weight.chunk(g)
+    biases = [None] * g if bias is None else bias.chunk(g)
+    out = None
+    for index, (expert, own_bias) in enumerate(zip(experts, biases, strict=True)):
+        y = CONV[x.dim() - 2](x, expert, own_bias, *geometry)
+        eta = coefficients[:, index].reshape(x.shape[0], -1, *[1] * (x.dim() - 2))
+        out = eta * y if out is None else out + eta * y
+    return out
+
+
+def shifted(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> list[Tensor]:
+    """The part of the padded input that each tap of a kernel meets: views `[N, C_in, *out]`, last dim fastest."""
+    dims = len(kernel_size)
+    x = F.pad(x, amounts_of_padding(kernel_size, geometry))
+    taps = [x]
+    for dim in range(dims):
+        reach = geometry.dilation[dim] * (kernel_size[dim] - 1)
+        length = x.shape[2 + dim] - reach
+        starts = [geometry.dilation[dim] * k for k in range(kernel_size[dim])]
+        taps = [_narrow(tap, 2 + dim, start, length, geometry.stride[dim]) for tap in taps for start in starts]
+    return taps
+
+
+def _narrow(x: Tensor, dim: int, start: int, length: int, step: int) -> Tensor:
+    index = (slice(None),) * dim + (slice(start, start + length, step),)
+    return x[index]
+
+
+def amounts_of_padding(kernel_size: Sequence[int], geometry: Geometry) -> list[int]:
+    """What `F.pad` takes: (before, after) of the last dimension first."""
+    amounts: list[int] = []
+    for dim in reversed(range(len(kernel_size))):
+        if geometry.padding == "same":
+            total = geometry.dilation[dim] * (kernel_size[dim] - 1)
+            amounts += [total // 2, total - total // 2]
+        elif geometry.padding == "valid":
+            amounts += [0, 0]
+        else:
+            amounts += [geometry.padding[dim]] * 2
+    return amounts

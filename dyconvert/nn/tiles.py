@@ -1,0 +1,314 @@
+"""Tiles: dynamic conv on a CPU, a few images and output channels at a time.
+
+The kernels of a whole batch don't fit a cache, and memory that is fresh from the system costs more to touch
+than a kernel costs to mix. So a tile's kernels are mixed into one buffer, used while they are in cache, and
+overwritten by the next tile's. The backward mixes them again instead of keeping them, and reduces the
+kernels' gradients to the bank's and the coefficients' tile by tile.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dyconvert.nn.mixing import LONG, add_bank_gradient, coefficient_gradient, mix, mix_into, mix_one
+from dyconvert.nn.strategies import CONV, Geometry
+
+# Buffers up to this size are reused by the C library's allocator; fresh memory from the system costs more to touch
+# than a kernel costs to mix. Beyond it the work is split into tiles.
+_REUSED = 20 * 2**20
+# Of a tile's kernels: what stays in a core's share of the outer caches. Half and twice of it measure the same.
+_BYTES = 4 * 2**20
+# Fewer images or channels at a time, and calls cost more than the cache saves.
+_IMAGES = 4
+_CHANNELS = 64
+
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Tile(NamedTuple):
+    """How many images and output channels are convolved at a time."""
+
+    images: int
+    channels: int
+
+
+def _walk(tile: Tile, images: int, channels: int) -> Iterator[tuple[slice, slice]]:
+    """The tiles, as `(channels, images)`; channels outermost, so that the bank is read once."""
+    for first in range(0, channels, tile.channels):
+        for image in range(0, images, tile.images):
+            yield slice(first, first + tile.channels), slice(image, image + tile.images)
+
+
+class _Shapes:
+    """A dynamic conv's sizes, and its bank as `[g, C_out, K]`, in the order in which it lies in memory."""
+
+    def __init__(self, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, tile: Tile | None) -> None:
+        g = coefficients.shape[1]
+        self.images = x.shape[0]
+        self.channels = weight.shape[0] // g
+        self.kernel = weight.shape[1:]
+        self.last = is_channels_last(weight)
+        self.bank = self.flat(weight).view(g, self.channels, -1)
+        self.elements = self.bank.shape[2]
+        self.groups = geometry.groups
+        self.pointwise = self.groups == 1 and self.elements == x.shape[1] and not any(geometry.padding)
+        self.tile = tile or self._choose_tile(x, coefficients)
+
+    def _choose_tile(self, x: Tensor, coefficients: Tensor) -> Tile:
+        size = x.element_size()
+        images = self.images
+        if not self.pointwise:
+            # A conv copies what it reads and writes into an order of its own.
+            images = min(images, max(_REUSED // 2 * images // (x.numel() * size), 1))
+        kernel = self.channels * self.elements * size
+        if images * kernel <= _BYTES or kernel * self.images <= _REUSED:
+            return Tile(images, self.channels)
+        # Coefficients per channel are mixed by matmuls over the images, of which there should be more.
+        least = _IMAGES * 2 if coefficients.shape[2] > 1 and self.elements >= LONG else _IMAGES
+        images = min(images, max(least, _BYTES // kernel))
+        if images * kernel <= _BYTES or self.groups > 1:
+            return Tile(images, self.channels)
+        blocks = max(_BYTES // (images * self.elements * size) // _CHANNELS, 1)
+        return Tile(images, min(blocks * _CHANNELS, self.channels))
+
+    def flat(self, kernels: Tensor) -> Tensor:
+        """Kernels `[rows, C_in / groups, *kernel]` as `[rows, K]`, in the bank's order."""
+        return (kernels.movedim(1, -1) if self.last else kernels).reshape(kernels.shape[0], -1)
+
+    def unflat(self, kernels: Tensor) -> Tensor:
+        """The inverse of `flat`, from `[..., K]`."""
+        if not self.last:
+            return kernels.view(-1, *self.kernel)
+        return kernels.view(-1, *self.kernel[1:], self.kernel[0]).movedim(-1, 1)
+
+    def buffer(self) -> Tensor:
+        rows = min(self.tile.images, self.images) * min(self.tile.channels, self.channels)
+        return self.bank.new_empty(rows * self.elements)
+
+    def rows(self, buffer: Tensor, images: int, channels: int) -> Tensor:
+        """The part of the buffer that a tile's kernels take: `[images, channels, K]`."""
+        return buffer[: images * channels * self.elements].view(images, channels, self.elements)
+
+
+def _at_stride(x: Tensor, geometry: Geometry) -> Tensor:
+    """What a 1 x 1 conv reads of its input."""
+    if all(step == 1 for step in geometry.stride):
+        return x
+    return x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x` lies in memory with its channels last, and not otherwise as well."""
+    return x.dim() in _FORMATS and not x.is_contiguous() and x.is_contiguous(memory_format=_FORMATS[x.dim()])
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    tile: Tile | None = None,
+) -> Tensor:
+    """A dynamic conv without autograd; arguments as those of a strategy, padding as numbers."""
+    if tile is None and weight.is_contiguous():
+        if x.shape[0] == 1:
+            return _one(x, weight, bias, coefficients, geometry)
+        if _fits(x, weight, coefficients, geometry):
+            return _at_once(x, weight, bias, coefficients, geometry)
+    shapes = _Shapes(x, weight, coefficients, geometry, tile)
+    biases = None if bias is None else mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)  # [N, C_out]
+    if shapes.pointwise:
+        out = _pointwise_forward(_at_stride(x, geometry), shapes, coefficients)
+        return out if biases is None else out.add_(biases.view(*biases.shape, *[1] * (x.dim() - 2)))
+    convolve = _each if is_channels_last(x) or shapes.images == 1 else _together
+    buffer = shapes.buffer()
+    out = None
+    for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
+        bank = shapes.bank[:, channels]
+        eta = coefficients[images] if coefficients.shape[2] == 1 else coefficients[images, :, channels]
+        kernels = mix_into(shapes.rows(buffer, eta.shape[0], bank.shape[1]), bank, eta)
+        part = convolve(x[images], kernels, None if biases is None else biases[images, channels], shapes, geometry)
+        if part.shape[0] == shapes.images and part.shape[1] == shapes.channels:
+            return part
+        if out is None:
+            out = _empty_like(x, (shapes.images, shapes.channels, *part.shape[2:]))
+        out[images, channels] = part
+    return out
+
+
+def _empty_like(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    form = _FORMATS[x.dim()] if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, memory_format=form)
+
+
+def _fits(x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry) -> bool:
+    """Whether nothing that one conv for the whole batch needs is too large for one tile."""
+    batch, g = coefficients.shape[:2]
+    size = x.element_size()
+    kernels = weight.numel() // g * batch * size
+    if weight.shape[2:].numel() == 1 and geometry.groups == 1:
+        return kernels <= 2 * _BYTES
+    # What a conv writes is about what it reads.
+    return kernels <= _REUSED and x.numel() * size <= _REUSED and not is_channels_last(x)
+
+
+def _one(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """One image: the plain conv. At this size every call counts."""
+    g = coefficients.shape[1]
+    size = weight.shape
+    kernel = mix_one(weight.view(g, size[0] // g, -1), coefficients).view(-1, *size[1:])
+    if bias is not None:
+        bias = mix_one(bias.view(g, -1, 1), coefficients).flatten()
+    return CONV[len(size) - 2](x, kernel, bias, *geometry)
+
+
+def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """One tile for everything."""
+    batch, g = coefficients.shape[:2]
+    size = weight.shape
+    rows = size[0] // g
+    bank = weight.view(g, rows, -1)
+    if coefficients.shape[2] == 1:
+        kernels = torch.mm(coefficients.flatten(1), weight.view(g, -1))
+    else:
+        kernels = mix_into(bank.new_empty(batch, rows, bank.shape[2]), bank, coefficients)
+    if bias is not None:
+        bias = mix(bias.view(g, rows), coefficients)
+    if geometry.groups == 1 and bank.shape[2] == x.shape[1] and not any(geometry.padding):
+        source = _at_stride(x, geometry)
+        out = _empty_like(source, (batch, rows, *source.shape[2:]))
+        torch.bmm(kernels.view(batch, rows, -1), source.flatten(2), out=out.flatten(2))
+        return out if bias is None else out.add_(bias.view(batch, rows, *[1] * (x.dim() - 2)))
+    out = CONV[len(size) - 2](
+        x.reshape(1, -1, *x.shape[2:]),
+        kernels.view(-1, *size[1:]),
+        None if bias is None else bias.flatten(),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups * batch,
+    )
+    return out.view(batch, rows, *out.shape[2:])
+
+
+def _together(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes, geometry: Geometry) -> Tensor:
+    """One conv, the images being its groups."""
+    images = x.shape[0]
+    out = CONV[x.dim() - 2](
+        x.reshape(1, -1, *x.shape[2:]),
+        shapes.unflat(kernels),
+        None if biases is None else biases.flatten(),
+        *geometry._replace(groups=geometry.groups * images),
+    )
+    return out.view(images, -1, *out.shape[2:])
+
+
+def _each(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes, geometry: Geometry) -> Tensor:
+    """A conv per image: what keeps channels last without moving them."""
+    convolve = CONV[x.dim() - 2]
+    parts = [
+        convolve(x[n : n + 1], shapes.unflat(kernels[n]), None if biases is None else biases[n], *geometry)
+        for n in range(x.shape[0])
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pointwise_forward(x: Tensor, shapes: _Shapes, coefficients: Tensor) -> Tensor:
+    """1 x 1 convs as matmuls `[C_out, C_in] @ [C_in, L]`."""
+    out = _empty_like(x, (shapes.images, shapes.channels, *x.shape[2:]))
+    pixels, results = x.flatten(2), out.flatten(2)
+    buffer = shapes.buffer()
+    for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
+        bank = shapes.bank[:, channels]
+        eta = coefficients[images] if coefficients.shape[2] == 1 else coefficients[images, :, channels]
+        kernels = mix_into(shapes.rows(buffer, eta.shape[0], bank.shape[1]), bank, eta)
+        torch.bmm(kernels, pixels[images], out=results[images, channels])
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight` and `coefficients`, those that are needed; without autograd."""
+    shapes = _Shapes(x, weight, coefficients, geometry, tile)
+    needs_x, needs_bank, needs_eta = needs
+    gradients = _pointwise_gradients if shapes.pointwise else _conv_gradients
+    per_channel = coefficients.shape[2] > 1
+    source = _at_stride(x, geometry) if shapes.pointwise else x
+    blocks = -(-shapes.channels // shapes.tile.channels)
+    grad_source = None
+    grad_bank = torch.zeros_like(shapes.bank) if needs_bank else None
+    grad_eta = torch.zeros_like(coefficients) if needs_eta else None
+    buffer = shapes.buffer() if needs_x else None
+    for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
+        bank = shapes.bank[:, channels]
+        at = (images, slice(None), channels) if per_channel else (images,)
+        eta = coefficients[at]
+        kernels = shapes.rows(buffer, eta.shape[0], bank.shape[1]) if needs_x else None
+        if needs_x:
+            mix_into(kernels, bank, eta)
+        grad_x, grad_kernels = gradients(
+            grad[images, channels], source[images], kernels, shapes, geometry, needs_bank or needs_eta
+        )
+        if needs_bank:
+            add_bank_gradient(grad_bank[:, channels], grad_kernels, eta)
+        if needs_eta:
+            grad_eta[at] += coefficient_gradient(bank, grad_kernels, per_channel)
+        if needs_x:
+            if grad_x.shape[0] == shapes.images and blocks == 1:
+                grad_source = grad_x
+            else:
+                if grad_source is None:
+                    grad_source = torch.zeros_like(source) if blocks > 1 else torch.empty_like(source)
+                if channels.start == 0:
+                    grad_source[images] = grad_x
+                else:
+                    grad_source[images] += grad_x
+    if needs_x and source is not x:
+        grad_full = torch.zeros_like(x)
+        _at_stride(grad_full, geometry).copy_(grad_source)
+        grad_source = grad_full
+    return grad_source, None if grad_bank is None else shapes.unflat(grad_bank), grad_eta
+
+
+def _pointwise_gradients(
+    grad: Tensor, x: Tensor, kernels: Tensor | None, shapes: _Shapes, geometry: Geometry, needs_kernels: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    flat = grad.flatten(2)  # [N, C_out, L]
+    grad_x = None if kernels is None else torch.bmm(kernels.transpose(1, 2), flat).view(x.shape)
+    return grad_x, torch.bmm(flat, x.flatten(2).transpose(1, 2)) if needs_kernels else None
+
+
+def _conv_gradients(
+    grad: Tensor, x: Tensor, kernels: Tensor | None, shapes: _Shapes, geometry: Geometry, needs_kernels: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    images, channels = grad.shape[:2]
+    needs_x = kernels is not None
+    grad_x, grad_kernels, _ = torch.ops.aten.convolution_backward(
+        # Not `reshape`: of one image with its channels last it makes strides that convolution_backward misreads.
+        grad.contiguous().view(1, -1, *grad.shape[2:]),
+        x.contiguous().view(1, -1, *x.shape[2:]),
+        shapes.unflat(kernels) if needs_x else grad.new_empty(1).expand(images * channels, *shapes.kernel),
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * (x.dim() - 2),
+        geometry.groups * images,
+        [needs_x, needs_kernels, False],
+    )
+    return (
+        grad_x.view(x.shape) if needs_x else None,
+        shapes.flat(grad_kernels).view(images, channels, -1) if needs_kernels else None,
+    )

@@ -1,0 +1,70 @@
+"""Which convs can become dynamic, and what each of them convolves with and pads by.
+
+A plain `nn.Conv2d` says it itself. A subclass with a forward of its own may do anything, so it needs an entry
+here, or is skipped by name.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import torchvision.ops
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from dyconvert.nn.padding import TF_SAME
+
+# What counts as a conv: every one of them is converted, or skipped with a reason.
+CONVS = (_ConvNd, torchvision.ops.DeformConv2d)
+
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PLAIN_FORWARDS = {cls.forward for cls in _PLAIN}
+_PLAIN_CONV_FORWARDS = {getattr(cls, "_conv_forward", None) for cls in _PLAIN}
+
+# timm's convs, known by name: timm need not be installed.
+_STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+_ADAPTED = ("Conv2dSame", *_STANDARDISED)
+
+
+def _timm_name(conv: nn.Module) -> str | None:
+    return type(conv).__name__ if type(conv).__module__.startswith("timm.layers.") else None
+
+
+def unsupported(conv: nn.Module) -> str | None:
+    """Why this conv can't become dynamic, or None if it can."""
+    if isinstance(conv, torchvision.ops.DeformConv2d):
+        return "deformable conv: its offsets say where it samples"
+    if parametrize.is_parametrized(conv):
+        names = ", ".join(type(p[0]).__name__.lstrip("_") for p in conv.parametrizations.values())
+        return f"its weight is parametrized ({names}); parametrize.remove_parametrizations makes it plain"
+    if not isinstance(conv.weight, nn.Parameter):
+        return "its weight is computed by a hook (weight_norm, spectral_norm); remove that first"
+    if _timm_name(conv) in _ADAPTED:
+        return None
+    forward, conv_forward = type(conv).forward, getattr(type(conv), "_conv_forward", None)
+    if forward not in _PLAIN_FORWARDS or conv_forward not in _PLAIN_CONV_FORWARDS:
+        return f"{type(conv).__name__} has a forward of its own"
+    return None
+
+
+def static_weight(conv: nn.Module) -> Tensor:
+    """The kernel that the conv convolves with, `[C_out, C_in / groups, *kernel]` (transposed: C_in, C_out first).
+
+    Where the conv standardises its weight at each call (Qiao et al. 2019, arXiv:1903.10520; with a gain,
+    Brock et al. 2021, arXiv:2101.08692), the standardised weight is the static kernel.
+    """
+    weight = conv.weight.detach()
+    if _timm_name(conv) not in _STANDARDISED:
+        return weight
+    gain = (conv.gain.detach() * conv.scale).flatten() if hasattr(conv, "gain") else None
+    with torch.no_grad():
+        flat = weight.reshape(1, conv.out_channels, -1)
+        return F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=conv.eps).view_as(weight)
+
+
+def static_padding(conv: nn.Module) -> Sequence[int] | str:
+    """What the conv pads by: numbers, "same", "valid", or TensorFlow's "same", which depends on the input."""
+    if _timm_name(conv) == "Conv2dSame" or getattr(conv, "same_pad", False):
+        return TF_SAME
+    return conv.padding

@@ -1,0 +1,35 @@
+"""Which parameters train: a choice for the start of fine-tuning, and for schedules in it."""
+
+from typing import Literal, get_args
+
+from torch import nn
+
+from dyconvert.errors import PlanError
+from dyconvert.nn import CoefficientPredictor, DynamicConv
+
+Trainable = Literal["all", "experts", "predictors"]
+
+
+def set_trainable(model: nn.Module, what: Trainable) -> nn.Module:
+    """Set `requires_grad` of every parameter of a converted model.
+
+    Args:
+        what: `"predictors"`: these alone. `"experts"`: the dynamic convs' weight sets and the predictors.
+            `"all"`: everything, also what the user had frozen.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        PlanError: `what` is none of these.
+    """
+    if what not in get_args(Trainable):
+        raise PlanError(f"trainable is one of {', '.join(get_args(Trainable))}, not {what!r}.")
+    model.requires_grad_(what == "all")
+    for module in model.modules():
+        if isinstance(module, CoefficientPredictor):
+            module.requires_grad_(True)
+        elif isinstance(module, DynamicConv) and what == "experts":
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+    return model
