@@ -27,7 +27,7 @@ def cifar10_test(data_dir: Path) -> tuple[Tensor, Tensor]:
         pixels = np.asarray(Image.open(data_dir / "cifar10" / "test.png")).reshape(-1, 32, 32, 3)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255)
+    images = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float().div(255)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     labels = torch.from_numpy(np.load(data_dir / "cifar10" / "test_labels.npy").astype(np.int64))
     return (images - mean) / std, labels
@@ -42,8 +42,12 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
-@pytest.mark.parametrize("name", ["resnet20", pytest.param("resnet32", marks=pytest.mark.sweep)])
+CASES = [(name, method) for name in CIFAR for method in ("dynet", "condconv", "dyconv")]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [CASES[0], *(pytest.param(*c, marks=pytest.mark.sweep) for c in CASES[1:])]
+)
 def test_cifar_resnets_score_the_same(
     name: str, method: str, data_dir: Path, cifar10_test: tuple[Tensor, Tensor], cli: Callable, tmp_path: Path
 ) -> None:
