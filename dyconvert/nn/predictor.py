@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,9 +55,9 @@ class CoefficientPredictor(nn.Module):
             with torch.no_grad():
                 self.hidden.weight.uniform_(-bound, bound, generator=generator)
                 self.hidden.bias.uniform_(-bound, bound, generator=generator)
-        self.linear = nn.utils.skip_init(nn.Linear, hidden or in_channels, total, dtype=dtype)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = nn.Linear(hidden or in_channels, total, device="meta", dtype=dtype)
+        self.linear.weight = nn.Parameter(_zeros(self.linear.weight))
+        self.linear.bias = nn.Parameter(_zeros(self.linear.bias))
         self.register_buffer("temperature", torch.tensor(method.temperature, dtype=dtype))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -74,3 +75,9 @@ class CoefficientPredictor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, outputs={self.outputs}, g={self.g}, activation={self.activation}"
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros on the CPU, of pages that the system makes when they are first written: they can be many, and
+    writing them all took a quarter of a conversion's time."""
+    return torch.from_numpy(np.zeros(like.numel() * like.itemsize, np.uint8)).view(like.dtype).view(like.shape)

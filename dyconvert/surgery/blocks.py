@@ -69,8 +69,7 @@ def find(
     check_convertible(model)
     modules = dict(model.named_modules())
     convs = {name: m for name, m in modules.items() if isinstance(m, CONVS)}
-    watched = {name for name, m in modules.items() if not _is_container(m)}
-    observed = observe(model, watched, example)
+    observed = observe(model, convs.keys() | _candidates(model, list(convs)).keys(), example)
     plan = Plan(model=type(model).__name__, method=method, convs=[_entry(n, c) for n, c in convs.items()])
     if observed is None:
         plan.warnings.append(
@@ -176,21 +175,26 @@ def _is_container(module: nn.Module) -> bool:
 
 def innermost_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     """Each block's name, and those of `names` that stand in it."""
+    candidates = _candidates(model, names)
+    return {
+        name: held
+        for name, held in candidates.items()
+        if not any(other != name and (other.startswith(name + ".") or name == "") for other in candidates)
+    }
+
+
+def _candidates(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
+    """The modules that hold at least two of `names`, and are no containers."""
     inside: dict[str, list[str]] = {}
     for name in names:
         parent = name
         while parent:
             parent = parent.rpartition(".")[0]
             inside.setdefault(parent, []).append(name)
-    candidates = {
+    return {
         parent: held
         for parent, held in inside.items()
         if len(held) >= 2 and not _is_container(model.get_submodule(parent))
-    }
-    return {
-        name: held
-        for name, held in candidates.items()
-        if not any(other != name and (other.startswith(name + ".") or name == "") for other in candidates)
     }
 
 

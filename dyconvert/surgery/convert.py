@@ -186,7 +186,7 @@ def carry_out(
         model = skeleton(model, lambda t: t if id(t) in replaced else t.detach().clone())
         static = {name: model.get_submodule(name) for name in static}
     # All that is new is made first: after an error the model is as it was.
-    fill = _Expansion(plan.method, static.values(), seed, diversity)
+    fill = _Expansion(plan.method, seed, diversity)
     generator = torch.Generator().manual_seed(seed)
     replacements = {}
     for done, entry in enumerate(plan.converted, 1):
@@ -197,13 +197,13 @@ def carry_out(
         replacements[conv] = _dynamic(conv, plan.method, fill, predictor, done)
         if progress is not None:
             progress(entry.name, done, len(static))
-    blocks = []
+    blocks, sources = [], {}
     for block in plan.blocks:
         entries = plan.shared(block.name)
         if not entries:
             continue
         prefix = len(block.name) + 1 if block.name else 0
-        source = shared_forward(traces[block.name], [entry.name[prefix:] for entry in entries])
+        source = shared_forward(traces[block.name], [entry.name[prefix:] for entry in entries], sources)
         module = model.get_submodule(block.name)
         predictor = _predictor(block.in_channels, entries, plan.method, static[entries[0].name], generator)
         blocks.append((module, block_class(type(module), source), predictor))
@@ -269,11 +269,10 @@ def _retrace(model: nn.Module, plan: Plan) -> dict[str, BlockTrace]:
 class _Expansion:
     """Makes banks: expanded from the static weights, or unfilled."""
 
-    def __init__(self, method: Method, convs: Any, seed: int, diversity: float | None) -> None:
+    def __init__(self, method: Method, seed: int, diversity: float | None) -> None:
         self.method = method
         self.diversity = diversity
         self.seed = seed
-        self.longest = max(conv.weight.numel() for conv in convs)
         self.tables: dict[tuple[torch.dtype, torch.device], Deviations] = {}
 
     def __call__(self, static: Tensor, number: int, requires_grad: bool) -> nn.Parameter:
@@ -281,7 +280,7 @@ class _Expansion:
             return nn.Parameter(empty_bank(static, self.method.g), requires_grad)
         key = static.dtype, static.device
         if key not in self.tables:
-            self.tables[key] = Deviations(self.method.g, self.longest, self.seed, *key)
+            self.tables[key] = Deviations(self.method.g, self.seed, *key)
         # Some prime, so that the convs take their deviations from different places of the table.
         bank = expand(static, self.method, self.tables[key], self.diversity, offset=number * 7919)
         return nn.Parameter(bank, requires_grad)

@@ -12,6 +12,8 @@ from dyconvert.methods import Method
 
 # Prime, so that no filter's length divides it and two experts never repeat each other's filters.
 _STRIDE = 16411
+# Elements of a weight that are expanded at a time: few enough to stay in a core's cache for all g experts.
+_SLICE = 32768
 
 
 class Deviations:
@@ -22,22 +24,22 @@ class Deviations:
 
     Args:
         g: number of experts.
-        length: the longest weight that will be asked for, in elements.
         seed: of the generator. The global one isn't touched.
     """
 
-    def __init__(self, g: int, length: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, g: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.g = g
         self.period = g * _STRIDE
         generator = torch.Generator().manual_seed(seed)
         # In double, whatever the weights are: the sum is zero only to this table's precision.
         drawn = torch.randn(self.period, generator=generator, dtype=torch.float64)
         table = ((drawn - drawn.roll(-_STRIDE)) / 2**0.5).to(device, dtype)
-        self.table = table.repeat((length + 2 * self.period) // self.period + 1)
+        # From any offset, the g-th of the longest slices still ends within the table.
+        self.table = table.repeat(2 + -(-_SLICE // self.period))
 
-    def get(self, i: int, shape: torch.Size, offset: int) -> Tensor:
-        """d_i for a weight of this shape; another `offset` gives another conv its own."""
-        start = offset % self.period + i * _STRIDE
-        return self.table[start : start + shape.numel()].view(shape)
+    def get(self, shape: tuple[int, int], offset: int) -> Tensor:
+        """d_1 ... d_g, `[g, *shape]`, for `shape` (filters, length); another offset gives other ones."""
+        return self.table.as_strided((self.g, *shape), (_STRIDE, shape[1], 1), offset % self.period)
 
 
 def expand(weight: Tensor, method: Method, deviations: Deviations, diversity: float, offset: int) -> Tensor:
@@ -59,10 +61,21 @@ def expand(weight: Tensor, method: Method, deviations: Deviations, diversity: fl
     bank = empty_bank(weight, g)
     if g == 1:
         return bank.copy_(base)
-    size = spread(base) * diversity
-    for i, expert in enumerate(bank.unflatten(0, (g, -1)).unbind()):
-        torch.addcmul(base, deviations.get(i, weight.shape, offset), size, out=expert)
+    # As rows of what lies together in memory, so that every slice is written from end to end.
+    rows, experts = _rows(base), _rows(bank).unflatten(0, (g, -1))
+    size = spread(rows) * diversity
+    count = max(_SLICE // rows.shape[1], 1)
+    for start in range(0, rows.shape[0], count):
+        part = rows[start : start + count]
+        d = deviations.get(part.shape, offset + start * rows.shape[1])
+        torch.addcmul(part, d, size[start : start + count], out=experts[:, start : start + count])
     return bank
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A view `[C_out, K]` of a weight or bank, each row in the order in which it lies in memory."""
+    order = sorted(range(1, weight.dim()), key=lambda dim: (-weight.stride(dim), dim))
+    return weight.permute(0, *order).flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
 
 
 def empty_bank(weight: Tensor, g: int) -> Tensor:
@@ -75,16 +88,14 @@ def empty_bank(weight: Tensor, g: int) -> Tensor:
     return weight.new_empty(shape).permute([order.index(dim) for dim in range(weight.dim())])
 
 
-def spread(weight: Tensor) -> Tensor:
-    """Root mean square of each output channel's weights, `[C_out, 1, ...]`, and never zero.
+def spread(rows: Tensor) -> Tensor:
+    """Root mean square of each output channel's weights, `[C_out, K]` to `[C_out, 1]`, and never zero.
 
-    A channel that was pruned to zeros is to learn again as well; it gets the fraction of its neighbours' spread.
+    A channel that was pruned to zeros is to learn again as well; it gets a tenth of what is typical.
     """
-    if weight.dim() == 1:
-        rms = weight.abs()
-    else:
-        rms = torch.linalg.vector_norm(weight.flatten(1), dim=1) / weight[0].numel() ** 0.5
+    length = rows.shape[1] ** 0.5
+    rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / length
     typical = rms.square().mean().sqrt()
     if typical == 0:
-        typical = torch.full_like(typical, weight[0].numel() ** -0.5)
-    return rms.clamp(min=0.1 * typical).view(-1, *[1] * (weight.dim() - 1))
+        typical = torch.full_like(typical, 1 / length)
+    return rms.clamp(min=0.1 * typical)

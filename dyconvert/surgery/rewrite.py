@@ -34,15 +34,29 @@ def insert_predictor(graph: fx.Graph, reads: str, convs: Sequence[str]) -> None:
             node.kwargs = {**node.kwargs, "coefficients": after}
 
 
-def shared_forward(trace: BlockTrace, convs: Sequence[str]) -> "Source":
-    """The generated forward of a block with a predictor for `convs`, for training and for eval."""
+def shared_forward(trace: BlockTrace, convs: Sequence[str], known: dict[Any, "Source"]) -> "Source":
+    """The generated forward of a block with a predictor for `convs`, for training and for eval.
+
+    Args:
+        known: those made before for this model; blocks with equal graphs get the same one.
+    """
+    # Most blocks of a model have the same graph, whose code takes longer to generate than to trace.
+    key = trace.reads, tuple(convs), _listing(trace.train), _listing(trace.eval)
+    if key in known:
+        return known[key]
     for graph in (trace.train, trace.eval):
         insert_predictor(graph, trace.reads, convs)
     train, evaluate = (graph.python_code("self") for graph in (trace.train, trace.eval))
     if train.src == evaluate.src:
-        return Source(train.src, None, train.globals)
-    # What follows the train/eval switch, as F.dropout(training=self.training), is fixed in a graph: keep both.
-    return Source(train.src, evaluate.src, train.globals | evaluate.globals)
+        known[key] = Source(train.src, None, train.globals)
+    else:
+        # What follows the train/eval switch, as F.dropout(training=self.training), is fixed in a graph: keep both.
+        known[key] = Source(train.src, evaluate.src, train.globals | evaluate.globals)
+    return known[key]
+
+
+def _listing(graph: fx.Graph) -> tuple[Any, ...]:
+    return tuple((n.name, n.op, n.target, repr(n.args), repr(n.kwargs), repr(n.type)) for n in graph.nodes)
 
 
 class Source:
