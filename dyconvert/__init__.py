@@ -22,8 +22,7 @@ from dyconvert.surgery.convert import convert, plan
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trainable import set_trainable
 from dyconvert.verify import Differences, verify
-
-__version__ = "0.1.0"
+from dyconvert.version import __version__
 
 __all__ = [
     "METHODS",
@@ -44,6 +43,7 @@ __all__ = [
     "PlanError",
     "PlannedBlock",
     "PlannedConv",
+    "__version__",
     "convert",
     "load",
     #    "load",

@@ -24,6 +24,7 @@ from dyconvert.errors import CheckpointError, PlanError
 from dyconvert.surgery.convert import check_converted, rebuild
 from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.plan import Plan, problems
+from dyconvert.version import __version__
 
 SCHEMA = 1
 DESCRIPTION = "dyconvert.json"
@@ -85,7 +86,7 @@ def save(
             _flush(part)
             os.replace(part, target / name)
             description = Description(
-                dyconvert=_version(),
+                dyconvert=__version__,
                 torch=torch.__version__,
                 weights=name,
                 sha256=_sha256(target / name),
@@ -169,7 +170,7 @@ def describe(directory: str | Path) -> Description:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > SCHEMA:
         raise CheckpointError(
-            f"{file} has schema version {version}, and this dyconvert ({_version()}) reads up to {SCHEMA}. "
+            f"{file} has schema version {version}, and this dyconvert ({__version__}) reads up to {SCHEMA}. "
             "Upgrade: pip install -U dyconvert."
         )
     try:
@@ -246,12 +247,6 @@ def _source(description: Description, directory: Path) -> "models.Source | None"
     except (KeyError, TypeError, AttributeError):
         pass
     raise CheckpointError(f"The source in {directory / DESCRIPTION} isn't what dyconvert writes. Was it edited?")
-
-
-def _version() -> str:
-    import dyconvert
-
-    return dyconvert.__version__
 
 
 def _build(source: "models.Source | None", directory: Path, trust_code: bool) -> nn.Module:
