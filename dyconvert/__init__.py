@@ -18,6 +18,7 @@ from dyconvert.nn import (
     DynamicConvTranspose2d,
     DynamicConvTranspose3d,
 )
+from dyconvert.nn.tune import tune
 from dyconvert.surgery.convert import convert, plan
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trainable import set_trainable
@@ -46,10 +47,9 @@ __all__ = [
     "__version__",
     "convert",
     "load",
-    #    "load",
     "plan",
     "save",
     "set_trainable",
-    #    "save",
+    "tune",
     "verify",
 ]

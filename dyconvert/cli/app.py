@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli import collapse, convert, export, ls, methods
+from dyconvert.cli import bench, collapse, convert, export, ls, methods
 
 app = typer.Typer(
     name="dyconvert",
@@ -38,6 +38,7 @@ def _main(
 
 
 app.command("convert")(convert.convert)
+app.add_typer(bench.app, name="bench")
 app.command("collapse")(collapse.collapse)
 app.command("export")(export.export)
 app.command("ls")(ls.ls)

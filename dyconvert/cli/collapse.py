@@ -79,7 +79,7 @@ def collapse(
     over = f"the mean coefficients of {seen[0]} images" if data else "the initial coefficients"
     out.print(f"collapsed at {over}: {count(parameters(model))} parameters became {count(parameters(static))}")
     out.print(f"on random images the static model differs by {difference.relative:.1e} relative")
-    out.print(f"wrote {output}: {count(output.stat().st_size)}B")
+    out.print(f"wrote {output}: {count(output.stat().st_size)}B", markup=False)
     if source is not None:
         out.print(Text(f"\nNext: dyconvert convert {source.specifier} --weights {output}, or load it as a state dict"))
 

@@ -79,7 +79,7 @@ def export(
     batches = f"{batch} image{'s' if batch > 1 else ''}" if batch else "any number of images"
     sizes = "any size" if dynamic_size else "x".join(map(str, example[0].shape[1:]))
     opset = f", opset {done.opset}" if done.opset else ""
-    out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s")
+    out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s", markup=False)
     out.print(f"takes {batches}, {sizes}, in {'float16' if fp16 else str(example[0].dtype).removeprefix('torch.')}")
     if done.difference is None:
         out.print("not checked: onnxruntime isn't installed (pip install 'dyconvert[onnx]')")

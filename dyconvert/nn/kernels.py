@@ -90,7 +90,8 @@ def dynamic_conv(
         `[N, C_out, *spatial]`
     """
     geometry = Geometry(stride, padding, dilation, groups)
-    if torch.is_autocast_enabled(x.device.type):
+    # Autocast doesn't know the meta device.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
     return STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
@@ -102,13 +103,21 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(batch, int):
         # A group count is a constant of the graph, so folding the batch into it would fix the batch.
         return "groups" if single else "unfold"
-    if tuned and (found := tuned.get(key(x, weight, bias, coefficients, geometry))):
-        return found
-    if x.device.type == "cpu" and x.dtype in _TILED_DTYPES and not _observed():
-        return "tiled"
+    if not _observed():
+        if tuned and (found := tuned.get(key(x, weight, bias, coefficients, geometry))):
+            return found
+        kept = needs_backward(x, weight, bias, coefficients) and _kernels_are_small(x, weight, coefficients)
+        if x.device.type == "cpu" and x.dtype in _TILED_DTYPES and not kept:
+            return "tiled"
     if not single and weight.shape[2:].numel() == 1 and geometry.groups == 1:
         return "unfold"  # 1 x 1: one batched matmul
     return "groups"
+
+
+def _kernels_are_small(x: Tensor, weight: Tensor, coefficients: Tensor) -> bool:
+    """Whether keeping the kernels for backward costs little beside the input, which is kept anyway."""
+    batch, g, per = coefficients.shape
+    return per == 1 and 4 * batch * weight.numel() <= g * x.numel()
 
 
 # Tiles add up the bank's gradient part by part, for which half precision is too coarse.

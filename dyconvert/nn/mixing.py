@@ -1,17 +1,21 @@
 """Mixing: the kernel of each image from the bank and its coefficients (DyNet, eq. 1), and its gradients.
 
-Mixing is bound by memory, not by arithmetic. A matmul reads the bank once for coefficients per layer. With one
-per output channel it is a batch of C_out matmuls, which pays for long kernels only; for short ones, g
-passes of elementwise multiply-adds are faster.
+Mixing is bound by memory, not by arithmetic, so the bank should be read once. A matmul does so for coefficients
+per layer. With one per output channel it is a batch of C_out matmuls, which pays only for long kernels and
+several images; else an embedding bag is faster: each row of a kernel is the weighted sum of g rows of the bank.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
 # Elements of one output channel's kernel from which on a matmul per output channel is the faster way.
-LONG = 1024
-# Elements of a bank up to which two calls that make a copy of it beat g calls that don't.
-_SMALL = 2**18
+_LONG = 2048
+# Elements of a bank from which on a matrix-vector product reads it faster than a matmul.
+_LARGE = 2**18
+# Elements of all the banks that N images would read up to which the fewest calls are the fastest.
+_TINY = 2**15
 
 
 def mix(bank: Tensor, coefficients: Tensor) -> Tensor:
@@ -35,66 +39,79 @@ def mix(bank: Tensor, coefficients: Tensor) -> Tensor:
     return mixed.view(-1, *bank.shape[1:])
 
 
-def mix_into(out: Tensor, bank: Tensor, coefficients: Tensor) -> Tensor:
-    """As :func:`mix`, into memory that is used again; not differentiable.
+def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+    """As :func:`mix`, not differentiable: in one pass over the bank.
 
     Args:
-        out: `[N, C_out, K]`, contiguous.
-        bank: `[g, C_out, K]`, each expert contiguous.
+        bank: `[g, C_out, K]`, each expert contiguous: some of the output channels of a contiguous bank.
         coefficients: `[N, g, 1]` or `[N, g, C_out]`.
-    """
-    if coefficients.shape[2] == 1:
-        torch.mm(coefficients.flatten(1), bank.flatten(1), out=out.flatten(1))
-    elif out.shape[2] >= LONG and out.shape[0] > 1:
-        torch.bmm(coefficients.permute(2, 0, 1), bank.transpose(0, 1), out=out.transpose(0, 1))
-    else:
-        eta = coefficients.unsqueeze(3)  # [N, g, C_out, 1]
-        torch.mul(bank[0], eta[:, 0], out=out)
-        for i in range(1, bank.shape[0]):
-            out.addcmul_(bank[i], eta[:, i])
-    return out
-
-
-def mix_one(bank: Tensor, coefficients: Tensor) -> Tensor:
-    """As :func:`mix` for one image, not differentiable: what reading the bank costs, and little more.
-
-    Args:
-        bank: `[g, C_out, K]`, contiguous.
-        coefficients: `[1, g, 1]` or `[1, g, C_out]`.
+        out: memory for `N C_out K` elements that may be used.
 
     Returns:
-        the `C_out K` elements of `[C_out, K]`, in some shape
+        `[N, C_out, K]`, contiguous
     """
+    g, channels, elements = bank.shape
+    images = coefficients.shape[0]
     if coefficients.shape[2] == 1:
-        if bank.numel() < _SMALL:
-            return torch.mm(coefficients.squeeze(2), bank.flatten(1))
-        return torch.mv(bank.flatten(1).t(), coefficients.flatten())
-    eta = coefficients.squeeze(0).unsqueeze(2)  # [g, C_out, 1]
-    if bank.numel() < _SMALL:
-        return (bank * eta).sum(0)
-    return mix_into(bank.new_empty(1, *bank.shape[1:]), bank, coefficients)
+        if images == 1 and bank.numel() >= _LARGE:
+            return torch.mv(bank.flatten(1).t(), coefficients.flatten()).view(1, channels, elements)
+        if out is not None:
+            out = out.view(images, -1)
+        return torch.mm(coefficients.squeeze(2), bank.flatten(1), out=out).view(images, channels, elements)
+    if elements >= _LONG and images >= 8:
+        out = bank.new_empty(images, channels, elements) if out is None else out.view(images, channels, elements)
+        torch.bmm(coefficients.permute(2, 0, 1), bank.transpose(0, 1), out=out.transpose(0, 1))
+        return out
+    if images * bank.numel() < _TINY:
+        return (bank * coefficients.unsqueeze(3)).sum(1)
+    apart = bank.stride(0) // elements if g > 1 else channels
+    rows = bank.as_strided(((g - 1) * apart + channels, elements), (elements, 1))
+    index = _rows(g, channels, apart)
+    bags = _sums(rows, index.repeat(images) if images > 1 else index, g, coefficients.transpose(1, 2))
+    return bags.view(images, channels, elements)
 
 
-def add_bank_gradient(grad: Tensor, kernel_grad: Tensor, coefficients: Tensor) -> None:
-    """Adds the bank's gradient, `sum_n eta[n, i, t] * kernel_grad[n, t]`.
+def _sums(rows: Tensor, index: Tensor, terms: int, weights: Tensor) -> Tensor:
+    """Weighted sums of rows, `terms` of `index` in each: the embedding bag, which was made for this."""
+    offsets = torch.arange(0, index.shape[0], terms, dtype=torch.int32)
+    return torch.embedding_bag(rows, index, offsets, False, 0, False, weights.reshape(-1))[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(g: int, channels: int, apart: int) -> Tensor:
+    """Where the experts of each output channel are: `[C_out * g]`."""
+    # A cached tensor may not be one of inference mode, in which it could be asked for first.
+    with torch.inference_mode(False):
+        experts = torch.arange(g, dtype=torch.int32) * apart
+        return (torch.arange(channels, dtype=torch.int32).unsqueeze(1) + experts).flatten()
+
+
+def bank_gradient(out: Tensor, kernel_grad: Tensor, coefficients: Tensor, *, add: bool) -> None:
+    """The bank's gradient, `sum_n eta[n, i, t] * kernel_grad[n, t]`, written or added to `out`.
 
     Args:
-        grad: `[g, C_out, K]`, each expert contiguous; changed in place.
+        out: `[g, C_out, K]`, each expert contiguous.
         kernel_grad: `[N, C_out, K]`, contiguous.
     """
     if coefficients.shape[2] == 1:
-        grad.flatten(1).addmm_(coefficients.flatten(1).t(), kernel_grad.flatten(1))
-    elif kernel_grad.shape[2] >= LONG:
-        grad += torch.bmm(coefficients.permute(2, 1, 0), kernel_grad.transpose(0, 1)).transpose(0, 1)
+        flat = out.flatten(1)
+        torch.addmm(flat, coefficients.flatten(1).t(), kernel_grad.flatten(1), beta=1 if add else 0, out=flat)
+        return
+    images, channels, elements = kernel_grad.shape
+    if elements >= _LONG:
+        found = torch.bmm(coefficients.permute(2, 1, 0), kernel_grad.transpose(0, 1)).transpose(0, 1)
     else:
-        for i in range(grad.shape[0]):
-            grad[i] += (kernel_grad * coefficients[:, i].unsqueeze(2)).sum(0)
+        g = out.shape[0]
+        index = _rows(images, channels, channels).repeat(g)
+        found = _sums(kernel_grad.view(-1, elements), index, images, coefficients.permute(1, 2, 0))
+        found = found.view(g, channels, elements)
+    out.add_(found) if add else out.copy_(found)
 
 
 def coefficient_gradient(bank: Tensor, kernel_grad: Tensor, per_channel: bool) -> Tensor:
     """The coefficients' gradient, `<w[i, t], kernel_grad[n, t]>`: `[N, g, C_out]`, or summed over t `[N, g, 1]`."""
     if not per_channel:
         return (kernel_grad.flatten(1) @ bank.flatten(1).t()).unsqueeze(2)
-    if kernel_grad.shape[2] >= LONG:
+    if kernel_grad.shape[2] >= _LONG:
         return torch.bmm(kernel_grad.transpose(0, 1), bank.permute(1, 2, 0)).permute(1, 2, 0)
     return torch.stack([(kernel_grad * expert).sum(2) for expert in bank], 1)

@@ -92,7 +92,9 @@ def features(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tenso
 def shifted(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> list[Tensor]:
     """The part of the padded input that each tap of a kernel meets: views `[N, C_in, *out]`, last dim fastest."""
     dims = len(kernel_size)
-    x = F.pad(x, amounts_of_padding(kernel_size, geometry))
+    amounts = amounts_of_padding(kernel_size, geometry)
+    if any(amounts):
+        x = F.pad(x, amounts)
     taps = [x]
     for dim in range(dims):
         reach = geometry.dilation[dim] * (kernel_size[dim] - 1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dyconvert.nn.mixing import LONG, add_bank_gradient, coefficient_gradient, mix, mix_into, mix_one
+from dyconvert.nn.mixing import bank_gradient, coefficient_gradient, mix, mix_fast
 from dyconvert.nn.strategies import CONV, Geometry
 
 # Buffers up to this size are reused by the C library's allocator; fresh memory from the system costs more to touch
@@ -20,6 +20,10 @@ from dyconvert.nn.strategies import CONV, Geometry
 _REUSED = 20 * 2**20
 # Of a tile's kernels: what stays in a core's share of the outer caches. Half and twice of it measure the same.
 _BYTES = 4 * 2**20
+# Of a tile's input, which a conv copies into an order of its own, as it does its output.
+_ACTIVATIONS = 16 * 2**20
+# Images that one grouped conv takes: with more it falls behind.
+_GROUPS = 32
 # Fewer images or channels at a time, and calls cost more than the cache saves.
 _IMAGES = 4
 _CHANNELS = 64
@@ -33,6 +37,12 @@ class Tile(NamedTuple):
 
     images: int
     channels: int
+
+
+def _even(images: int, most: int) -> int:
+    """About `most` images a tile, in tiles of one size."""
+    tiles = -(-images // min(max(most, _IMAGES), images))
+    return -(-images // tiles)
 
 
 def _walk(tile: Tile, images: int, channels: int) -> Iterator[tuple[slice, slice]]:
@@ -61,14 +71,15 @@ class _Shapes:
         size = x.element_size()
         images = self.images
         if not self.pointwise:
-            # A conv copies what it reads and writes into an order of its own.
-            images = min(images, max(_REUSED // 2 * images // (x.numel() * size), 1))
+            images = _even(images, min(_GROUPS, _ACTIVATIONS * images // (x.numel() * size)))
         kernel = self.channels * self.elements * size
-        if images * kernel <= _BYTES or kernel * self.images <= _REUSED:
+        if images * kernel <= _BYTES or (
+            self.images <= _GROUPS and images == self.images and images * kernel <= _REUSED
+        ):
             return Tile(images, self.channels)
         # Coefficients per channel are mixed by matmuls over the images, of which there should be more.
-        least = _IMAGES * 2 if coefficients.shape[2] > 1 and self.elements >= LONG else _IMAGES
-        images = min(images, max(least, _BYTES // kernel))
+        least = _IMAGES * 2 if coefficients.shape[2] > 1 else _IMAGES
+        images = _even(images, max(least, _BYTES // kernel))
         if images * kernel <= _BYTES or self.groups > 1:
             return Tile(images, self.channels)
         blocks = max(_BYTES // (images * self.elements * size) // _CHANNELS, 1)
@@ -130,7 +141,7 @@ def forward(
     for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
         bank = shapes.bank[:, channels]
         eta = coefficients[images] if coefficients.shape[2] == 1 else coefficients[images, :, channels]
-        kernels = mix_into(shapes.rows(buffer, eta.shape[0], bank.shape[1]), bank, eta)
+        kernels = mix_fast(bank, eta, shapes.rows(buffer, eta.shape[0], bank.shape[1]))
         part = convolve(x[images], kernels, None if biases is None else biases[images, channels], shapes, geometry)
         if part.shape[0] == shapes.images and part.shape[1] == shapes.channels:
             return part
@@ -152,17 +163,16 @@ def _fits(x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry) -
     kernels = weight.numel() // g * batch * size
     if weight.shape[2:].numel() == 1 and geometry.groups == 1:
         return kernels <= 2 * _BYTES
-    # What a conv writes is about what it reads.
-    return kernels <= _REUSED and x.numel() * size <= _REUSED and not is_channels_last(x)
+    return batch <= _GROUPS and kernels <= _REUSED and x.numel() * size <= _ACTIVATIONS and not is_channels_last(x)
 
 
 def _one(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
     """One image: the plain conv. At this size every call counts."""
     g = coefficients.shape[1]
     size = weight.shape
-    kernel = mix_one(weight.view(g, size[0] // g, -1), coefficients).view(-1, *size[1:])
+    kernel = mix_fast(weight.view(g, size[0] // g, -1), coefficients).view(-1, *size[1:])
     if bias is not None:
-        bias = mix_one(bias.view(g, -1, 1), coefficients).flatten()
+        bias = mix_fast(bias.view(g, -1, 1), coefficients).flatten()
     return CONV[len(size) - 2](x, kernel, bias, *geometry)
 
 
@@ -172,16 +182,13 @@ def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tenso
     size = weight.shape
     rows = size[0] // g
     bank = weight.view(g, rows, -1)
-    if coefficients.shape[2] == 1:
-        kernels = torch.mm(coefficients.flatten(1), weight.view(g, -1))
-    else:
-        kernels = mix_into(bank.new_empty(batch, rows, bank.shape[2]), bank, coefficients)
+    kernels = mix_fast(bank, coefficients)
     if bias is not None:
         bias = mix(bias.view(g, rows), coefficients)
     if geometry.groups == 1 and bank.shape[2] == x.shape[1] and not any(geometry.padding):
         source = _at_stride(x, geometry)
         out = _empty_like(source, (batch, rows, *source.shape[2:]))
-        torch.bmm(kernels.view(batch, rows, -1), source.flatten(2), out=out.flatten(2))
+        torch.bmm(kernels, source.flatten(2), out=out.flatten(2))
         return out if bias is None else out.add_(bias.view(batch, rows, *[1] * (x.dim() - 2)))
     out = CONV[len(size) - 2](
         x.reshape(1, -1, *x.shape[2:]),
@@ -225,7 +232,7 @@ def _pointwise_forward(x: Tensor, shapes: _Shapes, coefficients: Tensor) -> Tens
     for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
         bank = shapes.bank[:, channels]
         eta = coefficients[images] if coefficients.shape[2] == 1 else coefficients[images, :, channels]
-        kernels = mix_into(shapes.rows(buffer, eta.shape[0], bank.shape[1]), bank, eta)
+        kernels = mix_fast(bank, eta, shapes.rows(buffer, eta.shape[0], bank.shape[1]))
         torch.bmm(kernels, pixels[images], out=results[images, channels])
     return out
 
@@ -247,23 +254,26 @@ def backward(
     source = _at_stride(x, geometry) if shapes.pointwise else x
     blocks = -(-shapes.channels // shapes.tile.channels)
     grad_source = None
-    grad_bank = torch.zeros_like(shapes.bank) if needs_bank else None
-    grad_eta = torch.zeros_like(coefficients) if needs_eta else None
+    grad_bank = grad_eta = None
     buffer = shapes.buffer() if needs_x else None
     for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
         bank = shapes.bank[:, channels]
         at = (images, slice(None), channels) if per_channel else (images,)
         eta = coefficients[at]
-        kernels = shapes.rows(buffer, eta.shape[0], bank.shape[1]) if needs_x else None
-        if needs_x:
-            mix_into(kernels, bank, eta)
+        kernels = mix_fast(bank, eta, shapes.rows(buffer, eta.shape[0], bank.shape[1])) if needs_x else None
         grad_x, grad_kernels = gradients(
             grad[images, channels], source[images], kernels, shapes, geometry, needs_bank or needs_eta
         )
         if needs_bank:
-            add_bank_gradient(grad_bank[:, channels], grad_kernels, eta)
+            if grad_bank is None:
+                grad_bank = torch.empty_like(shapes.bank)
+            bank_gradient(grad_bank[:, channels], grad_kernels, eta, add=images.start > 0)
         if needs_eta:
-            grad_eta[at] += coefficient_gradient(bank, grad_kernels, per_channel)
+            part = coefficient_gradient(bank, grad_kernels, per_channel)
+            if grad_eta is None:
+                grad_eta = part if part.shape == coefficients.shape else torch.zeros_like(coefficients)
+            if grad_eta is not part:
+                grad_eta[at] += part
         if needs_x:
             if grad_x.shape[0] == shapes.images and blocks == 1:
                 grad_source = grad_x

@@ -1,0 +1,253 @@
+"""How long dynamic convs and whole models take, against what they replace and what else there is."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dyconvert.analysis.timing import Timing, bandwidth, in_turns, peak_memory
+from dyconvert.methods import Method, get_method
+from dyconvert.nn.kernels import dynamic_conv, force
+
+
+class Layer(NamedTuple):
+    """A 2-d conv and the height and width of the square map it reads, padded to keep its size (at stride 1)."""
+
+    c_in: int
+    c_out: int
+    kernel: int
+    size: int
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def label(self) -> str:
+        kind = "dw " if self.groups == self.c_in > 1 else f"groups {self.groups} " if self.groups > 1 else ""
+        channels = f"{self.c_in}" if self.c_in == self.c_out else f"{self.c_in}-{self.c_out}"
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        return f"{kind}{self.kernel}x{self.kernel}{stride} {channels} @{self.size}"
+
+
+# Of ResNet50 and MobileNetV2, ResNet18, and MobileNetV3-Large, at 224 pixels.
+LAYERS = (
+    Layer(64, 64, 3, 56),
+    Layer(64, 256, 1, 56),
+    Layer(256, 256, 3, 14),
+    Layer(1024, 256, 1, 14),
+    Layer(512, 512, 3, 7),
+    Layer(2048, 512, 1, 7),
+    Layer(576, 576, 3, 14, groups=576),
+    Layer(96, 576, 1, 14),
+    Layer(64, 128, 1, 56, stride=2),
+    Layer(64, 128, 3, 56, stride=2),
+    Layer(128, 128, 3, 28),
+    Layer(256, 512, 3, 14, stride=2),
+    Layer(40, 120, 1, 28),
+    Layer(120, 120, 5, 28, groups=120),
+    Layer(112, 672, 1, 14),
+    Layer(672, 160, 1, 7),
+    Layer(960, 960, 5, 7, groups=960),
+)
+
+
+class LayerResult(NamedTuple):
+    """What :func:`bench_layer` found. Times in seconds, memory in bytes; None for what wasn't run.
+
+    Attributes:
+        limit: the static conv's time and one read of the bank (forward and backward read it twice, and write it
+            once).
+    """
+
+    layer: str
+    batch: int
+    method: str
+    training: bool
+    static: Timing
+    dynamic: Timing
+    timm: Timing | None
+    features: Timing | None
+    limit: float
+    memory: dict[str, int]
+
+
+def bench_layer(
+    layer: Layer,
+    batch: int,
+    method: str | Method = "condconv",
+    g: int = 6,
+    *,
+    training: bool = False,
+    repeats: int = 15,
+    read: float | None = None,
+    features: bool = True,
+    memory: bool = False,
+    cpu: bool = False,
+) -> LayerResult:
+    """One dynamic conv against the static one, timm's `CondConv2d` and mixing feature maps, in turns.
+
+    Args:
+        g: the same for all of them, so that they do the same work.
+        training: time a forward and a backward.
+        read: bytes a second that memory can be read at; None: it is measured.
+        features: time mixing feature maps, which takes g times the static conv's time.
+        memory: measure the peak memory of each as well, in a process for each.
+        cpu: count CPU time, see :func:`~dyconvert.analysis.timing.in_turns`.
+    """
+    method = get_method(method, g=g)
+    read = read or bandwidth(cpu)
+    calls = layer_calls(layer, batch, method.per, g, training)
+    if not features:
+        del calls["features"]
+    found = in_turns(calls, repeats, cpu=cpu)
+    bank = g * layer.c_out * layer.c_in // layer.groups * layer.kernel**2 * 4
+    peaks = {}
+    if memory:
+        for name in calls:
+            code = (
+                "from dyconvert.analysis.bench import Layer, layer_calls\n"
+                f"run = layer_calls({layer!r}, {batch}, {method.per!r}, {g}, {training}, only={name!r})[{name!r}]\n"
+            )
+            peaks[name] = peak_memory(code, torch.get_num_threads())
+    return LayerResult(
+        layer.label,
+        batch,
+        method.name,
+        training,
+        found["static"],
+        found["dynamic"],
+        found.get("timm"),
+        found.get("features"),
+        found["static"].median + bank * (3 if training else 1) / read,
+        peaks,
+    )
+
+
+def layer_calls(
+    layer: Layer, batch: int, per: str, g: int, training: bool, only: str | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """What :func:`bench_layer` times: functions of no argument that compute the same from the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.rand(size, generator=generator).sub_(0.5).requires_grad_(training)
+
+    x = random(batch, layer.c_in, layer.size, layer.size)
+    weight = random(g * layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel)
+    coefficients = random(batch, g, layer.c_out if per == "channel" else 1)
+    padding = layer.kernel // 2
+    static = nn.Conv2d(
+        layer.c_in, layer.c_out, layer.kernel, layer.stride, padding, groups=layer.groups, bias=False
+    ).requires_grad_(training)
+    with torch.no_grad():
+        grad = torch.rand(static(x).shape, generator=generator)
+
+    def dynamic() -> Tensor:
+        pair = (layer.stride,) * 2, (padding,) * 2, (1, 1), layer.groups
+        return dynamic_conv(x, weight, None, coefficients, *pair)
+
+    def features() -> Tensor:
+        with force("features"):
+            return dynamic()
+
+    forwards = {"static": lambda: static(x), "dynamic": dynamic, "features": features}
+    if per == "layer" and (timm := _timm_conv(layer, weight, g)) is not None:
+        eta = coefficients.detach().squeeze(2).requires_grad_(training)
+        forwards["timm"] = lambda: timm(x, eta)
+    if only is not None:
+        forwards = {only: forwards[only]}
+
+    def step(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            for leaf in (x, weight, coefficients, static.weight):
+                leaf.grad = None
+            out = forward()
+            out.backward(grad)
+            return out
+
+        def infer() -> Tensor:
+            with torch.inference_mode():
+                return forward()
+
+        return run if training else infer
+
+    return {name: step(forward) for name, forward in forwards.items()}
+
+
+def _timm_conv(layer: Layer, weight: Tensor, g: int) -> nn.Module | None:
+    try:
+        from timm.layers import CondConv2d
+    except ImportError:
+        return None
+    conv = CondConv2d(
+        layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.kernel // 2, groups=layer.groups, num_experts=g
+    )
+    conv.weight = nn.Parameter(weight.detach().view(g, -1), requires_grad=weight.requires_grad)
+    return conv
+
+
+class ModelResult(NamedTuple):
+    """What :func:`bench_model` found. Times in seconds; `limit` as for a layer, over all banks."""
+
+    batch: int
+    training: bool
+    static: Timing
+    dynamic: Timing
+    limit: float
+    other: Timing | None = None
+
+
+def bench_model(
+    static: nn.Module,
+    dynamic: nn.Module,
+    example: Any,
+    *,
+    other: nn.Module | None = None,
+    training: bool = False,
+    repeats: int = 15,
+    read: float | None = None,
+    cpu: bool = False,
+) -> ModelResult:
+    """A converted model against its original, in turns.
+
+    Args:
+        example: an input or the tuple of the forward's arguments, of the batch size to measure.
+        other: one more model, to be timed in the same turns.
+        training: time a forward, a backward from the outputs' sum, and no optimizer step.
+        cpu: count CPU time, see :func:`~dyconvert.analysis.timing.in_turns`.
+    """
+    arguments = example if isinstance(example, tuple) else (example,)
+    read = read or bandwidth(cpu)
+    calls = {"static": model_call(static, arguments, training), "dynamic": model_call(dynamic, arguments, training)}
+    if other is not None:
+        calls["other"] = model_call(other, arguments, training)
+    found = in_turns(calls, repeats, seconds=12, cpu=cpu)
+    added = sum(p.numel() * p.element_size() for p in dynamic.parameters())
+    added -= sum(p.numel() * p.element_size() for p in static.parameters())
+    batch = next(a.shape[0] for a in arguments if isinstance(a, Tensor))
+    limit = found["static"].median + added * (3 if training else 1) / read
+    return ModelResult(batch, training, found["static"], found["dynamic"], limit, found.get("other"))
+
+
+def model_call(model: nn.Module, arguments: Sequence[Any], training: bool) -> Callable[[], Any]:
+    """A function of no argument that runs `model` once, in training or in inference."""
+    model.train(training)
+
+    def step() -> None:
+        model.zero_grad()
+        out = model(*arguments)
+        if not isinstance(out, Tensor):
+            out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+        out.sum().backward()
+
+    def infer() -> Any:
+        with torch.inference_mode():
+            return model(*arguments)
+
+    return step if training else infer
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of ratios: their mean that doesn't depend on which way round they are taken."""
+    return math.exp(sum(map(math.log, values)) / len(values))

@@ -1,0 +1,95 @@
+"""Timing that can be compared: in turns, medians, and with what disturbed it left out or named."""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds of one call.
+
+    Attributes:
+        median: of the runs.
+        low, high: their quartiles.
+        disturbed: the share of runs during which the system gave this process's core to another.
+    """
+
+    median: float
+    low: float
+    high: float
+    disturbed: float
+
+
+def in_turns(
+    calls: dict[str, Callable[[], object]], repeats: int = 15, seconds: float = 4.0, cpu: bool = False
+) -> dict[str, Timing]:
+    """Time the calls A B C A B C ..., so that what slows the machine down meets all of them.
+
+    Runs that were interrupted for another process count only if there are too few others.
+
+    Args:
+        repeats: rounds of all the calls, after one that isn't timed.
+        seconds: no further round starts after so long, but there are at least 3.
+        cpu: count this process's CPU time, which others on the machine disturb less. With one thread it is what
+            the wall clock would show on a machine of one's own; with more, it is the sum over them.
+    """
+    for call in calls.values():
+        call()
+    clock = time.process_time if cpu else time.perf_counter
+    runs: dict[str, list[tuple[float, bool]]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for number in range(repeats):
+        if number >= 3 and time.perf_counter() - began > seconds:
+            break
+        for name, call in calls.items():
+            switches = _interruptions()
+            start = clock()
+            call()
+            took = clock() - start
+            runs[name].append((took, not cpu and _interruptions() > switches))
+    return {name: _summary(found) for name, found in runs.items()}
+
+
+def _summary(runs: list[tuple[float, bool]]) -> Timing:
+    clean = [took for took, interrupted in runs if not interrupted]
+    disturbed = 1 - len(clean) / len(runs)
+    # The fastest third takes their place: an interruption can only make a run longer.
+    kept = clean if 3 * len(clean) >= len(runs) else sorted(took for took, _ in runs)[: max(len(runs) // 3, 1)]
+    low, median, high = statistics.quantiles(kept, n=4) if len(kept) > 1 else (kept[0],) * 3
+    return Timing(median, low, high, disturbed)
+
+
+def _interruptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def bandwidth(cpu: bool = False) -> float:
+    """Bytes a second at which memory that is in no cache is read, by all of torch's threads; `cpu` as above."""
+    data = torch.ones(64 * 2**20)  # 256 MiB
+    timing = in_turns({"sum": data.sum}, repeats=9, cpu=cpu)["sum"]
+    return data.numel() * data.element_size() / timing.median
+
+
+def peak_memory(code: str, threads: int) -> int:
+    """Bytes by which `run()`, as `code` defines it, raises the process's peak memory.
+
+    A process of its own measures it: its peak is no other's, and no memory lies ready from what ran before.
+    """
+    script = (
+        f"import json, resource, torch\ntorch.set_num_threads({threads})\n{code}\n"
+        "def peak():\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\nrun()\nprint(json.dumps(peak() - before))\n"
+    )
+    # Freed memory goes back at once, so that the peak is of what is in use.
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1]) * 1024

@@ -1,0 +1,211 @@
+"""dyconvert bench layers, dyconvert bench model"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from dyconvert.analysis.timing import Timing
+from dyconvert.cli.output import err, out
+from dyconvert.errors import ModelError
+
+app = typer.Typer(help="Time dynamic convs and whole models against what they replace.", no_args_is_help=True)
+
+Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default torch's own number.")]
+Training = Annotated[bool, typer.Option("--train/--inference", help="Time a forward and a backward, or a forward.")]
+Repeats = Annotated[int, typer.Option(help="Rounds of all that is compared.")]
+Cpu = Annotated[
+    bool, typer.Option("--cpu-time", help="Count CPU time: on a busy machine, with --threads 1, the fairer clock.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to FILE as well.")]
+
+
+@app.command()
+def layers(
+    batch: Batches = "1,8,32",
+    method: Annotated[str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.")] = "condconv",
+    g: Annotated[int, typer.Option("--g", help="Experts, the same for all.")] = 6,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="C_IN,C_OUT,KERNEL,SIZE[,STRIDE[,GROUPS]] instead of the list. Repeatable.")
+    ] = None,
+    threads: Threads = None,
+    train: Training = False,
+    features: Annotated[bool, typer.Option(help="Time mixing feature maps too, which takes the longest.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process for each figure.")] = False,
+    repeats: Repeats = 15,
+    cpu_time: Cpu = False,
+    json_file: Json = None,
+) -> None:
+    """Single convs: time over the static conv's, beside timm's CondConv2d and mixing feature maps."""
+    from dyconvert.analysis import bench
+
+    shapes = [_layer(text) for text in layer] if layer else list(bench.LAYERS)
+    sizes = _batches(batch)
+    _set_threads(threads)
+    read = bench.bandwidth(cpu_time)
+    results = []
+    for size in sizes:
+        for shape in shapes:
+            if err.is_terminal:
+                err.print(f"batch {size}: {shape.label:30}", end="\r")
+            results.append(
+                bench.bench_layer(
+                    shape,
+                    size,
+                    method,
+                    g,
+                    training=train,
+                    repeats=repeats,
+                    cpu=cpu_time,
+                    read=read,
+                    features=features,
+                    memory=memory,
+                )
+            )
+    columns = ["layer", "batch", "static ms", method, "+-", "timm", "features", "limit"]
+    if memory:
+        columns += ["MB", "timm", "features"]
+    table = _table(*columns)
+    for r in results:
+        base = r.static.median
+        cells = [r.layer, str(r.batch), f"{base * 1e3:.2f}", *_ratio(r.dynamic, base)]
+        cells += [_ratio(other, base)[0] for other in (r.timm, r.features)] + [f"{r.limit / base:.2f}"]
+        if memory:
+            cells += [f"{r.memory[n] / 1e6:.0f}" if n in r.memory else "-" for n in ("dynamic", "timm", "features")]
+        table.add_row(*cells)
+    out.print(table)
+    out.print(f"Times over the static conv's; {_conditions(train, read, cpu_time)}")
+    for name in ("timm", "features"):
+        against = [getattr(r, name).median / r.dynamic.median for r in results if getattr(r, name) is not None]
+        if against:
+            mean = bench.geometric_mean(against)
+            out.print(f"{name} / {method}: {mean:.2f} in the geometric mean, {min(against):.2f} at least")
+        elif name == "timm":
+            out.print("timm: left out; it isn't installed, or has no conv like this method's")
+    _write(json_file, results, train, read, cpu_time)
+
+
+@app.command()
+def model(
+    model: Annotated[str, typer.Argument(help="As `dyconvert convert` takes it.")],
+    batch: Batches = "1,32",
+    method: Annotated[str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.")] = "dynet",
+    g: Annotated[int | None, typer.Option("--g", help="Experts; by default the method's own number.")] = None,
+    size: Annotated[int | None, typer.Option("--input-size", help="Height and width of the images.")] = None,
+    scope: Annotated[str | None, typer.Option(help="What one predictor serves: block or layer.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Convert only convs whose names match. Repeatable.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Compare with this model too: timm:tf_efficientnet_cc_b0_4e.")
+    ] = None,
+    threads: Threads = None,
+    train: Training = False,
+    repeats: Repeats = 15,
+    cpu_time: Cpu = False,
+    json_file: Json = None,
+) -> None:
+    """A converted model: time over the original's. Weights are random, which changes no time."""
+    from dyconvert import models
+    from dyconvert.analysis import bench
+    from dyconvert.surgery.convert import convert
+    from dyconvert.surgery.observe import example_for
+
+    sizes = _batches(batch)
+    _set_threads(threads)
+    static, source = models.create(model, "none", {})
+    dynamic = convert(static, method=method, g=g, scope=scope, include=include or ())
+    other = models.create(against, "none", {})[0] if against else None
+    read = bench.bandwidth(cpu_time)
+    wanted = (size, size) if size else source.input_size
+    results = [
+        bench.bench_model(
+            static,
+            dynamic,
+            example_for(static, batch=count, size=wanted),
+            other=other,
+            training=train,
+            repeats=repeats,
+            cpu=cpu_time,
+            read=read,
+        )
+        for count in sizes
+    ]
+    table = _table("batch", "static ms", method, "+-", "limit", *([against] if against else []))
+    for r in results:
+        base = r.static.median
+        cells = [str(r.batch), f"{base * 1e3:.1f}", *_ratio(r.dynamic, base), f"{r.limit / base:.2f}"]
+        table.add_row(*cells, *([f"{r.other.median / base:.2f}"] if r.other else []))
+    out.print(table)
+    out.print(f"Times over the static model's; {_conditions(train, read, cpu_time)}")
+    _write(json_file, results, train, read, cpu_time)
+
+
+def _batches(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ModelError(f"--batch {text!r} is no list of batch sizes. Write 1,8,32.")
+    return [int(part) for part in parts]
+
+
+def _layer(text: str) -> Any:
+    from dyconvert.analysis.bench import Layer
+
+    parts = text.split(",")
+    if not 4 <= len(parts) <= 6 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ModelError(f"--layer {text!r} is no conv. Write C_IN,C_OUT,KERNEL,SIZE, as 64,128,3,56.")
+    layer = Layer(*map(int, parts))
+    if layer.c_in % layer.groups or layer.c_out % layer.groups:
+        raise ModelError(f"--layer {text!r}: {layer.groups} groups don't divide its channels.")
+    return layer
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise ModelError(f"--threads {threads}: there must be at least one.")
+        torch.set_num_threads(threads)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _ratio(timing: Timing | None, base: float) -> tuple[str, str]:
+    if timing is None:
+        return "-", "-"
+    return f"{timing.median / base:.2f}", f"{(timing.high - timing.low) / 2 / base:.2f}"
+
+
+def _conditions(train: bool, read: float, cpu: bool) -> str:
+    mode = "a forward and a backward" if train else "inference"
+    return (
+        f"{mode}, {torch.get_num_threads()} threads, {'CPU' if cpu else 'wall'} time, medians in turns.\n"
+        f"+-: half the distance of the quartiles. limit: static, and the bank at {read / 1e9:.1f} GB/s."
+    )
+
+
+def _write(file: Path | None, results: list[Any], train: bool, read: float, cpu: bool) -> None:
+    if file is None:
+        return
+
+    def plain(value: Any) -> Any:
+        return {k: plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else value
+
+    figures = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "training": train,
+        "clock": "cpu" if cpu else "wall",
+        "bandwidth": read,
+        "results": [plain(result) for result in results],
+    }
+    try:
+        file.write_text(json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise ModelError(f"{file} can't be written: {error.strerror}. Give another --json FILE.") from None

@@ -1,0 +1,207 @@
+"""Export to ONNX and to torch.export's `.pt2`, checked against torch before the file is put in its place."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from dyconvert.exported import (
+    Exported,
+    ExportError,
+    check_inputs,
+    difference_of_onnx,
+    difference_of_torch,
+    explained,
+    quiet,
+    written,
+)
+from dyconvert.surgery.observe import skeleton
+from dyconvert.surgery.rewrite import replace_everywhere
+
+# A protobuf message, and so an ONNX file, can't be larger than 2 GB; then the weights are in a file beside it.
+LARGEST_FILE = 2**31 - 2**24
+
+
+def export_onnx(
+    model: nn.Module,
+    file: str | Path,
+    example: Any,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    fp16: bool = False,
+) -> Exported:
+    """Write a model as an ONNX file, and compare it with torch by running it in onnxruntime.
+
+    A dynamic conv becomes a matmul that mixes its kernel and one Conv, where the batch is fixed, or one MatMul
+    over patches, where it isn't. It is never g convs.
+
+    Args:
+        model: converted or static; exported in eval mode, on the CPU, and left as it is. Fused first
+            (:func:`~dyconvert.surgery.fuse.fuse`), it becomes a smaller graph.
+        file: replaced if it exists, in one step.
+        example: an input `[N, C, *spatial]`, or the tuple of the forward's arguments.
+        dynamic_batch: the file takes any number of images. False: the example's.
+        dynamic_size: the file takes any spatial size that the model takes. False: the example's.
+        fp16: weights and computation in float16, half the size. Inputs and outputs stay as they are.
+
+    Returns:
+        What was written, and how far onnxruntime's outputs are from torch's: at the example's batch size and, where
+        the batch is dynamic, at 1 and 3 images; where the size is, at another size too.
+
+    Raises:
+        ExportError: onnx and onnxscript aren't installed; the model can't be exported, and which operator
+            or node prevents it; the file can't be written, or computes something else.
+    """
+    _require("onnx", "onnxscript")
+    from dyconvert.onnx_conv import prepared, translations
+
+    arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
+    reference = _on_cpu(model)
+    exported = skeleton(reference, lambda t: t)  # shares all tensors
+    replacements = prepared(exported, dynamic_batch)
+    if exported in replacements:
+        exported = replacements[exported]
+    else:
+        replace_everywhere(exported, replacements)
+    if fp16:
+        exported = _Half(exported)
+    program = _program(exported, arguments, axes)
+    names = tuple(each or None for each in axes)
+    with explained("The graph can't be written as ONNX"), quiet():
+        onnx_program = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            verbose=False,
+            opset_version=20,  # which onnx_conv writes
+            # The optimiser takes minutes over a thousand nodes and finds little; runtimes have their own.
+            optimize=False,
+            custom_translation_table=translations(),
+            input_names=_input_names(model, len(arguments)),
+            dynamic_shapes=names if any(names) else None,
+        )
+        _tidy(onnx_program.model)
+    weights = sum(value.const_value.nbytes for value in onnx_program.model.graph.initializers.values())
+    with written(Path(file)) as part:
+        onnx_program.save(part, external_data=weights > LARGEST_FILE)
+        inputs = check_inputs(reference, arguments, axes)
+        difference = difference_of_onnx(reference, part, inputs, fp16)
+        size = sum(each.stat().st_size for each in part.parent.iterdir())
+    shapes = tuple(tuple(each[0].shape) for each in inputs) if difference is not None else ()
+    return Exported(Path(file), size, onnx_program.model.opset_imports[""], difference, shapes)
+
+
+def export_torch(
+    model: nn.Module, file: str | Path, example: Any, dynamic_batch: bool = True, dynamic_size: bool = False
+) -> Exported:
+    """Write a model as torch.export's `.pt2`, which `torch.export.load(file).module()` runs without dyconvert.
+
+    Args:
+        model, file, example, dynamic_batch, dynamic_size: as in :func:`export_onnx`.
+
+    Raises:
+        ExportError: the model can't be exported, and which node prevents it; the file can't be written, or
+            computes something else once it is loaded again.
+    """
+    arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
+    reference = _on_cpu(model)
+    program = _program(reference, arguments, axes)
+    with written(Path(file)) as part:
+        with quiet():
+            torch.export.save(program, part)
+            loaded = torch.export.load(part).module()
+        inputs = check_inputs(reference, arguments, axes)
+        difference = difference_of_torch(reference, loaded, inputs)
+        size = part.stat().st_size
+    return Exported(Path(file), size, None, difference, tuple(tuple(each[0].shape) for each in inputs))
+
+
+class _Half(nn.Module):
+    """A model in float16, between inputs and outputs that keep their dtypes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = skeleton(model, lambda t: t.half() if t.is_floating_point() else t).eval()
+
+    def forward(self, *arguments: Any) -> Any:
+        dtype = next((t.dtype for t in arguments if isinstance(t, Tensor) and t.is_floating_point()), torch.float32)
+
+        def cast(values: Any, to: torch.dtype) -> Any:
+            return tree_map_only(Tensor, lambda t: t.to(to) if t.is_floating_point() else t, values)
+
+        return cast(self.model(*cast(arguments, torch.float16)), dtype)
+
+
+def _require(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ExportError(f"ONNX export needs {' and '.join(missing)}. Run `pip install 'dyconvert[onnx]'`.")
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
+        raise ExportError("The model is on the meta device and has no values to export. Load its weights first.")
+    copy = skeleton(model, lambda t: t.detach().cpu()).eval()
+    return copy.requires_grad_(False)
+
+
+def _arguments(
+    model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bool
+) -> tuple[tuple[Any, ...], tuple[dict[int, str], ...]]:
+    """The example on the CPU, with two images or more where their number is dynamic, and the dynamic axes."""
+    arguments = example if isinstance(example, tuple) else (example,)
+    if not arguments or not all(isinstance(a, Tensor) and a.dim() > 2 for a in arguments):
+        raise ExportError(
+            f"{type(model).__name__} is to be exported with an example of {', '.join(map(_kind, arguments)) or '()'}. "
+            "Models whose inputs are tensors [N, C, *spatial] can be exported; export such a part of this one."
+        )
+    arguments = tree_map_only(Tensor, lambda t: t.detach().cpu(), arguments)
+    if dynamic_batch and len({a.shape[0] for a in arguments}) == 1 and arguments[0].shape[0] == 1:
+        # torch.export takes a size of 1 for a constant.
+        arguments = tuple(torch.cat([a, a]) for a in arguments)
+    spatial = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+    axes = []
+    for number, argument in enumerate(arguments):
+        named = {0: "batch"} if dynamic_batch else {}
+        if dynamic_size:
+            names = spatial.get(argument.dim() - 2) or tuple(f"size_{d}" for d in range(argument.dim() - 2))
+            named |= {2 + d: name + (f"_{number}" if number else "") for d, name in enumerate(names)}
+        axes.append(named)
+    return arguments, tuple(axes)
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _input_names(model: nn.Module, count: int) -> list[str]:
+    if count == 1:
+        return ["input"]
+    parameters = list(inspect.signature(model.forward).parameters)
+    return parameters[:count] if len(parameters) >= count else [f"input_{i}" for i in range(count)]
+
+
+def _program(model: nn.Module, arguments: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> Any:
+    shapes: Any = tuple({axis: torch.export.Dim.DYNAMIC for axis in each} for each in axes)
+    if isinstance(model, _Half):
+        shapes = (shapes,)  # its forward takes *arguments
+    name = type(model.model if isinstance(model, _Half) else model).__name__
+    with explained(f"{name} can't be exported"), quiet(), torch.no_grad():
+        return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+
+
+def _tidy(model: Any) -> None:
+    """Fold what is constant: shapes, mostly."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    # Each node's stack trace: the user's paths, and more bytes than a small model's weights.
+    common.ClearMetadataAndDocStringPass()(model)

@@ -1,0 +1,275 @@
+"""An exported file: written in one step, compared with torch, and what prevents it said in one message."""
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dyconvert.errors import DyconvertError
+
+# Relative to the largest output; beyond, the exported file doesn't compute what the model does. float16 has 11
+# significant bits, and its rounding adds up over the layers.
+TOLERANCE = 1e-3
+TOLERANCE_FP16 = 5e-2
+
+Inputs = tuple[Tensor, ...]
+
+
+class ExportError(DyconvertError):
+    """A model can't be exported, or the exported file doesn't compute what the model does."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        file: the exported file; for ONNX above 2 GB, the weights are beside it in `<file>.data`.
+        bytes: size of all that was written.
+        opset: the ONNX operator set's version; None for torch.
+        difference: largest difference of an output from torch's, over all checked inputs, relative to the output's
+            largest absolute value; None if onnxruntime isn't installed to run the file.
+        checked: the shapes of the first input that were compared.
+    """
+
+    file: Path
+    bytes: int
+    opset: int | None
+    difference: float | None
+    checked: tuple[tuple[int, ...], ...] = ()
+
+
+@contextlib.contextmanager
+def written(file: Path) -> Iterator[Path]:
+    """A place to write `file` to, from which it is moved to its own at the end; after an error nothing is left.
+
+    What stands beside it there (`<file>.data`) is moved with it, first.
+    """
+    if file.is_dir():
+        raise ExportError(f"{file} is a directory. Name a file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replaces = file.exists()
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary:
+            part = Path(temporary) / file.name
+            yield part
+            made = sorted(part.parent.iterdir(), key=lambda each: each == part)
+            for each in made:
+                os.replace(each, file.parent / each.name)
+            if replaces and len(made) == 1:
+                file.with_name(file.name + ".data").unlink(missing_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"{file} can't be written: {error}. Free some space or choose another place; what was there is unchanged."
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporters' warnings and log lines are about their own insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+# What stands in an exporter's message, and what to do about it.
+_WORKAROUNDS = (
+    (
+        r"No ONNX function found|No decompositions registered|UnsupportedOperator",
+        "ONNX has no translation of that operator: write that part of the model with others, or export with "
+        "export_torch (--to torch), which has them all.",
+    ),
+    (
+        r"data-dependent|\.item\(\)|DataDependent|unbacked",
+        "The forward decides by a tensor's values, which a graph can't: export the part of the model that doesn't "
+        "(a detector's backbone, say), or write that decision with torch.where.",
+    ),
+    (
+        r"specializ|Constraints violated|dynamic",
+        "A size that is to vary is a constant in the forward: export a fixed batch with dynamic_batch=False "
+        "(--batch N), and a fixed size without dynamic_size=True (--dynamic-size).",
+    ),
+)
+_OTHERWISE = (
+    "Try a fixed batch, dynamic_batch=False (--batch N), or export the part of the model that is plain tensor code."
+)
+_NODES = (
+    r"No ONNX function found for <OpOverload\(op='([\w.:]+)'",
+    r"translating node %\S+[^\n]*?target=([\w.:]+)",
+    r"While executing %\S+[^\n]*?target=([\w.:]+)",
+    r"(aten[.:]+\w+(?:\.\w+)?)",
+)
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns an exporter's failure into an error that names the operator or the line, and the workaround."""
+    try:
+        yield
+    except DyconvertError:
+        raise
+    except Exception as error:
+        chain = list(_chain(error))
+        text = "\n".join(str(each) for each in chain)
+        node = next((found[1] for pattern in _NODES if (found := re.search(pattern, text))), None)
+        workaround = next((advice for pattern, advice in _WORKAROUNDS if re.search(pattern, text)), _OTHERWISE)
+        reason = next((line.strip() for each in reversed(chain) for line in str(each).splitlines() if line.strip()), "")
+        where = _line_of_the_model(chain)
+        at = (f" at operator {node}" if node else "") + (f", in {where}" if where else "")
+        raise ExportError(f"{what}{at}: {reason.rstrip('.') or type(error).__name__}. {workaround}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line_of_the_model(chain: Sequence[BaseException]) -> str | None:
+    """The innermost line that is neither torch's, nor an ONNX library's, nor ours."""
+    ours = (f"{os.sep}torch{os.sep}", f"{os.sep}onnx", f"{os.sep}dyconvert{os.sep}", f"{os.sep}lib{os.sep}python")
+    for error in reversed(chain):
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            outside_of_torch = f"{os.sep}site-packages{os.sep}" in frame.filename or ours[3] not in frame.filename
+            if outside_of_torch and not any(part in frame.filename for part in ours[:3]) and frame.name == "forward":
+                return f"{Path(frame.filename).name}, line {frame.lineno} (`{frame.line}`)"
+    return None
+
+
+def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, str]]) -> list[Inputs]:
+    """Random inputs like the example; where the batch is dynamic, at 1 and 3 images; where the size is, another."""
+    generator = torch.Generator().manual_seed(0)
+
+    def like(batch: int | None, more: int) -> Inputs:
+        made = []
+        for argument, dynamic in zip(arguments, axes, strict=True):
+            shape = list(argument.shape)
+            for axis, name in dynamic.items():
+                if name != "batch":
+                    shape[axis] += more
+                elif batch is not None:
+                    shape[axis] = batch
+            if argument.is_floating_point():
+                made.append(torch.randn(shape, generator=generator).to(argument.dtype))
+            else:
+                made.append(argument.flatten()[:1].expand(shape).contiguous())
+        return tuple(made)
+
+    dynamic_batch = any("batch" in each.values() for each in axes)
+    dynamic_size = any(set(each.values()) - {"batch"} for each in axes)
+    inputs = [arguments]
+    if dynamic_batch:
+        inputs += [like(1, 0), like(3, 0)]
+    if dynamic_size:
+        inputs.append(like(None, 32))
+    return inputs
+
+
+def difference_of_onnx(model: nn.Module, file: Path, inputs: Sequence[Inputs], fp16: bool) -> float | None:
+    """The largest relative difference of onnxruntime's outputs from torch's; None where it isn't installed.
+
+    Raises:
+        ExportError: onnxruntime can't run the file, or it computes something else.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    differences = []
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        for arguments in inputs:
+            given = {value.name: a.numpy() for value, a in zip(session.get_inputs(), arguments, strict=True)}
+            outputs = [torch.from_numpy(each) for each in session.run(None, given)]
+            differences.append(_difference(_run(model, arguments), outputs))
+    except DyconvertError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise ExportError(
+            f"onnxruntime can't run the exported file: {lines[0] if lines else type(error).__name__} "
+            "Nothing was written. Try a fixed batch, dynamic_batch=False (--batch N)."
+        ) from error
+    return _accepted(max(differences), fp16)
+
+
+def difference_of_torch(model: nn.Module, loaded: Any, inputs: Sequence[Inputs]) -> float:
+    """The largest relative difference of the loaded program's outputs from the model's.
+
+    Raises:
+        ExportError: the program can't be run at one of the inputs, or computes something else.
+    """
+    differences = []
+    for arguments in inputs:
+        try:
+            with torch.no_grad():
+                outputs = [t for t in tree_leaves(loaded(*arguments)) if isinstance(t, Tensor)]
+        except Exception as error:
+            raise ExportError(
+                f"The exported program rejects an input {list(arguments[0].shape)}: {error} Nothing was written. "
+                "Try a fixed batch, dynamic_batch=False (--batch N)."
+            ) from error
+        differences.append(_difference(_run(model, arguments), outputs))
+    return _accepted(max(differences), fp16=False)
+
+
+def _run(model: nn.Module, arguments: Inputs) -> list[Tensor]:
+    try:
+        with torch.no_grad():
+            return [t for t in tree_leaves(model(*arguments)) if isinstance(t, Tensor)]
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} itself rejects an input {list(arguments[0].shape)}, which the exported file "
+            f"takes: {type(error).__name__}: {error}. Export that size fixed."
+        ) from error
+
+
+def _difference(expected: list[Tensor], actual: list[Tensor]) -> float:
+    if [t.shape for t in expected] != [t.shape for t in actual]:
+        raise ExportError(
+            f"The exported file returns {[list(t.shape) for t in actual]}, and the model "
+            f"{[list(t.shape) for t in expected]}. Nothing was written."
+        )
+    largest = 0.0
+    for a, b in zip(expected, actual, strict=True):
+        if a.numel():
+            a, b = a.double(), b.double()
+            apart = (a - b).abs().max() / a.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+            largest = max(largest, apart.nan_to_num(nan=float("inf")).item())
+    return largest
+
+
+def _accepted(difference: float, fp16: bool) -> float:
+    tolerance = TOLERANCE_FP16 if fp16 else TOLERANCE
+    if difference > tolerance:
+        hint = (
+            "Some values don't fit into float16: export in float32."
+            if fp16
+            else "Please report it, and try a fixed batch, dynamic_batch=False (--batch N)."
+        )
+        raise ExportError(
+            f"The exported file computes something else than the model: {difference:.1e} relative difference, where "
+            f"{tolerance:.0e} is allowed. Nothing was written. {hint}"
+        )
+    return difference

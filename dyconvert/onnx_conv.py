@@ -1,0 +1,264 @@
+"""A dynamic conv as a few ONNX nodes: mix the kernel, then one Conv, or patches and one MatMul.
+
+Exported operation by operation, a dynamic conv becomes hundreds of nodes that compute shapes, and an `Einsum`
+that transposes its bank at every run. Here it is one custom operator in torch's graph, which
+:func:`mixed_conv_nodes` writes in ONNX, and its bank is stored in the order in which it is read.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyconvert.errors import DyconvertError
+from dyconvert.nn import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.nn.padding import TF_SAME, pad_tf_same
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_WRITTEN = (DynamicConv1d, DynamicConv2d, DynamicConv3d)
+
+
+def prepared(model: nn.Module, dynamic_batch: bool) -> dict[nn.Module, nn.Module]:
+    """What to put in the place of each dynamic conv of `model` before it is exported.
+
+    Others, the transposed ones, are exported operation by operation, where a group count fixes the batch.
+
+    Raises:
+        DyconvertError: one of those is to be exported with a dynamic batch.
+    """
+    for name, module in model.named_modules():
+        if dynamic_batch and isinstance(module, DynamicConv) and type(module) not in _WRITTEN:
+            raise DyconvertError(
+                f"{name or 'The model'} is a {type(module).__name__}, which ONNX has for a fixed batch only. Export "
+                "with dynamic_batch=False (--batch N), don't convert it, or use export_torch (--to torch)."
+            )
+    return {m: MixedConv(m, dynamic_batch) for m in model.modules() if type(m) in _WRITTEN}
+
+
+class MixedConv(nn.Module):
+    """A dynamic conv whose forward is the custom operator `dyconvert::mixed_conv`.
+
+    Args:
+        conv: what it computes; its tensors are shared where their order allows it.
+        dynamic_batch: the number of images is not a constant of the graph.
+    """
+
+    def __init__(self, conv: DynamicConv, dynamic_batch: bool) -> None:
+        super().__init__()
+        self.out_channels = conv.out_channels
+        self.kernel_size = list(conv.kernel_size)
+        self.stride = list(conv.stride)
+        self.dilation = list(conv.dilation)
+        self.groups = conv.groups
+        self.padding_mode = conv.padding_mode
+        self.padding = _amounts(conv)
+        self.tf_same = conv.padding == TF_SAME
+        self.coefficient_predictor = conv.coefficient_predictor
+        experts = conv.weight.detach().unflatten(0, (conv.g, -1)).flatten(3)  # [g, C_out, C_in / groups, taps]
+        if dynamic_batch:
+            experts = experts.transpose(2, 3)  # patches lie tap by tap
+        experts = experts.flatten(2)
+        per_channel = conv.coefficients_per == "channel"
+        bank = experts.transpose(0, 1) if per_channel else experts.flatten(1)
+        # [C_out, g, K], or [g, C_out K]: what a MatMul with the coefficients takes.
+        self.bank = nn.Parameter(bank.contiguous(), requires_grad=False)
+        bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().unflatten(0, (conv.g, -1)), False)
+        shift = None if conv.shift is None else nn.Parameter(conv.shift.detach().unsqueeze(0), False)
+        self.register_parameter("bias", bias)  # [g, C_out]
+        self.register_parameter("shift", shift)  # [1, C_out]
+        self.train(conv.training)
+
+    def forward(self, x: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        if coefficients is None:
+            coefficients = self.coefficient_predictor(x)[0]
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            dims = len(self.kernel_size)
+            amounts = [a for d in reversed(range(dims)) for a in (padding[d], padding[dims + d])]
+            x, padding = F.pad(x, amounts, mode=self.padding_mode), [0] * 2 * dims
+        elif self.tf_same:
+            x = pad_tf_same(x, self.kernel_size, self.stride, self.dilation)
+        bias = None if self.bias is None else (coefficients * self.bias).sum(1)  # [N, C_out]
+        if self.shift is not None:
+            bias = self.shift if bias is None else bias + self.shift
+        return torch.ops.dyconvert.mixed_conv(
+            x,
+            self.bank,
+            coefficients,
+            bias,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+def _amounts(conv: DynamicConv) -> list[int]:
+    """Padding as ONNX has it: before every spatial dimension, then after."""
+    if conv.padding in ("valid", TF_SAME):  # TensorFlow's "same" depends on the input, and is added to it
+        return [0] * 2 * conv.spatial_dims
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [t // 2 for t in totals] + [t - t // 2 for t in totals]
+    return list(conv.padding) * 2
+
+
+@torch.library.custom_op("dyconvert::mixed_conv", mutates_args=())
+def mixed_conv(
+    x: Tensor,
+    bank: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    raise NotImplementedError("dyconvert::mixed_conv stands in graphs that are being exported, and doesn't run.")
+
+
+@mixed_conv.register_fake
+def _(x, bank, coefficients, bias, out_channels, kernel_size, stride, padding, dilation, groups):
+    dims = len(kernel_size)
+    x = F.pad(x, [a for d in reversed(range(dims)) for a in (padding[d], padding[dims + d])])
+    kernel = x.new_empty(out_channels, x.shape[1] // groups, *kernel_size)
+    return _CONV[dims](x, kernel, None, stride, 0, dilation, groups)
+
+
+def translations() -> dict:
+    """What `torch.onnx.export` takes as its custom_translation_table."""
+    return {torch.ops.dyconvert.mixed_conv.default: mixed_conv_nodes}
+
+
+def mixed_conv_nodes(
+    x,
+    bank,
+    coefficients,
+    bias=None,
+    out_channels: int = 0,
+    kernel_size: Sequence[int] = (),
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (),
+    dilation: Sequence[int] = (),
+    groups: int = 1,
+):
+    """The ONNX nodes of one dynamic conv; the arguments are graph values and the operator's constants."""
+    batch = x.shape[0]
+    geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+    if isinstance(batch, int):
+        return _with_conv(x, bank, coefficients, bias, out_channels, batch, geometry)
+    return _with_matmul(x, bank, coefficients, bias, out_channels, geometry)
+
+
+def _mixed(bank, coefficients, shape: list[int], images: int | None):
+    """Each image's kernel, image by image, in this shape."""
+    from onnxscript import opset20 as op
+
+    if len(bank.shape) == 2:
+        kernel = op.MatMul(op.Squeeze(coefficients, _ints([2])), bank)  # [N, C_out K]
+    else:
+        kernel = op.MatMul(op.Transpose(coefficients, perm=[2, 0, 1]), bank)  # [C_out, N, K]
+        if images != 1:
+            kernel = op.Transpose(kernel, perm=[1, 0, 2])
+    return op.Reshape(kernel, _ints(shape))
+
+
+def _with_conv(x, bank, coefficients, bias, out_channels: int, batch: int, geometry: tuple):
+    """A fixed batch: its images are the groups of one Conv."""
+    from onnxscript import opset20 as op
+
+    kernel_size, stride, padding, dilation, groups = geometry
+    channels = x.shape[1]
+    kernel = _mixed(bank, coefficients, [batch * out_channels, channels // groups, *kernel_size], batch)
+    if bias is not None:
+        if batch > 1:
+            bias = op.Expand(bias, _ints([batch, out_channels]))
+        bias = op.Reshape(bias, _ints([-1]))
+    known = _known(x.shape[2:])
+    folded = _reshape(x, [1, batch * channels], x, known) if batch > 1 else x
+    out = op.Conv(
+        folded,
+        kernel,
+        bias,
+        kernel_shape=kernel_size,
+        strides=stride,
+        pads=padding,
+        dilations=dilation,
+        group=batch * groups,
+    )
+    return _reshape(out, [batch, out_channels], out, _out_size(known, geometry)) if batch > 1 else out
+
+
+def _with_matmul(x, bank, coefficients, bias, out_channels: int, geometry: tuple):
+    """Any batch: one MatMul of the kernels with the patches that they meet, [N, groups, taps C_in / groups, L]."""
+    from onnxscript import opset20 as op
+
+    kernel_size, stride, padding, dilation, groups = geometry
+    dims = len(kernel_size)
+    per_group = x.shape[1] // groups
+    size = _out_size(_known(x.shape[2:]), geometry)
+    if any(padding):
+        x = op.Pad(x, _ints([0, 0, *padding[:dims], 0, 0, *padding[dims:]]))
+    taps = [x]
+    for dim in range(dims):
+        if kernel_size[dim] == stride[dim] == 1:
+            continue
+        reach = dilation[dim] * (kernel_size[dim] - 1)
+        steps = range(0, reach + 1, dilation[dim])
+        taps = [_slice(tap, 2 + dim, start, reach - start, stride[dim]) for tap in taps for start in steps]
+    if len(taps) == 1:
+        patches = op.Reshape(taps[0], _ints([0, groups, per_group, -1]))
+    elif groups == 1:
+        patches = op.Reshape(op.Concat(*taps, axis=1), _ints([0, 1, len(taps) * per_group, -1]))
+    else:
+        rows = [op.Reshape(tap, _ints([0, groups, per_group, -1])) for tap in taps]
+        patches = op.Concat(*rows, axis=2)
+    taps_in = len(taps) * per_group
+    kernel = _mixed(bank, coefficients, [-1, groups, out_channels // groups, taps_in], None)
+    out = op.MatMul(kernel, patches)  # [N, groups, C_out / groups, L]
+    if bias is not None:
+        out = op.Add(out, op.Reshape(bias, _ints([-1, groups, out_channels // groups, 1])))
+    return _reshape(out, [0, out_channels], taps[0], size)
+
+
+def _known(spatial) -> list[int] | None:
+    return list(spatial) if all(isinstance(s, int) for s in spatial) else None
+
+
+def _out_size(size: list[int] | None, geometry: tuple) -> list[int] | None:
+    """The spatial size of a conv's output, where that of its input is known."""
+    if size is None:
+        return None
+    kernel_size, stride, padding, dilation, _ = geometry
+    dims = range(len(size))
+    return [
+        (size[d] + padding[d] + padding[len(size) + d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1
+        for d in dims
+    ]
+
+
+def _reshape(value, start: list[int], like, known: list[int] | None):
+    """To `[*start, *spatial]`, the spatial size being that of `like`, which the graph may know only as it runs."""
+    from onnxscript import opset20 as op
+
+    if known is not None:
+        return op.Reshape(value, _ints([*start, *known]))
+    return op.Reshape(value, op.Concat(_ints(start), op.Shape(like, start=2), axis=0))
+
+
+def _slice(value, axis: int, start: int, left: int, step: int):
+    from onnxscript import opset20 as op
+
+    end = -left if left else 2**31 - 1
+    return op.Slice(value, _ints([start]), _ints([end]), _ints([axis]), _ints([step]))
+
+
+def _ints(values: list[int]):
+    from onnxscript import opset20 as op
+
+    return op.Constant(value_ints=values)

@@ -1,0 +1,259 @@
+"""collapse: a dynamic model back to a static one, each conv at one set of coefficients."""
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils._pytree import tree_map_only
+
+from dyconvert.errors import ModelError
+from dyconvert.nn import (
+    CoefficientPredictor,
+    DynamicConv,
+    DynamicConv1d,
+    DynamicConv2d,
+    DynamicConv3d,
+    DynamicConvTranspose1d,
+    DynamicConvTranspose2d,
+    DynamicConvTranspose3d,
+)
+from dyconvert.nn.padding import TF_SAME
+from dyconvert.surgery.observe import skeleton
+from dyconvert.surgery.rewrite import PREDICTOR, SharesPredictor, replace_everywhere
+
+# Which conv each dynamic conv goes back to.
+STATIC_CLASSES: dict[type[DynamicConv], type[nn.Module]] = {
+    DynamicConv1d: nn.Conv1d,
+    DynamicConv2d: nn.Conv2d,
+    DynamicConv3d: nn.Conv3d,
+    DynamicConvTranspose1d: nn.ConvTranspose1d,
+    DynamicConvTranspose2d: nn.ConvTranspose2d,
+    DynamicConvTranspose3d: nn.ConvTranspose3d,
+}
+
+# Attributes that only a dynamic conv has; all others are the static conv's, or what the user has put on it.
+_DYNAMIC_ONLY = {"g", "coefficients_per", "_explicit_padding"}
+
+
+def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") -> nn.Module:
+    r"""A static model of the original class and state-dict keys, from a dynamic one.
+
+    Each conv gets the one kernel :math:`\sum_i \bar\eta^i w^i`, and likewise its bias. **This is exact only
+    where the coefficients are constant**: of a conversion that wasn't trained, `"initial"` gives back the
+    original weights (up to rounding). A trained model's coefficients vary from image to image, which is what it
+    gained; collapsed, it loses that, and needs to be measured again, or fine-tuned.
+
+    Args:
+        model: a converted model, trained or not; left as it is.
+        coefficients: `"initial"`: what a predictor with zero logits gives, 0.5 (sigmoid) or 1/g (softmax).
+            Or a data loader, or any iterable of batches: the mean coefficients over its images, in eval mode.
+            A batch is a tensor, a tuple or list whose first item is the input, or a dict of the forward's
+            arguments (of a dict without any, the first value is the input). Batches are moved to the model's
+            device and floating-point dtype, and seen one at a time.
+
+    Returns:
+        A new model: blocks of their original classes, no predictors, and convs that keep their attributes,
+        hooks, dtype, device, memory format, `requires_grad` and train/eval mode. A conv that standardised its
+        weight (timm's StdConv2d) comes back as a plain one with the standardised weight.
+
+    Raises:
+        ModelError: nothing in the model is dynamic; no batch was given, or the model rejects one; the
+            coefficients over it aren't finite.
+
+    Warns:
+        UserWarning: the data never reached some convs (an auxiliary head that runs in training only, say). They
+            are collapsed at the initial coefficients.
+    """
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
+    if not convs:
+        raise ModelError(f"{type(model).__name__} has no dynamic conv, so there is nothing to collapse.")
+    predictors = {name: _predictor_of(model, name) for name in convs}
+    chosen = {name: _initial(predictors[name], convs[name]) for name in convs}
+    if isinstance(coefficients, str):
+        if coefficients != "initial":
+            raise ModelError(f"collapse() takes 'initial' or batches of data as coefficients, not {coefficients!r}.")
+    else:
+        chosen |= mean_coefficients(model, coefficients)
+
+    # The copy may share what won't be part of it.
+    left_behind = {id(p) for m in (*convs.values(), *predictors.values()) for p in m.parameters()}
+    result = skeleton(model, lambda t: t if id(t) in left_behind else t.detach().clone())
+    replacements = {}
+    for name in convs:
+        conv = result.get_submodule(name)
+        replacements[conv] = _static(conv, chosen[name])
+    for module in result.modules():
+        if isinstance(module, SharesPredictor):
+            module.__class__ = module._dyconvert_base
+            del module._modules[PREDICTOR]
+    if result in replacements:
+        result = replacements[result]
+    else:
+        replace_everywhere(result, replacements)
+    # The plan and the source speak of the dynamic model.
+    for key in [key for key in vars(result) if key.startswith("dyconvert_")]:
+        delattr(result, key)
+    return result
+
+
+def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """The mean coefficients of each dynamic conv over the images, in eval mode, in float64.
+
+    A conv that is called several times per image is averaged over its calls.
+
+    Args:
+        model: a converted model; left as it is.
+        batches: as :func:`collapse` takes them.
+
+    Returns:
+        `[g, 1]` or `[g, C_out]` for each conv that was called, by its name.
+
+    Raises:
+        ModelError: as in :func:`collapse`.
+
+    Warns:
+        UserWarning: some convs were not called.
+    """
+    # A copy that shares all tensors: its mode and its hooks can be changed. The user's own hooks stay, for they may
+    # be part of what the model computes.
+    runner = skeleton(model, lambda t: t.detach()).eval()
+    sums: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def add(name: str, seen: Tensor) -> None:
+        total = seen.detach().double().sum(0)
+        sums[name] = sums[name] + total if name in sums else total
+        calls[name] = calls.get(name, 0) + seen.shape[0]
+
+    def watch(name: str, conv: DynamicConv) -> None:
+        if conv.coefficient_predictor is not None:
+            conv.coefficient_predictor.register_forward_hook(lambda _, args, output: add(name, output[0]))
+        else:
+            conv.register_forward_pre_hook(
+                lambda _, args, kwargs: add(name, kwargs.get("coefficients", args[-1])),
+                with_kwargs=True,
+            )
+
+    names = [name for name, module in runner.named_modules() if isinstance(module, DynamicConv)]
+    for name in names:
+        watch(name, runner.get_submodule(name))
+    number = -1
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            args, kwargs = _arguments(runner, batch)
+            try:
+                runner(*args, **kwargs)
+            except Exception as error:
+                raise ModelError(
+                    f"{type(model).__name__} rejects batch {number} of the data: {type(error).__name__}: {error} "
+                    "A batch is the input, (input, ...), or a dict of the forward's arguments."
+                ) from error
+    if number < 0:
+        raise ModelError(
+            "The data holds no batch, so there are no mean coefficients. An iterator that was used up gives no more: "
+            "pass the loader itself. Or collapse at coefficients='initial'."
+        )
+    means = {name: total / calls[name] for name, total in sums.items() if calls[name]}
+    if broken := [name for name, mean in means.items() if not mean.isfinite().all()]:
+        raise ModelError(f"The coefficients of {broken[0]} over the data aren't finite. Look for NaN in the images.")
+    if missing := [name for name in names if name not in means]:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        warnings.warn(f"The data never reached {shown}: collapsed at the initial coefficients.", stacklevel=3)
+    return means
+
+
+def _predictor_of(model: nn.Module, conv: str) -> CoefficientPredictor:
+    """The conv's own predictor, or that of the innermost block around it."""
+    name = conv
+    while True:
+        found = getattr(model.get_submodule(name), PREDICTOR, None)
+        if isinstance(found, CoefficientPredictor):
+            return found
+        if not name:
+            raise ModelError(
+                f"No predictor for {conv} is in this model. Collapse the whole converted model, not a part of it."
+            )
+        name = name.rpartition(".")[0]
+
+
+def _initial(predictor: CoefficientPredictor, conv: DynamicConv) -> Tensor:
+    value = 0.5 if predictor.activation == "sigmoid" else 1.0 / conv.g
+    return torch.full((conv.g, 1), value, dtype=torch.float64)
+
+
+def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    first = next(model.parameters())
+
+    def moved(value: Any) -> Any:
+        return tree_map_only(
+            Tensor,
+            lambda t: t.to(first.device, first.dtype) if t.is_floating_point() else t.to(first.device),
+            value,
+        )
+
+    if isinstance(batch, Mapping):
+        taken = inspect.signature(model.forward).parameters
+        if known := {key: value for key, value in batch.items() if key in taken}:
+            return (), moved(known)
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ModelError("A batch of the data is empty. A batch is the input, or (input, ...).")
+        batch = batch[0]
+    return (moved(batch),), {}
+
+
+def _static(dynamic: DynamicConv, coefficients: Tensor) -> nn.Module:
+    cls = STATIC_CLASSES.get(type(dynamic))
+    if cls is None:
+        raise ModelError(f"collapse() doesn't know which static conv a {type(dynamic).__name__} goes back to.")
+    tf_same = dynamic.padding == TF_SAME
+    transposed = hasattr(dynamic, "output_padding") and issubclass(cls, _ConvTransposeNd)
+    static = cls(
+        dynamic.in_channels,
+        dynamic.out_channels,
+        dynamic.kernel_size,
+        stride=dynamic.stride,
+        padding=0 if tf_same else dynamic.padding,
+        dilation=dynamic.dilation,
+        groups=dynamic.groups,
+        bias=dynamic.bias is not None or dynamic.shift is not None,
+        padding_mode=dynamic.padding_mode,
+        device="meta",
+        **({"output_padding": dynamic.output_padding} if transposed else {}),
+    )
+    if tf_same:  # only timm's convs pad like that
+        from timm.layers import Conv2dSame
+
+        static.__class__ = Conv2dSame
+    spatial = [1] * dynamic.spatial_dims
+    # [g, 1 | C_out] to what multiplies an expert: the output channel stands first, or in a transposed conv second.
+    per_weight = coefficients.view(dynamic.g, -1, 1, *spatial)
+    if transposed and coefficients.shape[1] > 1:
+        by_group = coefficients.view(dynamic.g, dynamic.groups, 1, -1)
+        by_group = by_group.expand(-1, -1, dynamic.in_channels // dynamic.groups, -1)
+        per_weight = by_group.flatten(1, 2).view(dynamic.g, dynamic.in_channels, -1, *spatial)
+    static.weight = _mixed(dynamic.weight, per_weight)
+    if dynamic.bias is not None:
+        static.bias = _mixed(dynamic.bias, coefficients)
+    if dynamic.shift is not None:  # of a model whose batch norms were fused
+        shift = dynamic.shift.detach().clone()
+        static.bias = nn.Parameter(shift if dynamic.bias is None else static.bias.detach() + shift, False)
+    own = vars(nn.Module()).keys() | vars(static).keys() | _DYNAMIC_ONLY
+    vars(static).update({k: v for k, v in vars(dynamic).items() if k not in own or "hook" in k})
+    return static.train(dynamic.training)
+
+
+def _mixed(bank: nn.Parameter, coefficients: Tensor) -> nn.Parameter:
+    """The mixture of a bank's experts, in the bank's memory format; `coefficients[i]` multiplies expert i."""
+    experts = bank.detach().unflatten(0, (len(coefficients), -1)).unbind()
+    total: Tensor | None = None
+    # In float64, for the experts' differences are to cancel, one expert at a time.
+    for expert, eta in zip(experts, coefficients.to(bank.device), strict=True):
+        part = expert.double() * eta
+        total = part if total is None else total.add_(part)
+    return nn.Parameter(total.to(bank.dtype), requires_grad=bank.requires_grad)

@@ -1,0 +1,210 @@
+r"""fuse: batch norms folded into the convs before them, for inference.
+
+In eval mode a batch norm is :math:`a \odot y + c` with :math:`a = \gamma / \sigma` and
+:math:`c = \beta - a \odot \mu`. After a dynamic conv,
+
+.. math:: a \odot \left(\sum_i \eta^i (w^i * x + b^i)\right) + c = \sum_i \eta^i (a w^i * x + a b^i) + c,
+
+so the scale goes into every expert and its bias. The shift c does not: sigmoid coefficients don't sum to one, so
+mixing it would scale it. It becomes the conv's `shift`, which is added after mixing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torchvision.ops import FrozenBatchNorm2d
+
+from dyconvert.errors import ModelError
+from dyconvert.nn import DynamicConv
+from dyconvert.nn.transposed import DynamicConvTranspose
+from dyconvert.surgery.adapters import unsupported
+from dyconvert.surgery.collapse import STATIC_CLASSES
+from dyconvert.surgery.observe import clear_hooks, observe, skeleton
+from dyconvert.surgery.rewrite import replace_everywhere
+
+# On a fused model: the (conv, batch norm) pairs, by name.
+FUSED_ATTRIBUTE = "dyconvert_fused"
+
+_DYNAMIC = tuple(STATIC_CLASSES)
+_STATIC = tuple(STATIC_CLASSES.values())
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+# timm's, by name, since timm may be absent: a batch norm, then `drop`, then `act`.
+_NORMS_WITH_ACTIVATION = {"BatchNormAct2d", "FrozenBatchNormAct2d"}
+
+
+def fuse(model: nn.Module, example: Any = None) -> nn.Module:
+    """Fold each batch norm that directly follows a conv, dynamic or static, into that conv.
+
+    For inference only: the outputs are equal in eval mode, and there is no batch norm left to train. What is
+    followed by what is read from the data flow, not from names. A conv whose output goes anywhere else as well,
+    that is called several times, or that has hooks keeps its batch norm.
+
+    Args:
+        model: a converted model, or a static one, in eval mode; left as it is.
+        example: an input, or the tuple of the forward's arguments. It matters only where the model can't be traced
+            as a whole: a trial run then shows whether a conv is called from elsewhere, too. None: common sizes are
+            tried; where none fits, such parts keep their batch norms.
+
+    Returns:
+        A new model of the same class, with `nn.Identity` in the place of the batch norms that were folded. Its
+        `dyconvert_fused` lists them: ((conv, batch norm), ...), by name. It can be exported or collapsed; to save
+        a model with :func:`~dyconvert.save`, save it before it is fused.
+
+    Raises:
+        ModelError: the model or one of its batch norms is in training mode.
+    """
+    _check_eval(model)
+    pairs = list(_pairs(model, example))
+    result = skeleton(model, lambda t: t.detach().clone())
+    modules = dict(result.named_modules())
+    identities = {}
+    for conv_name, norm_name in pairs:
+        conv, norm = modules[conv_name], modules[norm_name]
+        _fold(conv, norm)
+        identities[norm] = _remainder(norm).eval()
+    replace_everywhere(result, identities)
+    # A plan describes what `convert` makes of the static model, and this is no longer that.
+    for key in [key for key in vars(result) if key.startswith("dyconvert_")]:
+        delattr(result, key)
+    setattr(result, FUSED_ATTRIBUTE, tuple(pairs))
+    return result
+
+
+def _check_eval(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module.training and (module is model or isinstance(module, _BatchNorm)):
+            what = f"its batch norm {name}" if name else type(model).__name__
+            raise ModelError(
+                f"fuse() needs a model in eval mode, and {what} is in training mode, where a batch norm uses its "
+                "batch's statistics. Call model.eval() first."
+            )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if type(module) not in _NORMS and type(module).__name__ not in _NORMS_WITH_ACTIVATION:
+        return False
+    return module.running_mean is not None and module.running_var is not None
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return type(module) in _DYNAMIC or (type(module) in _STATIC and unsupported(module) is None)
+
+
+def _remainder(norm: nn.Module) -> nn.Module:
+    if type(norm).__name__ in _NORMS_WITH_ACTIVATION:
+        return nn.Sequential(norm.drop, norm.act)
+    return nn.Identity()
+
+
+def _pairs(model: nn.Module, example: Any) -> Iterator[tuple[str, str]]:
+    """The names of each conv and batch norm that can be fused."""
+    bare = skeleton(model, lambda t: t.to("meta")).eval()
+    hooked = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    clear_hooks(bare)
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    candidates = list(_pairs_by_graph(bare))
+    calls: dict[str, list] = {}
+    if any(region for region, _, _ in candidates):
+        # Parts of the model were traced by themselves: does the rest of it call what is in them, too?
+        observed = observe(model, {name for _, *pair in candidates for name in pair}, example)
+        calls = observed.calls if observed is not None else {}
+    for region, conv_name, norm_name in candidates:
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        channels = norm.running_mean.numel()
+        if channels != conv.out_channels or norm.running_mean.dtype != conv.weight.dtype:
+            continue
+        if any(owners[id(p)] > 1 for m in (conv, norm) for p in m._parameters.values() if p is not None):
+            continue  # tied to another module, which isn't to change
+        if any(_holds(name, conv_name) != _holds(name, norm_name) for name in hooked):
+            continue  # a hook sees what is between the two
+        if region and not 0 < len(calls.get(conv_name, [])) == len(calls.get(norm_name, [])):
+            continue
+        yield conv_name, norm_name
+
+
+def _holds(outer: str, name: str) -> bool:
+    return outer == "" or name == outer or name.startswith(outer + ".")
+
+
+class _Tracer(fx.Tracer):
+    """Goes into the modules that hold convs: only convs, norms and what holds neither are nodes."""
+
+    def __init__(self, inside: set[nn.Module]) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return module not in self.inside
+
+
+def _pairs_by_graph(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(region, conv, norm) from the graph of the whole module, or where it can't be traced, of its children.
+
+    The region is the name of the module that was traced.
+    """
+    inside = {m for m in module.modules() if not _is_leaf(m) and any(_is_conv(inner) for inner in m.modules())}
+    if module not in inside:
+        return
+    try:
+        graph = _Tracer(inside).trace(module)
+    except Exception:  # the forward is any code at all
+        for name, child in module.named_children():
+            yield from _pairs_by_graph(child, f"{prefix}{name}.")
+        return
+    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    # A parameter that the forward uses itself is not to change under it.
+    used = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    modules = dict(module.named_modules())
+    for node in graph.nodes:
+        if node.op != "call_module" or not _is_norm(modules[node.target]) or len(node.all_input_nodes) != 1:
+            continue
+        source = node.all_input_nodes[0]
+        if source.op != "call_module" or not _is_conv(modules[source.target]) or len(source.users) != 1:
+            continue
+        if called[node.target] == called[source.target] == 1 and not {node.target, source.target} & used:
+            yield prefix.rstrip("."), prefix + source.target, prefix + node.target
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, (DynamicConv, *_STATIC)) or _is_norm(module)
+
+
+def _fold(conv: nn.Module, norm: nn.Module) -> None:
+    dtype = conv.weight.dtype
+    # In float64: the rounding of sigma would be in every weight.
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    dynamic = isinstance(conv, DynamicConv)
+    experts = conv.g if dynamic else 1
+    spatial = [1] * (conv.weight.dim() - 2)
+    if isinstance(conv, (DynamicConvTranspose, _ConvTransposeNd)):  # the output channel stands second in each group
+        each = scale.view(conv.groups, 1, -1).expand(-1, conv.in_channels // conv.groups, -1).flatten(0, 1)
+        each = each.repeat(experts, 1).view(len(conv.weight), -1, *spatial)
+    else:
+        each = scale.repeat(experts).view(-1, 1, *spatial)
+    conv.weight = _scaled(conv.weight, each)
+    if dynamic:
+        if conv.bias is not None:
+            conv.bias = _scaled(conv.bias, scale.repeat(experts))
+        if conv.shift is not None:
+            shift = shift + conv.shift.detach().double() * scale
+        conv.shift = nn.Parameter(shift.to(dtype), requires_grad=False)
+    else:
+        if conv.bias is not None:
+            shift = shift + conv.bias.detach().double() * scale
+        conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+
+
+def _scaled(parameter: nn.Parameter, scale: Tensor) -> nn.Parameter:
+    scaled = (parameter.detach().double() * scale).to(parameter.dtype)
+    return nn.Parameter(scaled, requires_grad=parameter.requires_grad)
