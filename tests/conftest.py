@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from nets import ResidualNet, seeded
 from torch import nn
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many workers as cores: more threads each would wait for one another.
+    torch.set_num_threads(1)
 
 # Read here, where the working directory is still the one that a relative path was meant for.
 DATA = Path(os.environ["DYCONVERT_DATA"]).resolve() if os.environ.get("DYCONVERT_DATA") else None

@@ -1,0 +1,104 @@
+"""The models of four libraries: every conv is accounted for, and the converted model computes the same.
+
+A sample in the default run; all of them by `pytest -m sweep tests/test_coverage.py`, or as a table, by
+`python tests/make_coverage.py`.
+"""
+
+import functools
+
+import coverage_zoo
+import pytest
+from coverage_zoo import timm_families
+from covering import Row, examine, share
+from make_coverage import measured
+
+# Of the convs on maps larger than 1x1 that aren't the stem; see `Row.counted`.
+SHARE = 0.95
+
+TORCHVISION = (
+    "resnet18",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "efficientnet_b0",
+    "mnasnet0_5",
+    "regnet_y_400mf",
+    "lraspp_mobilenet_v3_large",
+    "r2plus1d_18",
+    "quantized_googlenet",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "ssdlite320_mobilenet_v3_large",
+    "raft_small",
+)
+SMP = ("unet", "fpn", "deeplabv3plus")
+
+
+def timm_sample(count: int = 60) -> list[str]:
+    """Of timm's families those whose model is the least work, and has more convs than a stem."""
+    entries = sorted((entry for entry in timm_families() if not entry["stem_only"]), key=coverage_zoo.timm_work)
+    return [entry["model"] for entry in entries[:count]]
+
+
+SAMPLE = [
+    *(f"torchvision:{name}" for name in TORCHVISION),
+    *(f"timm:{name}" for name in timm_sample()),
+    *(f"smp:{name}" for name in SMP),
+    *(f"hf:{name}" for name in coverage_zoo.HF),
+]
+
+looked_at = functools.cache(examine)
+
+
+def needs_library(case: str) -> None:
+    library = case.partition(":")[0]
+    if not coverage_zoo.is_installed(library):
+        pytest.skip(f"{coverage_zoo.NEEDS[library]} isn't installed")
+
+
+def check(case: str) -> Row:
+    needs_library(case)
+    row = looked_at(case)
+    assert not row.problems, row
+    assert row.converted + sum(row.skipped.values()) == row.convs
+    return row
+
+
+@pytest.mark.parametrize("case", SAMPLE)
+def test_a_sample(case: str) -> None:
+    assert check(case).converted
+
+
+def test_share_of_the_sample() -> None:
+    rows = [looked_at(case) for case in SAMPLE if coverage_zoo.is_installed(case.partition(":")[0])]
+    assert share(rows) >= SHARE
+
+
+def test_timm_families_are_those_of_its_registry() -> None:
+    """Those of the timm that the file was made with, or newer: a new module is to be looked at as well."""
+    needs_library("timm:")
+    from timm.models._registry import _module_to_models
+
+    models = {entry["model"]: entry["module"] for entry in timm_families()}
+    assert all(name in _module_to_models[module] for name, module in models.items())
+
+
+def test_the_table() -> None:
+    """docs/coverage.md has every model, nothing unaccounted for, and the share that is asked for."""
+    rows = measured()
+    wrong = {case: row.problems for case, row in rows.items() if row.problems}
+    assert not wrong
+    missing = [case for case in coverage_zoo.names("torchvision") + coverage_zoo.names("timm") if case not in rows]
+    assert not missing
+    assert share(list(rows.values())) >= SHARE
+
+
+def everything() -> list[str]:
+    libraries = [name for name in coverage_zoo.NEEDS if coverage_zoo.is_installed(name)]
+    return [case for library in libraries for case in coverage_zoo.names(library)]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", everything())
+def test_all(case: str) -> None:
+    check(case)
