@@ -219,6 +219,9 @@ def main() -> None:
                 row = measure(case)
                 keep(row)
                 print(case, row["seconds"], row["problems"] or row["difference"], flush=True)
+        # One row for each, in order.
+        done = measured()
+        ROWS.write_text("".join(json.dumps(done[case].as_dict()) + "\n" for case in all_cases() if case in done))
     write_table()
 
 

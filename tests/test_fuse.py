@@ -49,7 +49,8 @@ def images(batch: int = 2, dims: int = 2) -> torch.Tensor:
     ],
 )
 def test_torchvision_models_compute_the_same(name, method):
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 3]).view(2, 1, 1, 1)
+    x = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = x * torch.linspace(0.5, 3, 16).view(16, 1, 1, 1)  # their levels differ, so that the coefficients do
     model = with_statistics(seeded(torchvision.models.get_model, name, weights=None), x)
     dynamic = randomised(dyconvert.convert(model, method=method, g=3))
     assert coefficient_spread(dynamic, x) > 0.01  # else little would be mixed
@@ -57,16 +58,27 @@ def test_torchvision_models_compute_the_same(name, method):
     followed, all_norms = FUSED[name]
     assert (norms(dynamic), norms(fused)) == (all_norms, all_norms - followed)
     assert len(fused.dyconvert_fused) == followed
+    x = x[::8]
     assert type(fused) is type(model)
-    assert dyconvert.verify(dynamic, fused, x).relative < FLOAT32
     # It matters: without the shifts it computes something else.
     broken = copy.deepcopy(fused)
     for module in broken.modules():
         if isinstance(module, dyconvert.DynamicConv):
             module.shift = None
     assert dyconvert.verify(dynamic, broken, x).relative > 1e-3
-    one = x[:1, :, :32, :32].double()  # depthwise convs in float64 are slow
-    assert dyconvert.verify(dynamic.double(), fuse(dynamic), one).relative < FLOAT64
+    one = x[:1, :, :32, :32]  # depthwise convs in float64 are slow
+    exact = copy.deepcopy(dynamic).double()
+    assert dyconvert.verify(exact, fuse(exact), one.double()).relative < FLOAT64
+    # Random weights amplify float32's rounding, in the model as in the fused one: it is to be no further off.
+    own, ours = (apart(model, exact, one) for model in (dynamic, fused))
+    assert ours < max(FLOAT32, 3 * own)
+
+
+def apart(model: nn.Module, exact: nn.Module, x: torch.Tensor) -> float:
+    """A float32 model's distance from the same in float64, relative to the largest output."""
+    with torch.no_grad():
+        expected = exact(x.double())
+        return ((model(x).double() - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

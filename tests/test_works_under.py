@@ -271,3 +271,24 @@ def test_every_parameter_gets_a_gradient(cls: Any) -> None:
     dynamic = dyconvert.convert(seeded(cls), example=image()).train()
     gradients(dynamic, dynamic(image()))
     assert all(p.grad is not None for p in dynamic.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_training_with_in_place_activations_after_the_convs(method: str, batch: int) -> None:
+    """What a conv returns is overwritten, as where an in-place ReLU follows it."""
+
+    def layers(inplace: bool) -> nn.Module:
+        # Without biases: adding one would make a tensor of its own.
+        shapes = [(3, 8, 1), (8, 8, 3, 1, 1), (8, 6, 1), (6, 6, 3, 2)]
+        convs = [nn.Conv2d(*shape, bias=False) for shape in shapes]
+        model = seeded(lambda: nn.Sequential(*[m for conv in convs for m in (conv, nn.ReLU(inplace))]))
+        return trained(model.double(), method=method, g=2, example=image(dtype=torch.float64)).train()
+
+    x = image(batch, dtype=torch.float64)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        first = layers(True)
+        torch.manual_seed(0)
+        second = layers(False)
+    assert_same(gradients(first, first(x)), gradients(second, second(x)))

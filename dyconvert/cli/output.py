@@ -1,5 +1,7 @@
 """What the commands print with: results on stdout, progress and errors on stderr."""
 
+import textwrap
+
 from rich.console import Console
 from rich.text import Text
 
@@ -8,7 +10,11 @@ err = Console(stderr=True, highlight=False)
 
 
 def fail(message: str) -> None:
-    err.print(Text.assemble(("Error: ", "bold red"), message))
+    # A path is to be copied, so it isn't broken, however long.
+    lines = textwrap.fill(
+        f"Error: {message}", err.width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+    err.print(Text.assemble(("Error:", "bold red"), lines.removeprefix("Error:")), soft_wrap=True)
 
 
 def count(number: float) -> str:

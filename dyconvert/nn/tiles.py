@@ -199,7 +199,7 @@ def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tenso
         geometry.dilation,
         geometry.groups * batch,
     )
-    return out.view(batch, rows, *out.shape[2:])
+    return torch.ops.aten._unsafe_view(out, (batch, rows, *out.shape[2:]))
 
 
 def _together(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes, geometry: Geometry) -> Tensor:
@@ -211,7 +211,7 @@ def _together(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes
         None if biases is None else biases.flatten(),
         *geometry._replace(groups=geometry.groups * images),
     )
-    return out.view(images, -1, *out.shape[2:])
+    return torch.ops.aten._unsafe_view(out, (images, kernels.shape[1], *out.shape[2:]))
 
 
 def _each(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes, geometry: Geometry) -> Tensor:

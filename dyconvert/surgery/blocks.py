@@ -219,14 +219,16 @@ def _share(plan: Plan, model: nn.Module, observed: Observation | None) -> tuple[
             calls = observed.calls.get(block, []) if observed else []
             _check_called_within(block, held, observed)
             inner = {name[prefix:]: bare.get_submodule(name) for name in held}
-            trace = trace_block(module, inner, calls[0] if calls else None)
+            trace = trace_block(module, inner, calls)
         except Untraceable as why:
             failures[block] = f"{kind}: {why}"
             for name in held:
                 plan[name].note = failures[block]
         else:
             traces[block] = trace
-            plan.blocks.append(PlannedBlock(name=block, reads=trace.reads, in_channels=trace.in_channels))
+            plan.blocks.append(
+                PlannedBlock(name=block, reads=trace.reads, in_channels=trace.in_channels, given=list(trace.given))
+            )
             for name in held:
                 plan[name].block = block
     return traces, failures

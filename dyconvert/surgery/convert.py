@@ -158,7 +158,7 @@ def _retrace(model: nn.Module, plan: Plan) -> dict[str, BlockTrace]:
         convs = {entry.name[prefix:]: static_conv(bare, entry) for entry in entries}
         try:
             module = bare.get_submodule(block.name)
-            traces[block.name] = trace_block(module, convs, known=(block.reads, block.in_channels))
+            traces[block.name] = trace_block(module, convs, known=(block.reads, block.in_channels, block.given))
         except (Untraceable, AttributeError) as why:
             raise PlanError(
                 f"The convs of block {block.name!r} can't share a predictor: {why}. "

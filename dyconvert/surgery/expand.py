@@ -13,7 +13,7 @@ from dyconvert.methods import Method
 # Prime, so that no filter's length divides it and two experts never repeat each other's filters.
 _STRIDE = 16411
 # Elements of a weight that are expanded at a time: few enough to stay in a core's cache for all g experts.
-_SLICE = 32768
+_SLICE = 262144
 
 
 class Deviations:
@@ -96,6 +96,5 @@ def spread(rows: Tensor) -> Tensor:
     length = rows.shape[1] ** 0.5
     rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / length
     typical = rms.square().mean().sqrt()
-    if typical == 0:
-        typical = torch.full_like(typical, 1 / length)
+    typical = torch.where(typical == 0, 1 / length, typical)  # not `if`: the meta device has no values
     return rms.clamp(min=0.1 * typical)

@@ -63,6 +63,7 @@ class PlannedBlock(BaseModel):
         name: where it stands; "" is the model itself.
         reads: the node of the block's graph that the predictor reads: its input, as a rule.
         in_channels: that map's channels.
+        given: the optional inputs of its forward that are given a tensor; the others keep their defaults.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,6 +71,7 @@ class PlannedBlock(BaseModel):
     name: str
     reads: str
     in_channels: Annotated[int, Field(ge=1)]
+    given: list[str] = []
 
 
 class Plan(BaseModel):

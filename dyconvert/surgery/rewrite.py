@@ -22,6 +22,7 @@ PREDICTOR = "coefficient_predictor"
 
 def insert_predictor(graph: fx.Graph, reads: str, convs: Sequence[str]) -> None:
     """Call the block's predictor on node `reads`, and give each conv its part of the coefficients."""
+    _guard_fixed_inputs(graph)
     source = node_named(graph, reads)
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last_input if source.op == "placeholder" else source):
@@ -32,6 +33,24 @@ def insert_predictor(graph: fx.Graph, reads: str, convs: Sequence[str]) -> None:
             after = graph.call_function(operator.getitem, (predicted, index))
         for node in conv_nodes(graph, name):
             node.kwargs = {**node.kwargs, "coefficients": after}
+
+
+def _guard_fixed_inputs(graph: fx.Graph) -> None:
+    """An input that was traced at its default raises an error when it gets another value."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        for node in inputs:
+            if "fixed" in node.meta:
+                graph.call_function(keep_default, (node, node.meta["fixed"], node.target))
+
+
+def keep_default(given: Any, default: Any, name: str) -> None:
+    """Raise if a block is called with an option that it wasn't converted for."""
+    if given is not default and (type(given) is not type(default) or given != default):
+        raise RuntimeError(
+            f"This block was converted for calls with {name}={default!r}. Convert it with an example whose calls give "
+            f"{name}, or give its convs predictors of their own: plan.unshare(block)."
+        )
 
 
 def shared_forward(trace: BlockTrace, convs: Sequence[str], known: dict[Any, "Source"]) -> "Source":

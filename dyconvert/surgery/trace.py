@@ -2,7 +2,7 @@
 
 import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,14 @@ class BlockTrace:
         train, eval: the graphs; the convs are leaves, and so are all modules that hold none of them.
         reads: name of the node that the predictor reads; every conv descends from it.
         in_channels: that map's channels.
+        given: the optional inputs of the block's forward that are given; the others keep their defaults.
     """
 
     train: fx.Graph
     eval: fx.Graph
     reads: str
     in_channels: int
+    given: Sequence[str] = ()
 
 
 class _BlockTracer(fx.Tracer):
@@ -39,9 +41,17 @@ class _BlockTracer(fx.Tracer):
     So drop-path, attention and squeeze-excite keep their own Python and their own train/eval switch.
     """
 
-    def __init__(self, inside: set[nn.Module]) -> None:
+    def __init__(self, inside: set[nn.Module], fixed: Mapping[str, Any]) -> None:
         super().__init__()
         self.inside = inside
+        self.fixed = fixed
+
+    def proxy(self, node: fx.Node) -> Any:
+        # So that `if shortcut is None` is decided as it is when the block is called.
+        if node.op == "placeholder" and node.target in self.fixed:
+            node.meta["fixed"] = self.fixed[node.target]
+            return self.fixed[node.target]
+        return super().proxy(node)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return module not in self.inside
@@ -50,16 +60,16 @@ class _BlockTracer(fx.Tracer):
 def trace_block(
     block: nn.Module,
     convs: Mapping[str, nn.Module],
-    call: Call | None = None,
-    known: tuple[str, int] | None = None,
+    calls: Sequence[Call] = (),
+    known: tuple[str, int, Sequence[str]] | None = None,
 ) -> BlockTrace:
     """Trace a block in both modes and find what its predictor can read.
 
     Args:
         block: a module whose parameters may be on the meta device; its train/eval switch is used.
         convs: the convs to be converted, by their names within the block.
-        call: one observed call of the block, if any.
-        known: the node to read and its channels, where a plan names them already.
+        calls: the observed calls of the block.
+        known: the node to read, its channels and the optional inputs that are given, where a plan names them already.
 
     Raises:
         Untraceable: tracing fails, or no one map feeds all the convs.
@@ -73,37 +83,91 @@ def trace_block(
     for module in inside - {block}:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Untraceable(f"{type(module).__name__} inside of the block has hooks, which tracing would lose")
+    given = _given(block, calls) if known is None else known[2]
+    fixed = {name: p.default for name, p in _optional(block).items() if name not in given}
+    if odd := [name for name, value in fixed.items() if not isinstance(value, bool | int | float | str | tuple | None)]:
+        raise Untraceable(f"the default of {odd[0]} is an object, which generated code can't name")
     graphs = {}
     for training in (True, False):
         block.train(training)
-        graphs[training] = _trace(block, inside)
+        graphs[training] = _trace(block, inside, fixed)
         _check_calls(graphs[training], convs)
+        for node in graphs[training].nodes:
+            if node.op == "placeholder" and node.target not in fixed and not node.users:
+                raise Untraceable(f"its forward looks at {node.target} in a way that tracing doesn't see")
     if known is None:
+        call = calls[0] if calls else None
         node = _source(graphs[False], convs, call, block)
-        known = node.name, _channels(node, block, call)
+        known = node.name, _channels(node, block, call), given
     for graph in graphs.values():
         node_named(graph, known[0])
     return BlockTrace(graphs[True], graphs[False], *known)
 
 
-def _trace(block: nn.Module, inside: set[nn.Module]) -> fx.Graph:
-    before = set(vars(block))
+def _optional(block: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of a block's forward that have a default."""
+    parameters = inspect.signature(block.forward).parameters
+    return {name: p for name, p in parameters.items() if p.default is not p.empty}
+
+
+def _given(block: nn.Module, calls: Sequence[Call]) -> list[str]:
+    """The optional inputs that every call gives a tensor for; the others have to be left out by every call."""
+    given = []
+    for name, parameter in _optional(block).items():
+        kinds = set()
+        for call in calls:
+            value = _argument(block, call, name)
+            kinds.add(
+                "tensor" if isinstance(value, Tensor) else "default" if _is_default(value, parameter) else "other"
+            )
+        if "other" in kinds or len(kinds) > 1:
+            raise Untraceable(f"it is called with different values of {name}, or one that isn't its default")
+        if "tensor" in kinds:
+            given.append(name)
+    return given
+
+
+def _is_default(value: Any, parameter: inspect.Parameter) -> bool:
+    return value is parameter.default or (type(value) is type(parameter.default) and value == parameter.default)
+
+
+def _trace(block: nn.Module, inside: set[nn.Module], fixed: Mapping[str, Any]) -> fx.Graph:
+    before = {module: _attributes(module) for module in inside}
     state = random.getstate(), torch.get_rng_state()
     try:
-        graph = _BlockTracer(inside).trace(block)
+        graph = _BlockTracer(inside, fixed).trace(block)
     except Exception as error:
         raise Untraceable(f"its forward can't be traced ({_sentence(error)})") from error
     finally:
-        for name in set(vars(block)) - before:
-            delattr(block, name)
+        sets = [name for module in inside for name in _restore(module, before[module])]
         drew = random.getstate() != state[0] or not torch.equal(torch.get_rng_state(), state[1])
         random.setstate(state[0])
         torch.set_rng_state(state[1])
+    if sets:
+        raise Untraceable(f"its forward sets {sets[0]}, which tracing would lose")
     if drew:
         raise Untraceable("its forward draws random numbers, which tracing would fix")
     if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
         raise Untraceable("its forward makes tensors, which tracing would fix")
     return graph
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {**vars(module), "_buffers": dict(module._buffers)}
+
+
+def _restore(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Undo what a forward has set on a module; the names of that, but for FX's own constants."""
+    now = vars(module)
+    new = [name for name in now if name not in before]
+    changed = [name for name in before if name != "_buffers" and now.get(name) is not before[name]]
+    changed += [name for name, t in module._buffers.items() if t is not before["_buffers"].get(name)]
+    for name in new:
+        del now[name]
+    now.update({name: value for name, value in before.items() if name != "_buffers"})
+    module._buffers.clear()
+    module._buffers.update(before["_buffers"])
+    return [name for name in (*new, *changed) if not name.startswith("_tensor_constant")]
 
 
 def _sentence(error: Exception) -> str:
@@ -165,9 +229,11 @@ def _is_map(value: Any, dims: int) -> bool:
 
 def _argument(block: nn.Module, call: Call, name: str) -> Any:
     try:
-        return inspect.signature(type(block).forward).bind(block, *call.args, **call.kwargs).arguments.get(name)
+        bound = inspect.signature(block.forward).bind(*call.args, **call.kwargs)
     except TypeError:
         return None
+    bound.apply_defaults()
+    return bound.arguments.get(name)
 
 
 def _node_values(graph: fx.Graph, block: nn.Module, call: Call) -> dict[fx.Node, Any]:
