@@ -7,6 +7,8 @@
 
 from dyconvert.checkpoint import load, save
 from dyconvert.errors import CheckpointError, DyconvertError, ModelError, PlanError
+from dyconvert.export import export_onnx, export_torch
+from dyconvert.exported import Exported, ExportError
 from dyconvert.methods import METHODS, Method
 from dyconvert.nn import (
     CoefficientPredictor,
@@ -19,7 +21,9 @@ from dyconvert.nn import (
     DynamicConvTranspose3d,
 )
 from dyconvert.nn.tune import tune
+from dyconvert.surgery.collapse import collapse
 from dyconvert.surgery.convert import convert, plan
+from dyconvert.surgery.fuse import fuse
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trainable import set_trainable
 from dyconvert.verify import Differences, verify
@@ -38,6 +42,8 @@ __all__ = [
     "DynamicConvTranspose1d",
     "DynamicConvTranspose2d",
     "DynamicConvTranspose3d",
+    "ExportError",
+    "Exported",
     "Method",
     "ModelError",
     "Plan",
@@ -45,7 +51,11 @@ __all__ = [
     "PlannedBlock",
     "PlannedConv",
     "__version__",
+    "collapse",
     "convert",
+    "export_onnx",
+    "export_torch",
+    "fuse",
     "load",
     "plan",
     "save",

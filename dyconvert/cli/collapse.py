@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 
 from dyconvert import builtin, checkpoint
 from dyconvert.analysis.flops import parameters
-from dyconvert.cli.convert import _input_size
 from dyconvert.cli.export import check_free
+from dyconvert.cli.options import parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import DyconvertError, ModelError
 from dyconvert.exported import written
@@ -58,7 +58,7 @@ def collapse(
     if coefficients and data:
         raise ModelError("--coefficients initial and --data exclude each other. Give one of them.")
     check_free(output, force)
-    size = _input_size(input_size)
+    size = parse_size(input_size)
     with err.status(f"collapsing {directory}") as status:
         model = checkpoint.load(directory, trust_code=trust_code)
         source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)

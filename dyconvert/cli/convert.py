@@ -15,6 +15,7 @@ from torch import nn
 
 from dyconvert import builtin, checkpoint, models
 from dyconvert.analysis.flops import macs, parameters
+from dyconvert.cli.options import parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import ModelError
 from dyconvert.surgery.blocks import check_convertible
@@ -69,7 +70,7 @@ def convert(
 
     `dyconvert MODEL ...` does the same.
     """
-    size = _input_size(input_size)
+    size = parse_size(input_size)
     chosen = {
         "method": method,
         "g": g,
@@ -128,18 +129,6 @@ def convert(
         typer.echo(json.dumps(result, indent=2))
     else:
         _report(source, plan, differences, figures, seconds, wanted)
-
-
-def _input_size(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        size = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        size = ()
-    if not size or min(size) < 1:
-        raise ModelError(f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224.")
-    return size * 2 if len(size) == 1 else size
 
 
 def _destination(model: str, chosen: dict[str, Any], output: Path | None) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dyconvert import checkpoint
-from dyconvert.cli.convert import _input_size
+from dyconvert.cli.options import parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import DyconvertError, ModelError
 from dyconvert.export import export_onnx, export_torch
@@ -49,7 +49,7 @@ def export(
     """Write a saved model as one file for a runtime, and check that it computes the same there."""
     if fp16 and to is not Format.onnx:
         raise DyconvertError("--fp16 is for ONNX. For torch, convert the loaded model: model.half().")
-    size = _input_size(input_size)
+    size = parse_size(input_size)
     name = directory.resolve().name
     file = output or Path(name + _SUFFIX[to])
     check_free(file, force)
