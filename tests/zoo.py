@@ -8,13 +8,13 @@ from torch import nn
 
 # Their images, in pixels, where 64 is too few.
 SIZES = {"inception_v3": 299, "maxvit_t": 224, "alexnet": 96, "efficientnet": 64, "vgg": 32}
-FRAMES = {"mvit": (16, 224), "s3d": (16, 64), "r": (4, 32), "mc3": (4, 32)}
+FRAMES = {"mvit": (16, 224), "s3d": (16, 224), "r": (4, 32), "mc3": (4, 32)}
 
 # Only their stem is a conv; `dyconvert` refuses them, as nothing else would become dynamic.
 WITHOUT_CONVS = ("vit_", "swin")
 
 # Over a gigabyte of weights, which six experts multiply.
-TOO_LARGE = ("vit_h", "regnet_y_128gf", "regnet_y_32gf", "regnet_x_32gf", "regnet_y_16gf", "vgg1", "convnext_large")
+TOO_LARGE = ("vit_h", "regnet_y_128gf", "regnet_y_32gf", "regnet_x_32gf", "regnet_y_16gf", "convnext_large")
 
 SEGMENTATION = ("fcn", "deeplab", "lraspp")
 DETECTION = ("rcnn", "retinanet", "fcos", "ssd", "raft")
