@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.nn.padding import TF_SAME, pad_tf_same
+from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
+from dyconvert.nn.strategies import CONV
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WRITTEN = (DynamicConv1d, DynamicConv2d, DynamicConv3d)
 
 
@@ -52,7 +52,7 @@ class MixedConv(nn.Module):
         self.dilation = list(conv.dilation)
         self.groups = conv.groups
         self.padding_mode = conv.padding_mode
-        self.padding = _amounts(conv)
+        self.padding = amounts_of_padding(conv.kernel_size, conv.padding, conv.dilation)  # as F.pad takes it
         self.tf_same = conv.padding == TF_SAME
         self.coefficient_predictor = conv.coefficient_predictor
         experts = conv.weight.detach().unflatten(0, (conv.g, -1)).flatten(3)  # [g, C_out, C_in / groups, taps]
@@ -74,9 +74,7 @@ class MixedConv(nn.Module):
             coefficients = self.coefficient_predictor(x)[0]
         padding = self.padding
         if self.padding_mode != "zeros":
-            dims = len(self.kernel_size)
-            amounts = [a for d in reversed(range(dims)) for a in (padding[d], padding[dims + d])]
-            x, padding = F.pad(x, amounts, mode=self.padding_mode), [0] * 2 * dims
+            x, padding = F.pad(x, padding, mode=self.padding_mode), [0] * len(padding)
         elif self.tf_same:
             x = pad_tf_same(x, self.kernel_size, self.stride, self.dilation)
         bias = None if self.bias is None else (coefficients * self.bias).sum(1)  # [N, C_out]
@@ -94,16 +92,6 @@ class MixedConv(nn.Module):
             self.dilation,
             self.groups,
         )
-
-
-def _amounts(conv: DynamicConv) -> list[int]:
-    """Padding as ONNX has it: before every spatial dimension, then after."""
-    if conv.padding in ("valid", TF_SAME):  # TensorFlow's "same" depends on the input, and is added to it
-        return [0] * 2 * conv.spatial_dims
-    if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return [t // 2 for t in totals] + [t - t // 2 for t in totals]
-    return list(conv.padding) * 2
 
 
 @torch.library.custom_op("dyconvert::mixed_conv", mutates_args=())
@@ -124,10 +112,9 @@ def mixed_conv(
 
 @mixed_conv.register_fake
 def _(x, bank, coefficients, bias, out_channels, kernel_size, stride, padding, dilation, groups):
-    dims = len(kernel_size)
-    x = F.pad(x, [a for d in reversed(range(dims)) for a in (padding[d], padding[dims + d])])
+    x = F.pad(x, list(padding))
     kernel = x.new_empty(out_channels, x.shape[1] // groups, *kernel_size)
-    return _CONV[dims](x, kernel, None, stride, 0, dilation, groups)
+    return CONV[len(kernel_size)](x, kernel, None, stride, 0, dilation, groups)
 
 
 def translations() -> dict:
@@ -149,7 +136,9 @@ def mixed_conv_nodes(
 ):
     """The ONNX nodes of one dynamic conv; the arguments are graph values and the operator's constants."""
     batch = x.shape[0]
-    geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+    # ONNX pads before every dimension, first to last, and then after.
+    pads = [*padding[-2::-2], *padding[::-2]]
+    geometry = (list(kernel_size), list(stride), pads, list(dilation), groups)
     if isinstance(batch, int):
         return _with_conv(x, bank, coefficients, bias, out_channels, batch, geometry)
     return _with_matmul(x, bank, coefficients, bias, out_channels, geometry)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyconvert.nn.kernels import dynamic_conv
-from dyconvert.nn.padding import TF_SAME, pad_tf_same
+from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.predictor import CoefficientPredictor
 
 # Leaves to symbolic tracing: they depend on shapes, which a Proxy doesn't know.
@@ -73,34 +73,27 @@ class DynamicConv(nn.Module):
         self.register_parameter("bias", bias)
         self.register_parameter("shift", shift)
         self.coefficient_predictor = coefficient_predictor
-        self._explicit_padding = None if padding_mode == "zeros" else self._amounts_of_padding()
-
-    def _amounts_of_padding(self) -> list[int]:
-        """What `F.pad` takes: (before, after) of the last dimension first."""
-        amounts: list[int] = []
-        for dim in reversed(range(self.spatial_dims)):
-            if self.padding == "same":
-                total = self.dilation[dim] * (self.kernel_size[dim] - 1)
-                amounts += [total // 2, total - total // 2]
-            elif self.padding == "valid":
-                amounts += [0, 0]
-            else:
-                amounts += [self.padding[dim]] * 2
-        return amounts
+        self._explicit_padding = (
+            None if padding_mode == "zeros" else amounts_of_padding(self.kernel_size, self.padding, self.dilation)
+        )
 
     def forward(self, x: Tensor, coefficients: Tensor | None = None) -> Tensor:
         if coefficients is None:
             coefficients = self._coefficients(x)
-        padding = self.padding
-        if self._explicit_padding is not None:
-            x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
-            padding = (0,) * self.spatial_dims
-        elif padding == TF_SAME:
-            x = pad_tf_same(x, self.kernel_size, self.stride, self.dilation)
-            padding = (0,) * self.spatial_dims
+        x, padding = self.padded(x)
         return self._shifted(
             dynamic_conv(x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups)
         )
+
+    def padded(self, x: Tensor) -> tuple[Tensor, Sequence[int] | str]:
+        """The input with what :func:`dynamic_conv` can't pad by put onto it, and the padding that is left to it."""
+        if self._explicit_padding is not None:
+            x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
+        elif self.padding == TF_SAME:
+            x = pad_tf_same(x, self.kernel_size, self.stride, self.dilation)
+        else:
+            return x, self.padding
+        return x, (0,) * self.spatial_dims
 
     def _coefficients(self, x: Tensor) -> Tensor:
         if self.coefficient_predictor is None:

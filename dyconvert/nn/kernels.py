@@ -11,8 +11,9 @@ from torch import Tensor
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import strategies, tiles
 from dyconvert.nn.backward import TiledConv
-from dyconvert.nn.mixing import mix as mix
-from dyconvert.nn.strategies import Geometry, amounts_of_padding
+from dyconvert.nn.mixing import mix
+from dyconvert.nn.padding import amounts_of_padding
+from dyconvert.nn.strategies import Geometry
 
 Strategy = Callable[[Tensor, Tensor, Tensor | None, Tensor, Geometry], Tensor]
 
@@ -181,7 +182,8 @@ def _tiled(
 
 def _number_the_padding(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:
     """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
-    amounts = amounts_of_padding(kernel_size, geometry)  # (before, after) of the last dimension first
+    # (before, after) of the last dimension first
+    amounts = amounts_of_padding(kernel_size, geometry.padding, geometry.dilation)
     if any(before != after for before, after in zip(amounts[::2], amounts[1::2], strict=True)):
         return F.pad(x, amounts), geometry._replace(padding=(0,) * len(kernel_size))
     return x, geometry._replace(padding=tuple(reversed(amounts[::2])))

@@ -1,4 +1,4 @@
-"""TensorFlow's padding "same", which depends on the input's size where the conv is strided."""
+"""How much a conv pads by: torch's "same" and "valid" in numbers; TensorFlow's "same", which depends on the input."""
 
 from collections.abc import Sequence
 
@@ -21,3 +21,20 @@ def pad_tf_same(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], di
         total = max((outputs - 1) * step + (kernel - 1) * spread + 1 - size, 0)
         amounts = [total // 2, total - total // 2, *amounts]  # F.pad takes the last dimension first
     return F.pad(x, amounts)
+
+
+def amounts_of_padding(kernel_size: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
+    """What `F.pad` takes for a conv's padding: (before, after) of the last dimension first.
+
+    All zero for :data:`TF_SAME`, whose amounts :func:`pad_tf_same` takes from the input.
+    """
+    amounts: list[int] = []
+    for dim in reversed(range(len(kernel_size))):
+        if padding == "same":
+            total = dilation[dim] * (kernel_size[dim] - 1)
+            amounts += [total // 2, total - total // 2]
+        elif padding in ("valid", TF_SAME):
+            amounts += [0, 0]
+        else:
+            amounts += [padding[dim]] * 2
+    return amounts

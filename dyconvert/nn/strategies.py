@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyconvert.nn.mixing import mix
+from dyconvert.nn.padding import amounts_of_padding
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -92,7 +93,7 @@ def features(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tenso
 def shifted(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> list[Tensor]:
     """The part of the padded input that each tap of a kernel meets: views `[N, C_in, *out]`, last dim fastest."""
     dims = len(kernel_size)
-    amounts = amounts_of_padding(kernel_size, geometry)
+    amounts = amounts_of_padding(kernel_size, geometry.padding, geometry.dilation)
     if any(amounts):
         x = F.pad(x, amounts)
     taps = [x]
@@ -107,17 +108,3 @@ def shifted(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> list[T
 def _narrow(x: Tensor, dim: int, start: int, length: int, step: int) -> Tensor:
     index = (slice(None),) * dim + (slice(start, start + length, step),)
     return x[index]
-
-
-def amounts_of_padding(kernel_size: Sequence[int], geometry: Geometry) -> list[int]:
-    """What `F.pad` takes: (before, after) of the last dimension first."""
-    amounts: list[int] = []
-    for dim in reversed(range(len(kernel_size))):
-        if geometry.padding == "same":
-            total = geometry.dilation[dim] * (kernel_size[dim] - 1)
-            amounts += [total // 2, total - total // 2]
-        elif geometry.padding == "valid":
-            amounts += [0, 0]
-        else:
-            amounts += [geometry.padding[dim]] * 2
-    return amounts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert.errors import ModelError
-from dyconvert.nn.conv import DynamicConv
+from dyconvert.nn.conv import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
 from dyconvert.nn.kernels import STRATEGIES, Geometry, Key, dynamic_conv, force, key, tuned
 
 # In a plain loop the strategies that can win; mixing feature maps takes g times the work.
@@ -28,15 +28,17 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
         repeats: measurements of each strategy, in turns, of which the median counts.
 
     Returns:
-        each dynamic conv's name and its strategy
+        each dynamic conv's name and its strategy; transposed ones have only one, and are left out
 
     Raises:
         ModelError: the model has no dynamic conv.
     """
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+    # A transposed conv has one way to be computed, and nothing to choose.
+    kinds = (DynamicConv1d, DynamicConv2d, DynamicConv3d)
+    convs = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     if not convs:
         raise ModelError(f"{type(model).__name__} has no dynamic conv to tune. Pass what dyconvert.convert returned.")
-    calls = _observe(model, example if isinstance(example, tuple) else (example,))
+    calls = _observe(model, convs, example if isinstance(example, tuple) else (example,))
     chosen = {}
     for name, (tensors, geometry) in calls.items():
         with torch.set_grad_enabled(model.training):
@@ -47,8 +49,10 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     return chosen
 
 
-def _observe(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, tuple[list[Tensor | None], Geometry]]:
-    """What each dynamic conv is called with, from one run."""
+def _observe(
+    model: nn.Module, convs: set[str], arguments: tuple[Any, ...]
+) -> dict[str, tuple[list[Tensor | None], Geometry]]:
+    """What each of the `convs`, by name, is called with, from one run."""
     calls: dict[str, tuple[list[Tensor | None], Geometry]] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -57,10 +61,7 @@ def _observe(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, tuple[li
             coefficients = given[1] if len(given) > 1 else options.get("coefficients")
             if coefficients is None:
                 coefficients = conv.coefficient_predictor(x)[0]
-            padding = conv.padding
-            if conv._explicit_padding is not None:
-                x = nn.functional.pad(x, conv._explicit_padding, mode=conv.padding_mode)
-                padding = (0,) * conv.spatial_dims
+            x, padding = conv.padded(x)
             needs = model.training
             tensors = [x.detach().requires_grad_(needs), conv.weight, conv.bias]
             tensors.append(coefficients.detach().requires_grad_(needs))
@@ -71,7 +72,7 @@ def _observe(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, tuple[li
     hooks = [
         module.register_forward_pre_hook(note(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if isinstance(module, DynamicConv)
+        if name in convs
     ]
     try:
         with torch.no_grad():
