@@ -6,9 +6,9 @@
 """
 
 from dyconvert.checkpoint import load, save
-from dyconvert.errors import CheckpointError, DyconvertError, ModelError, PlanError
+from dyconvert.errors import CheckpointError, DyconvertError, ExportError, ModelError, PlanError
 from dyconvert.export import export_onnx, export_torch
-from dyconvert.exported import Exported, ExportError
+from dyconvert.exported import Exported
 from dyconvert.methods import METHODS, Method
 from dyconvert.nn import (
     CoefficientPredictor,

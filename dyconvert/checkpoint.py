@@ -303,12 +303,8 @@ def _plan_sha256(plan: Any) -> str:
 
 
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := stream.read(1 << 20):
-        digest.update(block)
+        while block := stream.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
+            digest.update(block)
     return digest.hexdigest()

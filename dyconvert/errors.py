@@ -1,4 +1,4 @@
-"""What can go wrong, in four types. Each message says what happened, why, and what to do next.
+"""What can go wrong, in five types. Each message says what happened, why, and what to do next.
 
 Below the types: how messages list many things, and how they quote other errors.
 """
@@ -18,6 +18,10 @@ class PlanError(DyconvertError):
 
 class CheckpointError(DyconvertError):
     """A saved model can't be written, or can't be read back as it was written."""
+
+
+class ExportError(DyconvertError):
+    """A model can't be exported, or the exported file doesn't compute what the model does."""
 
 
 def some(items: list[str], count: int = 5) -> str:

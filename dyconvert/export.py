@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from dyconvert.errors import ExportError
 from dyconvert.exported import (
     Exported,
-    ExportError,
     check_inputs,
     difference_of_onnx,
     difference_of_torch,
@@ -61,11 +61,7 @@ def export_onnx(
     arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
     reference = _on_cpu(model)
     exported = skeleton(reference, lambda t: t)  # shares all tensors
-    replacements = prepared(exported, dynamic_batch)
-    if exported in replacements:
-        exported = replacements[exported]
-    else:
-        replace_everywhere(exported, replacements)
+    exported = replace_everywhere(exported, prepared(exported, dynamic_batch))
     if fp16:
         exported = _Half(exported)
     program = _program(exported, arguments, axes)

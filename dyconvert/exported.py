@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dyconvert.errors import DyconvertError
+from dyconvert.errors import DyconvertError, ExportError
 
 # Relative to the largest output; beyond, the exported file doesn't compute what the model does. float16 has 11
 # significant bits, and its rounding adds up over the layers.
@@ -24,10 +24,6 @@ TOLERANCE = 1e-3
 TOLERANCE_FP16 = 5e-2
 
 Inputs = tuple[Tensor, ...]
-
-
-class ExportError(DyconvertError):
-    """A model can't be exported, or the exported file doesn't compute what the model does."""
 
 
 @dataclass(frozen=True)

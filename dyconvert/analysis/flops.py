@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyconvert.surgery.observe import clear_hooks, skeleton
+from dyconvert.surgery.observe import clear_hooks, on_meta, skeleton
 
 
 def macs(model: nn.Module, example: Any) -> int:
@@ -20,21 +20,20 @@ def macs(model: nn.Module, example: Any) -> int:
         example: an input tensor, or the tuple of the forward's arguments; its batch size is what is counted.
     """
     arguments = example if isinstance(example, tuple) else (example,)
-    on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    for device in ("meta",) if on_meta else ("meta", None):
-        runner = skeleton(model, (lambda t: t.to("meta")) if device else (lambda t: t)).eval()
-        clear_hooks(runner)
-        inputs = tree_map_only(Tensor, lambda t: t.to(device), arguments) if device else arguments  # noqa: B023
-        counter = FlopCounterMode(display=False)
-        try:
-            with torch.no_grad(), counter:
-                runner(*inputs)
-        except Exception:
-            if device is None or on_meta:
-                raise
-            continue
-        return counter.get_total_flops() // 2
-    raise AssertionError("unreachable: the real run returns or raises")
+    try:
+        return _counted(on_meta(model), tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
+    except Exception:
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            raise  # it can't run for real either, and would say something misleading
+    return _counted(skeleton(model, lambda t: t), arguments)
+
+
+def _counted(runner: nn.Module, arguments: tuple[Any, ...]) -> int:
+    clear_hooks(runner.eval())
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        runner(*arguments)
+    return counter.get_total_flops() // 2
 
 
 def parameters(model: nn.Module) -> int:

@@ -13,15 +13,13 @@ from rich.text import Text
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dyconvert import builtin, checkpoint
+from dyconvert import builtin
 from dyconvert.analysis.flops import parameters
-from dyconvert.cli.export import check_free
-from dyconvert.cli.options import parse_size
+from dyconvert.cli.options import check_free, loaded, parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import DyconvertError, ModelError
 from dyconvert.exported import written
 from dyconvert.surgery.collapse import collapse as collapse_model
-from dyconvert.surgery.observe import example_for
 from dyconvert.verify import verify
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -60,9 +58,7 @@ def collapse(
     check_free(output, force)
     size = parse_size(input_size)
     with err.status(f"collapsing {directory}") as status:
-        model = checkpoint.load(directory, trust_code=trust_code)
-        source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)
-        example = example_for(model, size=size or (source.input_size if source else None))
+        model, source, example = loaded(directory, trust_code, size)
         batches: Iterator[Tensor] | str = "initial"
         seen = [0]
         if data is not None:

@@ -8,13 +8,11 @@ from typing import Annotated
 
 import typer
 
-from dyconvert import checkpoint
-from dyconvert.cli.options import parse_size
+from dyconvert.cli.options import check_free, loaded, parse_size
 from dyconvert.cli.output import count, err, out
-from dyconvert.errors import DyconvertError, ModelError
+from dyconvert.errors import DyconvertError
 from dyconvert.export import export_onnx, export_torch
 from dyconvert.surgery.fuse import fuse as fuse_model
-from dyconvert.surgery.observe import example_for
 
 
 class Format(str, Enum):
@@ -55,9 +53,7 @@ def export(
     check_free(file, force)
     started = time.perf_counter()
     with err.status(f"exporting {directory}"):
-        model = checkpoint.load(directory, trust_code=trust_code)
-        source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)
-        example = example_for(model, batch=batch or 2, size=size or (source.input_size if source else None))
+        model, _, example = loaded(directory, trust_code, size, batch or 2)
         if fuse:
             model = fuse_model(model)
         if to is Format.onnx:
@@ -87,15 +83,3 @@ def export(
         runner = "onnxruntime" if to is Format.onnx else "the loaded program"
         shapes = ", ".join("x".join(map(str, shape)) for shape in done.checked)
         out.print(f"checked in {runner} at {shapes}: largest difference {done.difference:.1e} relative")
-
-
-def check_free(file: Path, force: bool) -> None:
-    """Refuse a file that exists, before the work is done.
-
-    Raises:
-        ModelError: it exists, and isn't to be replaced.
-    """
-    if file.is_dir():
-        raise ModelError(f"{file} is a directory. Name a file with --output.")
-    if file.exists() and not force:
-        raise ModelError(f"{file} exists already. Replace it with --force, or choose another --output.")

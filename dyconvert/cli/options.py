@@ -1,6 +1,13 @@
 """What several commands take."""
 
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dyconvert import checkpoint, models
 from dyconvert.errors import ModelError
+from dyconvert.surgery.observe import example_for
 
 
 def parse_size(text: str | None) -> tuple[int, ...] | None:
@@ -14,3 +21,24 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
     if not size or min(size) < 1:
         raise ModelError(f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224.")
     return size * 2 if len(size) == 1 else size
+
+
+def check_free(file: Path, force: bool) -> None:
+    """Refuse a file that exists, before the work is done.
+
+    Raises:
+        ModelError: it exists, and isn't to be replaced.
+    """
+    if file.is_dir():
+        raise ModelError(f"{file} is a directory. Name a file with --output.")
+    if file.exists() and not force:
+        raise ModelError(f"{file} exists already. Replace it with --force, or choose another --output.")
+
+
+def loaded(
+    directory: Path, trust_code: bool, size: tuple[int, ...] | None, batch: int = 2
+) -> tuple[nn.Module, models.Source | None, tuple[Any, ...]]:
+    """A saved model, where it came from, and an input for it: of `size`, or of its source's."""
+    model = checkpoint.load(directory, trust_code=trust_code)
+    source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)
+    return model, source, example_for(model, batch=batch, size=size or (source.input_size if source else None))

@@ -44,6 +44,7 @@ class CoefficientPredictor(nn.Module):
         self.outputs = tuple(outputs)
         self.g = method.g
         self.activation = method.activation
+        self.initial_coefficient = method.initial_coefficient
         total = method.g * sum(self.outputs)
         hidden = method.hidden_features(in_channels)
         if hidden is None:

@@ -11,8 +11,8 @@ from dyconvert.errors import ModelError, PlanError, some
 from dyconvert.methods import Method
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.adapters import CONVS, unsupported
-from dyconvert.surgery.observe import Call, Observation, observe, skeleton
-from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv, matching
+from dyconvert.surgery.observe import Call, Observation, observe, on_meta
+from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv, matching, within
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
 
 STEM = "the stem, which reads the image"
@@ -67,8 +67,7 @@ def find(
     one would name by hand, as `Bottleneck` or `InvertedResidual`.
     """
     check_convertible(model)
-    modules = dict(model.named_modules())
-    convs = {name: m for name, m in modules.items() if isinstance(m, CONVS)}
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, CONVS)}
     observed = observe(model, convs.keys() | _candidates(model, list(convs)).keys(), example)
     plan = Plan(model=type(model).__name__, method=method, convs=[_entry(n, c) for n, c in convs.items()])
     if observed is None:
@@ -76,10 +75,11 @@ def find(
             "No input was given and none of the common sizes fits, so convs that see 1x1 maps weren't found. "
             "Pass an example input."
         )
-    _skip(plan, model, convs, observed, include, exclude, include_stem)
+    stems = find_stems(convs, observed)
+    _skip(plan, model, convs, observed, include, exclude, set() if include_stem else stems)
     if method.scope != "block":
         return plan, {}
-    traces, failures = _share(plan, model, observed)
+    traces, failures = _share(plan, model, observed, stems)
     if strict and failures:
         listed = some([f"{block or 'the model'} ({why})" for block, why in failures.items()], 3)
         raise PlanError(
@@ -106,12 +106,11 @@ def _skip(
     observed: Observation | None,
     include: Sequence[str],
     exclude: Sequence[str],
-    include_stem: bool,
+    stems: set[str],
 ) -> None:
     names = list(convs)
     included = set(matching(include, names)) if include else set(names)
     excluded = set(matching(exclude, names)) if exclude else set()
-    stems = find_stems(convs, observed)
     ties = _tied(model)
     for entry in plan.convs:
         conv = convs[entry.name]
@@ -124,7 +123,7 @@ def _skip(
             entry.skip("excluded by a pattern")
         elif entry.name not in included:
             entry.skip("not among those included by a pattern")
-        elif entry.name in stems and not include_stem:
+        elif entry.name in stems:
             entry.skip(STEM)
         elif sizes and all(max(size) == 1 for size in sizes):
             entry.skip(SEES_1X1)
@@ -198,11 +197,12 @@ def _candidates(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def _share(plan: Plan, model: nn.Module, observed: Observation | None) -> tuple[dict[str, BlockTrace], dict[str, str]]:
+def _share(
+    plan: Plan, model: nn.Module, observed: Observation | None, stems: set[str]
+) -> tuple[dict[str, BlockTrace], dict[str, str]]:
     """Settle for every block whether its convs share a predictor: the traces of those, why not of the others."""
-    bare = skeleton(model, lambda t: t.to("meta") if t.device.type != "meta" else t)
+    bare = on_meta(model)
     names = [conv.name for conv in plan.converted]
-    stems = find_stems({n: m for n, m in model.named_modules() if isinstance(m, CONVS)}, observed)
     several = _with_several_names(model)
     traces, failures = {}, {}
     for block, held in innermost_blocks(model, names).items():
@@ -215,10 +215,9 @@ def _share(plan: Plan, model: nn.Module, observed: Observation | None) -> tuple[
             if shared := [name for name in held if name in several]:
                 raise Untraceable(f"{shared[0]} has several names")
             module = bare.get_submodule(block)
-            prefix = len(block) + 1 if block else 0
             calls = observed.calls.get(block, []) if observed else []
             _check_called_within(block, held, observed)
-            inner = {name[prefix:]: bare.get_submodule(name) for name in held}
+            inner = {within(block, name): bare.get_submodule(name) for name in held}
             trace = trace_block(module, inner, calls)
         except Untraceable as why:
             failures[block] = f"{kind}: {why}"

@@ -20,8 +20,8 @@ from dyconvert.nn import (
 from dyconvert.surgery.adapters import static_padding, static_weight, unsupported
 from dyconvert.surgery.expand import Deviations, empty_bank, expand
 from dyconvert.surgery.observe import skeleton
-from dyconvert.surgery.plan import Plan, PlannedConv
-from dyconvert.surgery.rewrite import PREDICTOR, block_class, replace_everywhere, shared_forward
+from dyconvert.surgery.plan import Plan, PlannedConv, within
+from dyconvert.surgery.rewrite import PREDICTOR, block_class, hand_over, replace_everywhere, shared_forward
 from dyconvert.surgery.trace import BlockTrace
 
 # By (transposed, number of spatial dimensions).
@@ -72,8 +72,7 @@ def carry_out(
         entries = plan.shared(block.name)
         if not entries:
             continue
-        prefix = len(block.name) + 1 if block.name else 0
-        source = shared_forward(traces[block.name], [entry.name[prefix:] for entry in entries], sources)
+        source = shared_forward(traces[block.name], [within(block.name, entry.name) for entry in entries], sources)
         module = model.get_submodule(block.name)
         predictor = _predictor(block.in_channels, entries, plan.method, static[entries[0].name], generator)
         blocks.append((module, block_class(type(module), source), predictor))
@@ -81,10 +80,7 @@ def carry_out(
     for module, cls, predictor in blocks:
         module.__class__ = cls
         module.add_module(PREDICTOR, predictor.train(module.training))
-    if model in replacements:
-        model = replacements[model]
-    else:
-        replace_everywhere(model, replacements)
+    model = replace_everywhere(model, replacements)
     setattr(model, PLAN_ATTRIBUTE, plan.model_copy(deep=True))
     return model
 
@@ -163,7 +159,4 @@ def _dynamic(
         coefficient_predictor=predictor,
         **({"output_padding": conv.output_padding} if conv.transposed else {}),
     )
-    # Hooks and whatever else the user has put on the conv stay on it.
-    own = vars(nn.Module()).keys() | vars(dynamic).keys()
-    vars(dynamic).update({k: v for k, v in vars(conv).items() if k not in own or "hook" in k})
-    return dynamic.train(conv.training)
+    return hand_over(conv, dynamic)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
-from dyconvert.errors import ModelError
+from dyconvert.errors import ModelError, some
 from dyconvert.nn import (
     CoefficientPredictor,
     DynamicConv,
@@ -23,7 +23,7 @@ from dyconvert.nn import (
 )
 from dyconvert.nn.padding import TF_SAME
 from dyconvert.surgery.observe import skeleton
-from dyconvert.surgery.rewrite import PREDICTOR, SharesPredictor, replace_everywhere
+from dyconvert.surgery.rewrite import PREDICTOR, SharesPredictor, hand_over, replace_everywhere
 
 # Which conv each dynamic conv goes back to.
 STATIC_CLASSES: dict[type[DynamicConv], type[nn.Module]] = {
@@ -90,10 +90,7 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
         if isinstance(module, SharesPredictor):
             module.__class__ = module._dyconvert_base
             del module._modules[PREDICTOR]
-    if result in replacements:
-        result = replacements[result]
-    else:
-        replace_everywhere(result, replacements)
+    result = replace_everywhere(result, replacements)
     # The plan and the source speak of the dynamic model.
     for key in [key for key in vars(result) if key.startswith("dyconvert_")]:
         delattr(result, key)
@@ -161,8 +158,7 @@ def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Ten
     if broken := [name for name, mean in means.items() if not mean.isfinite().all()]:
         raise ModelError(f"The coefficients of {broken[0]} over the data aren't finite. Look for NaN in the images.")
     if missing := [name for name in names if name not in means]:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        warnings.warn(f"The data never reached {shown}: collapsed at the initial coefficients.", stacklevel=3)
+        warnings.warn(f"The data never reached {some(missing)}: collapsed at the initial coefficients.", stacklevel=3)
     return means
 
 
@@ -181,8 +177,7 @@ def _predictor_of(model: nn.Module, conv: str) -> CoefficientPredictor:
 
 
 def _initial(predictor: CoefficientPredictor, conv: DynamicConv) -> Tensor:
-    value = 0.5 if predictor.activation == "sigmoid" else 1.0 / conv.g
-    return torch.full((conv.g, 1), value, dtype=torch.float64)
+    return torch.full((conv.g, 1), predictor.initial_coefficient, dtype=torch.float64)
 
 
 def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -243,9 +238,7 @@ def _static(dynamic: DynamicConv, coefficients: Tensor) -> nn.Module:
     if dynamic.shift is not None:  # of a model whose batch norms were fused
         shift = dynamic.shift.detach().clone()
         static.bias = nn.Parameter(shift if dynamic.bias is None else static.bias.detach() + shift, False)
-    own = vars(nn.Module()).keys() | vars(static).keys() | _DYNAMIC_ONLY
-    vars(static).update({k: v for k, v in vars(dynamic).items() if k not in own or "hook" in k})
-    return static.train(dynamic.training)
+    return hand_over(dynamic, static, but=_DYNAMIC_ONLY)
 
 
 def _mixed(bank: nn.Parameter, coefficients: Tensor) -> nn.Parameter:

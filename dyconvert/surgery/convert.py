@@ -1,7 +1,7 @@
 """plan(model) and convert(model): the two verbs of the package."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
@@ -9,10 +9,10 @@ from dyconvert.errors import ModelError, PlanError
 from dyconvert.methods import Method, get_method
 from dyconvert.surgery.blocks import check_convertible, find
 from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE, carry_out, static_conv
-from dyconvert.surgery.observe import skeleton
-from dyconvert.surgery.plan import Plan
+from dyconvert.surgery.observe import on_meta
+from dyconvert.surgery.plan import Plan, within
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
-from dyconvert.surgery.trainable import Trainable, set_trainable
+from dyconvert.surgery.trainable import Trainable, check_trainable, set_trainable
 
 
 def plan(
@@ -125,8 +125,8 @@ def convert(
             f"Not one conv of {type(model).__name__} is to be converted: {reasons}. Widen include, exclude less, or "
             "convert the stem: include_stem=True."
         )
-    if trainable is not None and trainable not in get_args(Trainable):
-        raise PlanError(f"trainable is one of {', '.join(get_args(Trainable))}, not {trainable!r}.")
+    if trainable is not None:
+        check_trainable(trainable)
     model = carry_out(model, plan, traces, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
     return model if trainable is None else set_trainable(model, trainable)
 
@@ -139,12 +139,12 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
 
 def preview(model: nn.Module, plan: Plan) -> nn.Module:
     """The converted architecture on the meta device: its parameters and MACs, without its memory."""
-    return rebuild(skeleton(model, lambda t: t.to("meta")), plan)
+    return rebuild(on_meta(model), plan)
 
 
 def _retrace(model: nn.Module, plan: Plan) -> dict[str, BlockTrace]:
     """The traces that a plan's shared blocks need, from a model that it was made for."""
-    bare = skeleton(model, lambda t: t.to("meta") if t.device.type != "meta" else t)
+    bare = on_meta(model)
     traces = {}
     names = {block.name for block in plan.blocks}
     for entry in plan.converted:
@@ -154,8 +154,7 @@ def _retrace(model: nn.Module, plan: Plan) -> dict[str, BlockTrace]:
         entries = plan.shared(block.name)
         if not entries:
             continue
-        prefix = len(block.name) + 1 if block.name else 0
-        convs = {entry.name[prefix:]: static_conv(bare, entry) for entry in entries}
+        convs = {within(block.name, entry.name): static_conv(bare, entry) for entry in entries}
         try:
             module = bare.get_submodule(block.name)
             traces[block.name] = trace_block(module, convs, known=(block.reads, block.in_channels, block.given))

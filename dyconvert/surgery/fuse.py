@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torchvision.ops import FrozenBatchNorm2d
@@ -24,8 +24,9 @@ from dyconvert.nn import DynamicConv
 from dyconvert.nn.transposed import DynamicConvTranspose
 from dyconvert.surgery.adapters import unsupported
 from dyconvert.surgery.collapse import STATIC_CLASSES
-from dyconvert.surgery.observe import clear_hooks, observe, skeleton
+from dyconvert.surgery.observe import clear_hooks, observe, on_meta, skeleton
 from dyconvert.surgery.rewrite import replace_everywhere
+from dyconvert.surgery.trace import BlockTracer
 
 # On a fused model: the (conv, batch norm) pairs, by name.
 FUSED_ATTRIBUTE = "dyconvert_fused"
@@ -103,7 +104,7 @@ def _remainder(norm: nn.Module) -> nn.Module:
 
 def _pairs(model: nn.Module, example: Any) -> Iterator[tuple[str, str]]:
     """The names of each conv and batch norm that can be fused."""
-    bare = skeleton(model, lambda t: t.to("meta")).eval()
+    bare = on_meta(model).eval()
     hooked = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
     clear_hooks(bare)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
@@ -131,17 +132,6 @@ def _holds(outer: str, name: str) -> bool:
     return outer == "" or name == outer or name.startswith(outer + ".")
 
 
-class _Tracer(fx.Tracer):
-    """Goes into the modules that hold convs: only convs, norms and what holds neither are nodes."""
-
-    def __init__(self, inside: set[nn.Module]) -> None:
-        super().__init__()
-        self.inside = inside
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return module not in self.inside
-
-
 def _pairs_by_graph(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(region, conv, norm) from the graph of the whole module, or where it can't be traced, of its children.
 
@@ -151,7 +141,7 @@ def _pairs_by_graph(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
     if module not in inside:
         return
     try:
-        graph = _Tracer(inside).trace(module)
+        graph = BlockTracer(inside).trace(module)
     except Exception:  # the forward is any code at all
         for name, child in module.named_children():
             yield from _pairs_by_graph(child, f"{prefix}{name}.")

@@ -37,7 +37,6 @@ class Observation:
         example: the arguments that the model was called with, on the meta device.
         calls: every call of every watched module, by name.
         order: the watched modules' names, in the order of their first call.
-        real: whether real weights were needed, since the model does not run on the meta device.
     """
 
     example: tuple[Any, ...]
@@ -78,6 +77,15 @@ def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
         ) from error
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """A deep copy of the model without its values: it has shapes, and takes no memory.
+
+    Raises:
+        ModelError: the model can't be copied.
+    """
+    return skeleton(model, lambda t: t.to("meta"))
+
+
 def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observation | None:
     """Run the model once, in eval mode, and record the calls of the modules named in `watched`.
 
@@ -91,7 +99,7 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
     Raises:
         ModelError: the model can't be copied, or rejects the given example.
     """
-    bare = skeleton(model, lambda t: t.to("meta") if t.device.type != "meta" else t).eval()
+    bare = on_meta(model).eval()
     clear_hooks(bare)
     for module in bare.modules():
         # Its output is shaped as its input, and on the meta device it takes most of the run's time.
@@ -105,7 +113,7 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
             break
         runner = bare
         if real:
-            runner = skeleton(model, lambda t: t.detach() if t.requires_grad else t).eval()
+            runner = skeleton(model, Tensor.detach).eval()
             clear_hooks(runner)
         for arguments in given or guesses(model):
             try:

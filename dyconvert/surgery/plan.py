@@ -198,6 +198,11 @@ def problems(error: ValidationError) -> str:
     return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
 
 
+def within(block: str, name: str) -> str:
+    """What a conv called `name` is called within its block."""
+    return name[len(block) + 1 :] if block else name
+
+
 def matching(patterns: Iterable[str], names: list[str]) -> list[str]:
     """The names that match a shell pattern, or stand inside of a module that matches.
 

@@ -10,7 +10,7 @@ import importlib
 import linecache
 import operator
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -157,9 +157,17 @@ def _rebuild(base: type[nn.Module], source: Source) -> nn.Module:
     return cls.__new__(cls)
 
 
-def replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put new modules in the place of old ones, under every name that they have."""
+def replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put new modules in the place of old ones, under every name that they have; the model, or what replaces it."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def hand_over(old: nn.Module, new: nn.Module, but: Collection[str] = ()) -> nn.Module:
+    """Put onto `new` the hooks, the train/eval switch and whatever else the user has put on `old`; return it."""
+    own = vars(nn.Module()).keys() | vars(new).keys() | set(but)
+    vars(new).update({name: value for name, value in vars(old).items() if name not in own or "hook" in name})
+    return new.train(old.training)

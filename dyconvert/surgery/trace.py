@@ -35,16 +35,16 @@ class BlockTrace:
     given: Sequence[str] = ()
 
 
-class _BlockTracer(fx.Tracer):
-    """Goes into the modules that hold convs to be converted, and into no other.
+class BlockTracer(fx.Tracer):
+    """Goes into the modules `inside`, those that hold convs to be converted, and into no other.
 
     So drop-path, attention and squeeze-excite keep their own Python and their own train/eval switch.
     """
 
-    def __init__(self, inside: set[nn.Module], fixed: Mapping[str, Any]) -> None:
+    def __init__(self, inside: set[nn.Module], fixed: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.inside = inside
-        self.fixed = fixed
+        self.fixed = fixed or {}
 
     def proxy(self, node: fx.Node) -> Any:
         # So that `if shortcut is None` is decided as it is when the block is called.
@@ -135,7 +135,7 @@ def _trace(block: nn.Module, inside: set[nn.Module], fixed: Mapping[str, Any]) -
     before = {module: _attributes(module) for module in inside}
     state = random.getstate(), torch.get_rng_state()
     try:
-        graph = _BlockTracer(inside, fixed).trace(block)
+        graph = BlockTracer(inside, fixed).trace(block)
     except Exception as error:
         raise Untraceable(f"its forward can't be traced ({_sentence(error)})") from error
     finally:

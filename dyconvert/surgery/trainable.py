@@ -10,6 +10,16 @@ from dyconvert.nn import CoefficientPredictor, DynamicConv
 Trainable = Literal["all", "experts", "predictors"]
 
 
+def check_trainable(what: str) -> None:
+    """Refuse what :func:`set_trainable` doesn't know.
+
+    Raises:
+        PlanError: `what` is none of :data:`Trainable`.
+    """
+    if what not in get_args(Trainable):
+        raise PlanError(f"trainable is one of {', '.join(get_args(Trainable))}, not {what!r}.")
+
+
 def set_trainable(model: nn.Module, what: Trainable) -> nn.Module:
     """Set `requires_grad` of every parameter of a converted model.
 
@@ -23,8 +33,7 @@ def set_trainable(model: nn.Module, what: Trainable) -> nn.Module:
     Raises:
         PlanError: `what` is none of these.
     """
-    if what not in get_args(Trainable):
-        raise PlanError(f"trainable is one of {', '.join(get_args(Trainable))}, not {what!r}.")
+    check_trainable(what)
     model.requires_grad_(what == "all")
     for module in model.modules():
         if isinstance(module, CoefficientPredictor):
