@@ -12,6 +12,8 @@ import torch
 from nets import ResidualNet, seeded
 from torch import nn
 
+from dyconvert import models
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores: more threads each would wait for one another.
     torch.set_num_threads(1)
@@ -34,6 +36,12 @@ def data_dir() -> Path:
 def net() -> nn.Module:
     """A static model with two residual blocks."""
     return seeded(ResidualNet)
+
+
+@pytest.fixture
+def trained() -> dict[str, torch.Tensor]:
+    """The state dict of the model that comes with the package."""
+    return models.create("digits-resnet8")[0].state_dict()
 
 
 @dataclass

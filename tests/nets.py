@@ -105,3 +105,8 @@ def same(first: nn.Module, second: nn.Module | dict[str, Tensor]) -> bool:
 def listed(folder: Path) -> list[str]:
     """The names in a folder."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys and the same values."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
