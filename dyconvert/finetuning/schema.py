@@ -17,12 +17,14 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Unknown keys are refused."""
+
     # Docstrings under the keys are their descriptions in the JSON Schema.
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
-class Model(_Section):
+class Model(Section):
     """The pretrained network."""
 
     specifier: str
@@ -42,7 +44,7 @@ class Model(_Section):
     """(C, H, W) of one image; null takes data.channels and data.size."""
 
 
-class Pretrain(_Section):
+class Pretrain(Section):
     """Trains the static model first, on the same data, where there are no weights to start from."""
 
     epochs: Positive = 10
@@ -50,7 +52,7 @@ class Pretrain(_Section):
     """Peak learning rate of that training; everything else is as in `train`, without distillation."""
 
 
-class Convert(_Section):
+class Convert(Section):
     """Static convs to dynamic ones. `convert: null` trains the static network: the control."""
 
     method: str = "dynet"
@@ -105,7 +107,7 @@ def get_method_or_value_error(name: str, **changes: object) -> Method:
         raise ValueError(str(error)) from None
 
 
-class Narrow(_Section):
+class Narrow(Section):
     """Fewer channels, by reconstruction; give `width` or `flops`."""
 
     width: Share | None = None
@@ -133,7 +135,7 @@ class Narrow(_Section):
         return self
 
 
-class Data(_Section):
+class Data(Section):
     """Images and their labels."""
 
     dataset: str = "imagefolder"
@@ -218,12 +220,12 @@ class Data(_Section):
         if head in ("torchvision", "huggingface") and name:
             return dataset
         raise ValueError(
-            "Input should be 'imagefolder', 'digits', 'fake', 'torchvision:NAME' (such as torchvision:CIFAR10) "
-            "or 'huggingface:NAME'"
+            "input should be 'imagefolder', 'digits', 'fake', 'torchvision:NAME' (such as torchvision:CIFAR10) "
+            f"or 'huggingface:NAME', not {dataset!r}"
         )
 
 
-class Train(_Section):
+class Train(Section):
     """Optimisation, and what it runs on."""
 
     epochs: Positive = 10
@@ -290,7 +292,7 @@ class Train(_Section):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
 
 
-class Temperature(_Section):
+class Temperature(Section):
     """The predictors' temperature, linearly from `start` to `end`, then constant (Chen et al. 2020, section 3.3)."""
 
     start: Rate = 30.0
@@ -299,7 +301,7 @@ class Temperature(_Section):
     """Epochs until `end` is reached."""
 
 
-class Dynamic(_Section):
+class Dynamic(Section):
     """What only dynamic convs have; without effect where `convert` is null."""
 
     predictor_lr: Amount = 1.0
@@ -315,7 +317,7 @@ class Dynamic(_Section):
     """How far the experts differ at first, relative to each output channel's root mean square."""
 
 
-class Distill(_Section):
+class Distill(Section):
     """Knowledge distillation: (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student)."""
 
     teacher: Literal["original"] = "original"
@@ -325,7 +327,7 @@ class Distill(_Section):
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
-class Output(_Section):
+class Output(Section):
     """What is written, and how often."""
 
     directory: str = "runs/{name}"
