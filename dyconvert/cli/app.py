@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli import bench, collapse, convert, export, ls, methods
+from dyconvert.cli import bench, collapse, convert, export, finetune, ls, methods, recipes
 
 app = typer.Typer(
     name="dyconvert",
@@ -41,8 +41,10 @@ app.command("convert")(convert.convert)
 app.add_typer(bench.app, name="bench")
 app.command("collapse")(collapse.collapse)
 app.command("export")(export.export)
+app.command("finetune")(finetune.finetune)
 app.command("ls")(ls.ls)
 app.command("methods")(methods.methods)
+app.add_typer(recipes.app, name="recipes")
 
 
 def command_names() -> set[str]:

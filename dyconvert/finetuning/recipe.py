@@ -47,6 +47,8 @@ class Recipe(Section):
             problems.append(
                 f"model.input_size has {self.model.input_size[0]} channels, and data.channels is {self.data.channels}"
             )
+        if self.model.new_head and self.distill is not None:
+            problems.append("distill needs a teacher that knows the classes, and model.new_head leaves it none")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -40,6 +40,9 @@ class Model(Section):
     num_classes: Positive | None = None
     """Number of classes to learn. Where the pretrained model has another number, it gets a new head; null keeps it."""
 
+    new_head: bool = False
+    """A new head in any case, for a new task with as many classes."""
+
     input_size: tuple[Positive, Positive, Positive] | None = None
     """(C, H, W) of one image; null takes data.channels and data.size."""
 

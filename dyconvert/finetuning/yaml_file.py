@@ -100,7 +100,7 @@ def _yaml() -> tuple[Any, Any]:
     class Loader(yaml.SafeLoader):
         """YAML 1.2's numbers and booleans: to version 1.1, 5e-5 is a string and `no` is false."""
 
-        yaml_implicit_resolvers = {  # noqa: RUF012 - yaml's own name for it
+        yaml_implicit_resolvers = {
             first: [pair for pair in pairs if not pair[0].endswith((":float", ":bool"))]
             for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }

@@ -49,6 +49,7 @@ def create(
     arguments: Mapping[str, Any] | None = None,
     *,
     num_classes: int | None = None,
+    new_head: bool = False,
 ) -> tuple[nn.Module, Source]:
     """Build a model and give it its weights.
 
@@ -61,6 +62,7 @@ def create(
         arguments: passed to the model's builder; lists become tuples, so that JSON can keep them.
         num_classes: where the model has another number of classes once it has its weights, it gets a new,
             untrained head; the source says so.
+        new_head: a new, untrained head in any case.
 
     Returns:
         The model, on the CPU and in eval mode, and its source.
@@ -70,7 +72,10 @@ def create(
             head is asked for, and there is no telling which layer the old one is.
     """
     arguments = {name: as_tuples(value) for name, value in (arguments or {}).items()}
-    return _make(specifier, weights, arguments, num_classes, load=True)
+    model, source = _make(specifier, weights, arguments, num_classes, load=True)
+    if new_head:
+        replace_head(model, num_classes, always=True)
+    return model, source
 
 
 def build(source: Source) -> nn.Module:

@@ -5,11 +5,15 @@ from torch import nn
 from dyconvert.errors import ModelError
 
 
-def replace_head(model: nn.Module, num_classes: int) -> None:
+def replace_head(model: nn.Module, num_classes: int | None, *, always: bool = False) -> None:
     """Give `model`, in place, a new last layer with `num_classes` outputs, unless it has that number.
 
     The head is the last linear, or 1x1 conv with bias, of the model. Auxiliary heads, which are layers of the same
     kind with the same number of outputs, are replaced as well. New layers start as torch starts them.
+
+    Args:
+        num_classes: None keeps the number.
+        always: replace a head with that number as well.
 
     Raises:
         ModelError: the model's last layer is neither.
@@ -23,7 +27,8 @@ def replace_head(model: nn.Module, num_classes: int) -> None:
         )
     head = layers[-1][1]
     old = _outputs(head)
-    if old == num_classes:
+    num_classes = num_classes or old
+    if old == num_classes and not always:
         return
     for name, module in layers:
         if type(module) is type(head) and _is_head(module) and _outputs(module) == old:
