@@ -87,7 +87,7 @@ def _line(source: Source, overridden: Mapping[Key, str], key: Key, message: str)
         if key and (key[: len(path)] == path or path[: len(key)] == key):
             return f"{override} (command line): {message}"
     line = source.document.line(key)
-    where = f" (line {line})" if line and key else ""
+    where = f" (line {line})" if line else ""
     return f"{'.'.join(map(str, key))}{where}: {message}" if key else message
 
 

@@ -294,6 +294,16 @@ class Train(Section):
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
 
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "Train":
+        processes = self.nodes * (self.devices if isinstance(self.devices, int) else 1)
+        if self.batch % (processes * self.accumulate):
+            raise ValueError(
+                f"batch = {self.batch} can't be split evenly among {processes} processes and {self.accumulate} "
+                f"accumulated parts; make it a multiple of {processes * self.accumulate}"
+            )
+        return self
+
 
 class Temperature(Section):
     """The predictors' temperature, linearly from `start` to `end`, then constant (Chen et al. 2020, section 3.3)."""

@@ -26,10 +26,10 @@ class Document:
     problems: list[tuple[Key, str]] = field(default_factory=list)
 
     def line(self, key: Key) -> int | None:
-        """The line of `key`, or of what it would stand in if it were there."""
+        """The line of `key`, or of the section it would stand in if it were there."""
         while key and key not in self.lines:
             key = key[:-1]
-        return self.lines.get(key)
+        return self.lines[key] if key else None
 
 
 def read_yaml(path: Path) -> Document:
