@@ -19,6 +19,7 @@ from dyconvert.models.weights import names_file
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview as preview_model
+from dyconvert.surgery.observe import on_meta
 from dyconvert.surgery.plan import Plan
 
 
@@ -80,9 +81,13 @@ class DryRun:
             Text(recipe.name, style="bold"),
             Text(f"model       {recipe.model.specifier}, weights {recipe.model.weights}"),
             Text(
-                f"data        {recipe.data.dataset}: {self.images['train']:,} to train on, {self.images['val']:,} to validate"
+                f"data        {recipe.data.dataset}: {self.images['train']:,} images, {self.images['val']:,} to validate"
             ),
         )
+        if recipe.pretrain is not None:
+            yield Text(
+                f"pretrain    the static network, {recipe.pretrain.epochs} epochs from lr {recipe.pretrain.lr:g}"
+            )
         if self.plan is None:
             yield Text("convert     nothing: static fine-tuning")
         else:
@@ -107,10 +112,13 @@ class DryRun:
             cells += ["frozen" if each["experts_frozen"] else "train"] if frozen else []
             table.add_row(*cells)
         yield Text(
-            f"schedule    {self.schedule.total_steps:,} steps of {train.batch} images, {train.optimizer}, {train.schedule}"
+            f"schedule    {self.schedule.total_steps:,} steps of {train.batch} images; "
+            f"{train.optimizer}, {train.schedule}"
         )
         yield table
         yield ""
+        if recipe.distill is not None:
+            yield Text(f"distill     from the {recipe.distill.teacher}, weight {recipe.distill.weight:g}")
         yield Text(f"output      {recipe.directory}")
         for note in self.notes:
             yield Text(note)
@@ -123,7 +131,7 @@ def preview(recipe: Recipe) -> DryRun:
         RecipeError: the data or the weights aren't there, or don't fit the recipe.
         ModelError, PlanError: the model can't be built or converted.
     """
-    from dyconvert.finetuning import data
+    from dyconvert.finetuning.data_sources import open_images
 
     section = recipe.model
     if names_file(section.weights) and not Path(section.weights).expanduser().is_file():
@@ -132,7 +140,12 @@ def preview(recipe: Recipe) -> DryRun:
     model = models.build(source)
     check_convertible(model)
     example = (torch.zeros(2, *recipe.input_size),)
-    images = data.sizes(recipe)
+    classes = _outputs(model, example)
+    limits = {"train": recipe.data.limit_train, "val": recipe.data.limit_val}
+    images = {}
+    for part, limit in limits.items():
+        count = len(open_images(recipe, part, classes))
+        images[part] = min(count, limit or count)
     figures = {"original": _figures(model, recipe)}
     plan, notes = None, []
     if recipe.convert is not None:
@@ -145,6 +158,15 @@ def preview(recipe: Recipe) -> DryRun:
     return DryRun(
         recipe, plan, figures, images, Schedule(recipe.train, recipe.dynamic, steps, recipe.train.epochs), notes
     )
+
+
+def _outputs(model: nn.Module, example: tuple[torch.Tensor]) -> int:
+    """Number of classes that the model tells apart."""
+    with torch.no_grad():
+        output = on_meta(model)(example[0].to("meta"))
+    # Torchvision's segmentation models return a dict.
+    output = output["out"] if isinstance(output, dict) else output
+    return output.shape[1]
 
 
 def _figures(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
