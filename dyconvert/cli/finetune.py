@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli.output import out
+from dyconvert.cli.output import err, out
 from dyconvert.finetuning import finetune as run
 from dyconvert.finetuning import load_recipe
 
@@ -32,7 +32,7 @@ def finetune(
     if dry_run:
         from dyconvert.finetuning.dry_run import preview
 
-        found = preview(loaded)
+        found = preview(loaded, report=err.print)
         if as_json:
             typer.echo(json.dumps(found.to_json(), indent=2))
         else:

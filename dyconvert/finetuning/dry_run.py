@@ -1,11 +1,12 @@
 """What a recipe would do: the model on the meta device, its plan, and the schedule; nothing is trained or written."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -33,7 +34,6 @@ class DryRun:
         figures: parameters and MACs of one image, of the "original" and the "converted" model.
         images: "train" and "val": numbers of images.
         schedule: learning rate and temperature by step.
-        notes: what a dry run can't say, and why.
     """
 
     recipe: Recipe
@@ -41,7 +41,6 @@ class DryRun:
     figures: dict[str, tuple[int, int]]
     images: dict[str, int]
     schedule: Schedule
-    notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -52,7 +51,6 @@ class DryRun:
             "images": self.images,
             "steps": self.schedule.total_steps,
             "schedule": self._milestones(),
-            "notes": self.notes,
         }
 
     def _milestones(self) -> list[dict[str, float | bool | None]]:
@@ -73,65 +71,73 @@ class DryRun:
         ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        recipe, train = self.recipe, self.recipe.train
         if self.plan is not None:
             yield self.plan.table()
             yield ""
-        yield Group(
-            Text(recipe.name, style="bold"),
-            Text(f"model       {recipe.model.specifier}, weights {recipe.model.weights}"),
-            Text(
-                f"data        {recipe.data.dataset}: {self.images['train']:,} images, {self.images['val']:,} to validate"
-            ),
-        )
-        if recipe.pretrain is not None:
-            yield Text(
-                f"pretrain    the static network, {recipe.pretrain.epochs} epochs from lr {recipe.pretrain.lr:g}"
-            )
-        if self.plan is None:
-            yield Text("convert     nothing: static fine-tuning")
-        else:
-            yield Text(f"convert     {self.plan.method.name}, g = {self.plan.method.g}")
-            yield Text(self.plan.summary())
+        yield Text(self.recipe.name, style="bold")
+        facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, fact in self._facts():
+            facts.add_row(name, fact)
+        yield facts
+        yield ""
         figures = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("", *self.figures):
             figures.add_column(title, justify="right" if title else "left")
         for index, title in enumerate(("parameters", "MACs, one image")):
             figures.add_row(title, *(_count(numbers[index]) for numbers in self.figures.values()))
-        yield ""
         yield figures
         yield ""
-        frozen = any(each["experts_frozen"] for each in self._milestones())
-        dynamic = self.plan is not None and recipe.dynamic.temperature is not None
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("epoch", "step", "learning rate", *["temperature"] * dynamic, *["experts"] * frozen):
-            table.add_column(title, justify="right")
-        for each in self._milestones():
-            cells = [f"{each['epoch']:.1f}", f"{each['step']:,}", f"{each['lr']:.2g}"]
-            cells += [f"{each['temperature']:.1f}"] if dynamic else []
-            cells += ["frozen" if each["experts_frozen"] else "train"] if frozen else []
-            table.add_row(*cells)
-        yield Text(
-            f"schedule    {self.schedule.total_steps:,} steps of {train.batch} images; "
-            f"{train.optimizer}, {train.schedule}"
-        )
-        yield table
-        yield ""
+        yield self._schedule()
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        recipe, train = self.recipe, self.recipe.train
+        yield "model", f"{recipe.model.specifier}, weights {recipe.model.weights}"
+        yield "data", f"{recipe.data.dataset}, {self.images['train']:,} images, {self.images['val']:,} to validate"
+        if recipe.pretrain is not None:
+            yield "pretrain", f"the static network, {recipe.pretrain.epochs} epochs from lr {recipe.pretrain.lr:g}"
+        if recipe.narrow is not None:
+            target = (
+                f"width {recipe.narrow.width:g}" if recipe.narrow.width else f"{recipe.narrow.flops:.1%} of the MACs"
+            )
+            yield "narrow", f"to {target} by {recipe.narrow.init}; the figures below are those of the full width"
+        if self.plan is None:
+            yield "convert", "nothing: static fine-tuning"
+        else:
+            yield "convert", f"{self.plan.method.name}, g = {self.plan.method.g}\n{self.plan.summary()}"
         if recipe.distill is not None:
-            yield Text(f"distill     from the {recipe.distill.teacher}, weight {recipe.distill.weight:g}")
-        yield Text(f"output      {recipe.directory}")
-        for note in self.notes:
-            yield Text(note)
+            yield "distill", f"from the {recipe.distill.teacher}, weight {recipe.distill.weight:g}"
+        yield (
+            "train",
+            f"{self.schedule.total_steps:,} steps of {train.batch} images; {train.optimizer}, {train.schedule}",
+        )
+        yield "output", str(recipe.directory)
+
+    def _schedule(self) -> Table:
+        rows = self._milestones()
+        frozen = self.plan is not None and any(row["experts_frozen"] for row in rows)
+        annealed = self.plan is not None and self.recipe.dynamic.temperature is not None
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("epoch", "step", "learning rate", *["temperature"] * annealed, *["experts"] * frozen):
+            table.add_column(title, justify="right")
+        for row in rows:
+            cells = [f"{row['epoch']:.1f}", f"{row['step']:,}", f"{row['lr']:.2g}"]
+            cells += [f"{row['temperature']:.1f}"] if annealed else []
+            cells += ["frozen" if row["experts_frozen"] else "train"] if frozen else []
+            table.add_row(*cells)
+        return table
 
 
-def preview(recipe: Recipe) -> DryRun:
+def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> DryRun:
     """Resolve everything that a run needs, without weights, training or writing.
+
+    Args:
+        report: gets a line where reading takes a while.
 
     Raises:
         RecipeError: the data or the weights aren't there, or don't fit the recipe.
         ModelError, PlanError: the model can't be built or converted.
     """
-    from dyconvert.finetuning.data_sources import open_images
+    from dyconvert.finetuning.data import check_classes, load_part
 
     section = recipe.model
     if names_file(section.weights) and not Path(section.weights).expanduser().is_file():
@@ -141,23 +147,17 @@ def preview(recipe: Recipe) -> DryRun:
     check_convertible(model)
     example = (torch.zeros(2, *recipe.input_size),)
     classes = _outputs(model, example)
-    limits = {"train": recipe.data.limit_train, "val": recipe.data.limit_val}
-    images = {}
-    for part, limit in limits.items():
-        count = len(open_images(recipe, part, classes))
-        images[part] = min(count, limit or count)
+    parts = {part: load_part(recipe, part, classes, report) for part in ("train", "val")}
+    check_classes(parts["train"], parts["val"], classes, recipe)
+    images = {part: len(loaded) for part, loaded in parts.items()}
     figures = {"original": _figures(model, recipe)}
-    plan, notes = None, []
+    plan = None
     if recipe.convert is not None:
         plan = plan_model(model, **recipe.convert.model_dump(), example=example)
         figures["converted"] = _figures(preview_model(model, plan), recipe)
-    if recipe.narrow is not None:
-        target = f"width {recipe.narrow.width}" if recipe.narrow.width else f"{recipe.narrow.flops:.0%} of the MACs"
-        notes.append(f"narrow      to {target}, before the conversion; the figures are those of the full width")
     steps = max(images["train"] // recipe.train.batch, 1)
-    return DryRun(
-        recipe, plan, figures, images, Schedule(recipe.train, recipe.dynamic, steps, recipe.train.epochs), notes
-    )
+    schedule = Schedule(recipe.train, recipe.dynamic, steps, recipe.train.epochs)
+    return DryRun(recipe, plan, figures, images, schedule)
 
 
 def _outputs(model: nn.Module, example: tuple[torch.Tensor]) -> int:
