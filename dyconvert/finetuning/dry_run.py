@@ -15,12 +15,10 @@ from dyconvert import models
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.recipe import Recipe
-from dyconvert.finetuning.schedule import Schedule
 from dyconvert.models.weights import names_file
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview as preview_model
-from dyconvert.surgery.observe import on_meta
 from dyconvert.surgery.plan import Plan
 
 
@@ -33,14 +31,15 @@ class DryRun:
         plan: of every conv; None where nothing is converted.
         figures: parameters and MACs of one image, of the "original" and the "converted" model.
         images: "train" and "val": numbers of images.
-        schedule: learning rate and temperature by step.
+        steps, steps_per_epoch: optimizer steps, of the run and of an epoch.
     """
 
     recipe: Recipe
     plan: Plan | None
     figures: dict[str, tuple[int, int]]
     images: dict[str, int]
-    schedule: Schedule
+    steps: int
+    steps_per_epoch: int
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -49,25 +48,30 @@ class DryRun:
             "plan": self.plan.model_dump(mode="json") if self.plan else None,
             "figures": {name: {"parameters": p, "macs": m} for name, (p, m) in self.figures.items()},
             "images": self.images,
-            "steps": self.schedule.total_steps,
+            "steps": self.steps,
             "schedule": self._milestones(),
         }
 
     def _milestones(self) -> list[dict[str, float | bool | None]]:
-        """The schedule at the start of about ten epochs, and at the last step."""
-        per, total = self.schedule.steps_per_epoch, self.schedule.total_steps
-        whole = max(total // per, 1)
-        steps = {epoch * per for epoch in range(0, whole, max(whole // 10, 1))} | {total - 1}
-        warmup = round(self.recipe.train.warmup_epochs * per)
+        """The schedule at the start of about ten epochs, after the warm-up, and at the last step."""
+        from dyconvert.finetuning.optim import lr_factor
+        from dyconvert.finetuning.schedules import TemperatureSchedule
+
+        train, dynamic, per = self.recipe.train, self.recipe.dynamic, self.steps_per_epoch
+        factor = lr_factor(train, self.steps, per)
+        temperature = dynamic.temperature and TemperatureSchedule(dynamic.temperature)
+        epochs = max(self.steps // per, 1)
+        steps = {epoch * per for epoch in range(0, epochs, max(epochs // 10, 1))}
+        steps |= {self.steps - 1, min(round(train.warmup_epochs * per), self.steps - 1)}
         return [
             {
                 "epoch": step / per,
                 "step": step,
-                "lr": self.recipe.train.lr * self.schedule.lr_factor(step),
-                "temperature": self.schedule.temperature(step),
-                "experts_frozen": self.schedule.experts_frozen(step),
+                "lr": train.lr * factor(step),
+                "temperature": temperature and temperature.at(step / per),
+                "experts_frozen": step / per < dynamic.freeze_experts_epochs,
             }
-            for step in sorted(steps | ({warmup} if warmup < total else set()))
+            for step in sorted(steps)
         ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -138,6 +142,8 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -
         ModelError, PlanError: the model can't be built or converted.
     """
     from dyconvert.finetuning.data import check_classes, load_part
+    from dyconvert.finetuning.loading import steps_per_epoch
+    from dyconvert.finetuning.network import count_outputs
 
     section = recipe.model
     if names_file(section.weights) and not Path(section.weights).expanduser().is_file():
@@ -146,7 +152,7 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -
     model = models.build(source)
     check_convertible(model)
     example = (torch.zeros(2, *recipe.input_size),)
-    classes = _outputs(model, example)
+    classes = count_outputs(model, recipe)
     parts = {part: load_part(recipe, part, classes, report) for part in ("train", "val")}
     check_classes(parts["train"], parts["val"], classes, recipe)
     images = {part: len(loaded) for part, loaded in parts.items()}
@@ -155,18 +161,13 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -
     if recipe.convert is not None:
         plan = plan_model(model, **recipe.convert.model_dump(), example=example)
         figures["converted"] = _figures(preview_model(model, plan), recipe)
-    steps = max(images["train"] // recipe.train.batch, 1)
-    schedule = Schedule(recipe.train, recipe.dynamic, steps, recipe.train.epochs)
-    return DryRun(recipe, plan, figures, images, schedule)
-
-
-def _outputs(model: nn.Module, example: tuple[torch.Tensor]) -> int:
-    """Number of classes that the model tells apart."""
-    with torch.no_grad():
-        output = on_meta(model)(example[0].to("meta"))
-    # Torchvision's segmentation models return a dict.
-    output = output["out"] if isinstance(output, dict) else output
-    return output.shape[1]
+    per_epoch = steps_per_epoch(recipe, parts["train"])
+    if not per_epoch:
+        raise RecipeError(
+            f"{images['train']} training images don't fill a batch of {recipe.train.batch} (train.batch)."
+        )
+    steps = per_epoch * recipe.train.epochs
+    return DryRun(recipe, plan, figures, images, min(steps, recipe.train.max_steps or steps), per_epoch)
 
 
 def _figures(model: nn.Module, recipe: Recipe) -> tuple[int, int]:

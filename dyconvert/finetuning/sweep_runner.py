@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import DyconvertError, RecipeError
-from dyconvert.finetuning.recipe import Recipe
+from dyconvert.finetuning.recipe import Recipe, load_recipe
 from dyconvert.finetuning.sweep import Job, Sweep, jobs_of
 
 COLUMNS = (
@@ -127,8 +127,29 @@ class Runner:
 
 
 def run_job(recipe: Recipe, progress: bool = False) -> dict[str, Any]:
-    """Run one recipe, from where an earlier try was stopped if there was one, and return its figures."""
-    raise NotImplementedError
+    """Run one recipe, from where an earlier try was stopped if there was one, and return its figures.
+
+    Raises:
+        RecipeError: the directory holds a finished run of another recipe.
+    """
+    from dyconvert.finetuning.checkpoints import FILE
+    from dyconvert.finetuning.summary import Summary
+
+    directory = recipe.directory
+    done = Summary.read(directory)
+    if done is None:
+        done = finetune(recipe, resume=(directory / FILE).is_file(), progress=progress)
+    elif fingerprint(load_recipe(directory / "recipe.yaml")) != fingerprint(recipe):
+        raise RecipeError(f"{directory} holds a run of another recipe. Remove it, or use another --output.")
+    return {
+        "original": done.original,
+        "converted": done.converted,
+        "finetuned": done.finetuned,
+        "ema": done.ema,
+        "parameters": done.parameters[1],
+        "macs": done.macs[1] if done.macs else None,
+        "seconds": round(done.seconds, 1),
+    }
 
 
 def fingerprint(recipe: Recipe) -> str:

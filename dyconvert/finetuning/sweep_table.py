@@ -29,7 +29,14 @@ def table_rows(rows: Iterable[dict[str, Any]], count: Callable[[float], str]) ->
         cells = [_spread([row[metric] for row in each if row[metric] is not None]) for metric in metrics]
         seconds = statistics.fmean(row["seconds"] for row in each)
         table.append(
-            [run, *cells, str(len(each)), count(each[0]["parameters"]), count(each[0]["macs"]), f"{seconds:.0f}"]
+            [
+                run,
+                *cells,
+                str(len(each)),
+                _counted(each, "parameters", count),
+                _counted(each, "macs", count),
+                f"{seconds:.0f}",
+            ]
         )
     return table
 
@@ -46,3 +53,8 @@ def _spread(values: list[float]) -> str:
         return ""
     mean = f"{statistics.fmean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _counted(rows: list[dict[str, Any]], key: str, count: Callable[[float], str]) -> str:
+    value = rows[0][key]
+    return "" if value is None else count(value)
