@@ -112,7 +112,7 @@ class DryRun:
             yield "distill", f"from the {recipe.distill.teacher}, weight {recipe.distill.weight:g}"
         yield (
             "train",
-            f"{self.schedule.total_steps:,} steps of {train.batch} images; {train.optimizer}, {train.schedule}",
+            f"{self.steps:,} steps of {train.batch} images; {train.optimizer}, {train.schedule}",
         )
         yield "output", str(recipe.directory)
 
@@ -163,9 +163,7 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -
         figures["converted"] = _figures(preview_model(model, plan), recipe)
     per_epoch = steps_per_epoch(recipe, parts["train"])
     if not per_epoch:
-        raise RecipeError(
-            f"{images['train']} training images don't fill a batch of {recipe.train.batch} (train.batch)."
-        )
+        raise RecipeError(f"{images['train']} training images are less than a batch of {recipe.train.batch}.")
     steps = per_epoch * recipe.train.epochs
     return DryRun(recipe, plan, figures, images, min(steps, recipe.train.max_steps or steps), per_epoch)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import DyconvertError, RecipeError
+from dyconvert.finetuning import finetune
 from dyconvert.finetuning.recipe import Recipe, load_recipe
 from dyconvert.finetuning.sweep import Job, Sweep, jobs_of
 

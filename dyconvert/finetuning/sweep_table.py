@@ -27,17 +27,9 @@ def table_rows(rows: Iterable[dict[str, Any]], count: Callable[[float], str]) ->
         table.append(["original", shown, *[""] * (len(metrics) - 1), "", "", "", ""])
     for run, each in runs.items():
         cells = [_spread([row[metric] for row in each if row[metric] is not None]) for metric in metrics]
+        sizes = [_counted(each, key, count) for key in ("parameters", "macs")]
         seconds = statistics.fmean(row["seconds"] for row in each)
-        table.append(
-            [
-                run,
-                *cells,
-                str(len(each)),
-                _counted(each, "parameters", count),
-                _counted(each, "macs", count),
-                f"{seconds:.0f}",
-            ]
-        )
+        table.append([run, *cells, str(len(each)), *sizes, f"{seconds:.0f}"])
     return table
 
 
