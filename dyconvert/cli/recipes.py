@@ -153,7 +153,7 @@ def sweep(
         for line in lines:
             table.add_row(*line)
         out.print(table)
-        runner.write_markdown(markdown(rows, count))
+        runner.markdown.write_text(markdown(rows, count), encoding="utf-8")
         out.print(f"\nsaved to {runner.csv} and {runner.markdown}", soft_wrap=True)
     if failed:
         raise RecipeError(

@@ -13,7 +13,7 @@ from dyconvert.errors import RecipeError, some
 from dyconvert.finetuning.checking import Source, validated
 from dyconvert.finetuning.recipe import Recipe, load_recipe
 from dyconvert.finetuning.schema import Section
-from dyconvert.finetuning.shipped import find_recipe, shipped_recipes
+from dyconvert.finetuning.shipped import find_recipe
 from dyconvert.finetuning.yaml_file import read_yaml
 
 
@@ -115,7 +115,7 @@ def load_sweep(sweep: str | os.PathLike, overrides: Sequence[str] = ()) -> Sweep
     document.data.setdefault("name", path.stem)
     loaded = validated(Sweep, Source(path, document))
     base = loaded.recipe
-    if base not in shipped_recipes():
+    if base.endswith((".yaml", ".yml")):
         base = str(path.parent / os.path.expanduser(base))
     return loaded.model_copy(update={"recipe": base, "overrides": [*loaded.overrides, *overrides]})
 
