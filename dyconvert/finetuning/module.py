@@ -59,6 +59,9 @@ class FineTuner(LightningModule):
         # The guard looks at both; a tensor, for reading it from a GPU would wait for the step.
         self.last_loss: Tensor | None = None
         self.last_images: Tensor | None = None
+        # Of the epoch's batches so far.
+        self._loss_sum: Tensor | float = 0.0
+        self._loss_count = 0
 
     @property
     def total_steps(self) -> int:
@@ -74,6 +77,20 @@ class FineTuner(LightningModule):
     def on_fit_start(self) -> None:
         if self.held.module is not None:
             self.held.module.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the epoch's batches so far."""
+        return float(self._loss_sum) / max(self._loss_count, 1)
+
+    def on_train_epoch_start(self) -> None:
+        self._loss_sum, self._loss_count = 0.0, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_loss"] = (float(self._loss_sum), self._loss_count)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._loss_sum, self._loss_count = checkpoint["epoch_loss"]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # For dropout, drop-path and mixing of images: a resumed run draws what an uninterrupted one does.
@@ -102,6 +119,9 @@ class FineTuner(LightningModule):
         for logits in auxiliary:
             loss = loss + self.recipe.train.aux_weight * self._cross_entropy(logits, targets)
         self.last_loss, self.last_images = loss.detach(), images
+        self._loss_sum = self._loss_sum + self.last_loss
+        self._loss_count += 1
+        self.log("loss", self.last_loss, prog_bar=True)
         return loss
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -117,8 +137,14 @@ class FineTuner(LightningModule):
         self.metric.update(logits.argmax(1), targets)
 
     def on_validation_epoch_end(self) -> None:
-        self.log(METRIC, 100 * self.metric.compute(), prog_bar=True, sync_dist=False)
+        self.log(METRIC, 100 * self.metric.compute(), prog_bar=True)
         self.metric.reset()
+
+    def on_train_epoch_end(self) -> None:
+        self.log("epoch_loss", self.mean_loss, sync_dist=True)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        for predictor in list(self.predictors().values())[:1]:
+            self.log("temperature", predictor.temperature)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.model, self.recipe.train, self.recipe.dynamic)

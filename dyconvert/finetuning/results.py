@@ -60,7 +60,7 @@ class Results(Callback):
         seconds, self._epoch_began = time.monotonic() - self._epoch_began, time.monotonic()
         name = METRIC_NAMES[pl_module.recipe.data.task] + (" (EMA)" if self.ema is not None else "")
         self.report(
-            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {pl_module.last_loss.item():.4f}  "
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {pl_module.mean_loss:.4f}  "
             f"{name} {value:.2f} %  {seconds:.0f} s{'  best so far' if better else ''}"
         )
 
