@@ -12,13 +12,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from dyconvert.errors import RecipeError, TrainingError, brief
-from dyconvert.finetuning.guard import DivergenceGuard
+from dyconvert.finetuning.guard import CHECKPOINT, DivergenceGuard
 from dyconvert.finetuning.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.module import FineTuner
 from dyconvert.finetuning.schema import Output
-
-FILE = "resume.ckpt"
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the old file, onto the disk, and then takes its name."""
@@ -62,8 +59,10 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end is near, after the validation
+        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # gradients, of part of a batch, aren't saved
         stop = self._everywhere(trainer, self.interrupts.requested)
-        if stop or (self._on_boundary(trainer) and self._everywhere(trainer, self._due(trainer))):
+        if stop or self._everywhere(trainer, self._due(trainer)):
             self._save(trainer, pl_module)
         if stop:
             raise Interrupted
@@ -72,10 +71,6 @@ class Checkpoints(Callback):
         self._save(trainer, pl_module)
         if self._everywhere(trainer, self.interrupts.requested):
             raise Interrupted
-
-    def _on_boundary(self, trainer: Trainer) -> bool:
-        # Not amid an accumulated batch: gradients aren't saved.
-        return (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
     def _due(self, trainer: Trainer) -> bool:
         steps, minutes = self.output.checkpoint_steps, self.output.checkpoint_minutes

@@ -11,6 +11,8 @@ from torch import Tensor
 from dyconvert.errors import TrainingError, some
 from dyconvert.finetuning.module import FineTuner, guess_loss
 
+# The checkpoint to resume from, in the output directory.
+CHECKPOINT = "resume.ckpt"
 # A network that guesses has a loss of log(classes); one so many times worse isn't coming back.
 _DIVERGED = 100.0
 # Reading the loss of a GPU waits for the step, so it is read only now and then.
@@ -58,9 +60,14 @@ def _message(value: float, trainer: Trainer, pl_module: FineTuner) -> str:
     if recipe.train.precision == "16-mixed":
         tries.append("train.precision=bf16-mixed or 32-true")
     where = _where(pl_module)
+    kept = (
+        f"The last good checkpoint is kept in {recipe.directory}."
+        if (recipe.directory / CHECKPOINT).exists()
+        else "No checkpoint had been saved yet."
+    )
     return (
         f"The loss is {value:.3g} at step {trainer.global_step} (epoch {trainer.current_epoch + 1}), and the run was "
-        f"stopped. {where}The last good checkpoint is in {recipe.directory}. Try {', '.join(tries)}."
+        f"stopped. {where}{kept} Try {', '.join(tries)}."
     )
 
 

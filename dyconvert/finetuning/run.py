@@ -17,10 +17,10 @@ from dyconvert.analysis.flops import macs, parameters
 from dyconvert.cli.output import err
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.augment import val_transform
-from dyconvert.finetuning.checkpoints import FILE, Checkpoints, position
+from dyconvert.finetuning.checkpoints import Checkpoints, position
 from dyconvert.finetuning.data import Part, check_classes, load_part
 from dyconvert.finetuning.directory import Run, open_run
-from dyconvert.finetuning.guard import DivergenceGuard
+from dyconvert.finetuning.guard import CHECKPOINT, DivergenceGuard
 from dyconvert.finetuning.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.loading import Prepared, steps_per_epoch, train_loader, val_loader
 from dyconvert.finetuning.module import METRIC, METRIC_NAMES, FineTuner
@@ -77,10 +77,12 @@ class _Session:
         """Evaluate, train, evaluate, and write down what was found."""
         recipe, run, networks = self.recipe, self.run, self.networks
         directory = recipe.directory
-        file = directory / FILE
+        file = directory / CHECKPOINT
         resumed = file if file.is_file() and run.before is not None else None
         if run.before is None:
             run.before = self._before()
+            if self.interrupts.requested:
+                raise KeyboardInterrupt
             if rank_zero_only.rank == 0:
                 run.keep(run.before)
         self._say_before(run.before)
@@ -113,6 +115,8 @@ class _Session:
                 f"Saved at step {trainer.global_step}, in epoch {trainer.current_epoch + 1}. To continue, run the same "
                 "command with --resume (in Python: resume=True)."
             )
+            raise KeyboardInterrupt from None
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
         finetuned, averaged = self._after(trainer, module, results, ema)
         summary = Summary(
