@@ -268,7 +268,7 @@ class _Fake(Images):
         self._seed = 0 if part == "train" else 1
         self._num_classes = num_classes
         self._segmentation = data.task == "segmentation"
-        self.classes = None
+        self.classes = None if self._segmentation else [str(each) for each in range(num_classes)]
         if not self._segmentation:
             self.labels = np.array([seed_of(self._seed, i) % num_classes for i in range(self._count)])
 
