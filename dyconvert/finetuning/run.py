@@ -51,6 +51,9 @@ def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> 
             raise RecipeError(
                 f"The {len(train)} training images don't fill one batch of {recipe.train.batch}. Set train.batch lower."
             )
+        if recipe.pretrain is not None:
+            # What the conversion refuses is said before the original is trained.
+            transform(original, recipe.model_copy(update={"narrow": None}))
         if rank_zero_only.rank == 0:
             run.begin()
         with Interrupts(report) as interrupts:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dyconvert.errors import DyconvertError, RecipeError
 from dyconvert.finetuning import finetune
-from dyconvert.finetuning.recipe import Recipe, load_recipe
+from dyconvert.finetuning.recipe import Recipe
 from dyconvert.finetuning.sweep import Job, Sweep, jobs_of
 
 COLUMNS = (
@@ -128,20 +128,10 @@ class Runner:
 
 
 def run_job(recipe: Recipe, progress: bool = False) -> dict[str, Any]:
-    """Run one recipe, from where an earlier try was stopped if there was one, and return its figures.
+    """Run one recipe, from where an earlier try was stopped if there was one, and return its figures."""
+    from dyconvert.finetuning.directory import RECIPE
 
-    Raises:
-        RecipeError: the directory holds a finished run of another recipe.
-    """
-    from dyconvert.finetuning.checkpoints import FILE
-    from dyconvert.finetuning.summary import Summary
-
-    directory = recipe.directory
-    done = Summary.read(directory)
-    if done is None:
-        done = finetune(recipe, resume=(directory / FILE).is_file(), progress=progress)
-    elif fingerprint(load_recipe(directory / "recipe.yaml")) != fingerprint(recipe):
-        raise RecipeError(f"{directory} holds a run of another recipe. Remove it, or use another --output.")
+    done = finetune(recipe, resume=(recipe.directory / RECIPE).is_file(), progress=progress)
     return {
         "original": done.original,
         "converted": done.converted,
