@@ -17,6 +17,7 @@ from dyconvert.finetuning.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.module import FineTuner
 from dyconvert.finetuning.schema import Output
 
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the old file, onto the disk, and then takes its name."""
 

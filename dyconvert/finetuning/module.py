@@ -80,8 +80,9 @@ class FineTuner(LightningModule):
 
     @property
     def mean_loss(self) -> float:
-        """Of the epoch's batches so far."""
-        return float(self._loss_sum) / max(self._loss_count, 1)
+        """Of the epoch's batches so far, of all processes: a call is one for every process."""
+        mean = torch.as_tensor(self._loss_sum, device=self.device) / max(self._loss_count, 1)
+        return float(self.trainer.strategy.reduce(mean, reduce_op="mean"))
 
     def on_train_epoch_start(self) -> None:
         self._loss_sum, self._loss_count = 0.0, 0
@@ -141,7 +142,7 @@ class FineTuner(LightningModule):
         self.metric.reset()
 
     def on_train_epoch_end(self) -> None:
-        self.log("epoch_loss", self.mean_loss, sync_dist=True)
+        self.log("epoch_loss", self.mean_loss)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         for predictor in list(self.predictors().values())[:1]:
             self.log("temperature", predictor.temperature)

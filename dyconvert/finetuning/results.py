@@ -58,9 +58,10 @@ class Results(Callback):
         module = self.ema.averaged if self.ema is not None else pl_module
         better = self.consider(trainer, value, module.model, trainer.current_epoch + 1)
         seconds, self._epoch_began = time.monotonic() - self._epoch_began, time.monotonic()
+        loss = pl_module.mean_loss
         name = METRIC_NAMES[pl_module.recipe.data.task] + (" (EMA)" if self.ema is not None else "")
         self.report(
-            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {pl_module.mean_loss:.4f}  "
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {loss:.4f}  "
             f"{name} {value:.2f} %  {seconds:.0f} s{'  best so far' if better else ''}"
         )
 

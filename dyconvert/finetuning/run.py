@@ -240,13 +240,16 @@ def _reporter(progress: bool) -> Report:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's remarks about devices, workers, logging intervals and the like."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without Lightning's remarks about devices, workers and logging intervals, and without a trace in torch's generator."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # The run seeds torch's generator, which is the caller's.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
