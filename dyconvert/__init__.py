@@ -24,6 +24,7 @@ from dyconvert.nn.tune import tune
 from dyconvert.surgery.collapse import collapse
 from dyconvert.surgery.convert import convert, plan
 from dyconvert.surgery.fuse import fuse
+from dyconvert.surgery.pairing import pair_experts
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trainable import set_trainable
 from dyconvert.verify import Differences, verify
@@ -57,6 +58,7 @@ __all__ = [
     "export_torch",
     "fuse",
     "load",
+    "pair_experts",
     "plan",
     "save",
     "set_trainable",
