@@ -17,6 +17,8 @@ from dyconvert.surgery.watch import predictor_of
 BINS = 200
 # Numbers that the class sums of one conv may take: above, its output channels are sampled.
 CLASS_SUMS = 2**18
+# Classes, and output channels of each expert, that a conv's signature shows; of more, so many, evenly spread.
+SIGNATURE = 40, 64
 # Images kept per expert.
 TOP = 6
 # A coefficient that never gets this large adds nothing one could see: its expert is not used.
@@ -80,8 +82,8 @@ class ConvCoefficients(BaseModel):
         constant: share of coefficients that don't vary from image to image.
         effective: how many experts share the mixture: exp of the entropy of eta_i / sum(eta), the mean over images
             and channels; from 1 to g.
-        signature: for each class, how far the mean of each sampled coefficient is from the mean over all images, in
-            standard deviations over the images: `[K][g * channels_sampled]`, expert by expert.
+        signature: by class, how far the mean of each coefficient is from its mean over all images, in standard
+            deviations over the images: `[g * channels]`, expert by expert. At most `SIGNATURE` classes and channels.
     """
 
     name: str
@@ -100,7 +102,7 @@ class ConvCoefficients(BaseModel):
     constant: float
     effective: float
     experts: list[ExpertUse]
-    signature: list[list[float] | None]
+    signature: dict[int, list[float]]
 
     @property
     def is_saturated(self) -> bool:
@@ -213,7 +215,7 @@ class _Stream:
         self.saturated = 0
         self.effective = 0.0
         width = max(1, min(channels, CLASS_SUMS // max(1, g * classes)))
-        self.sampled = torch.arange(width) * channels // width
+        self.sampled = _spread(channels, width)
         self.class_count = torch.zeros(classes, dtype=torch.int64)
         self.class_sums = torch.zeros(classes, g, width, dtype=torch.float64)
         self.class_means = torch.zeros(classes, g, dtype=torch.float64)
@@ -256,7 +258,7 @@ class _Stream:
         kinds = int((self.class_count > 0).sum())
         labelled = int(self.class_count.sum())
         between = chance = None
-        signature: list[list[float] | None] = []
+        signature: dict[int, list[float]] = {}
         if kinds > 1 and labelled == self.count > 1:
             there = self.class_count > 0
             apart = self.class_sums[there] / self.class_count[there].view(-1, 1, 1) - self.mean[:, self.sampled]
@@ -265,9 +267,11 @@ class _Stream:
             between = float(squares / total.sum()) if total.sum() > 0 else 0.0
             chance = (kinds - 1) / (self.count - 1)
             scaled = apart / deviation[:, self.sampled].clamp_min(1e-12)
-            scaled = torch.where(deviation[:, self.sampled] < CONSTANT, 0.0, scaled).flatten(1)
-            rows = iter(scaled.tolist())
-            signature = [next(rows) if is_there else None for is_there in there.tolist()]
+            scaled = torch.where(deviation[:, self.sampled] < CONSTANT, 0.0, scaled)
+            scaled = scaled[:, :, _spread(scaled.shape[2], SIGNATURE[1])].flatten(1)
+            numbers = there.nonzero().flatten().tolist()
+            for row in _spread(kinds, SIGNATURE[0]).tolist():
+                signature[numbers[row]] = [round(value, 3) for value in scaled[row].tolist()]
         histogram = self.histogram.view(self.g, BINS).tolist()
         means = self.mean.mean(1).tolist()
         experts = [
@@ -295,3 +299,9 @@ class _Stream:
             "experts": experts,
             "signature": signature,
         }
+
+
+def _spread(of: int, count: int) -> Tensor:
+    """At most `count` indices of `of`, evenly spread."""
+    count = min(of, count)
+    return torch.arange(count) * of // count

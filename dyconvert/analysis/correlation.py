@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyconvert.errors import ModelError
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.plan import Plan
+from dyconvert.surgery.plan import Plan, PlannedConv
 
 BINS = 40
 # |r| from which on a correlation is strong, middle or weak; below it is none.
@@ -96,18 +96,25 @@ def default_layer(plan: Plan) -> tuple[str, str]:
     sized = [c for c in convs if c.map_size and max(c.map_size) > 1]
     sizes = list(dict.fromkeys(c.map_size for c in sized))
     if len(sizes) > 1:
-        # The conv that makes a map smaller reads the size before: the stage's last conv is the last that reads its own.
         size = sizes[-2]
-        chosen = [c for c in sized if c.map_size == size]
+        chosen = [c for c in sized[: _first_smaller(sized, size)] if c.map_size == size]
+        # A conv that makes maps smaller, and what stands beside it, reads this size but belongs to the next stage.
         inner = [c for c in chosen if not _starts_next(c, sized)] or chosen
         return inner[-1].name, f"the last conv of the second-last stage, whose maps are {'x'.join(map(str, size))}"
     return convs[-1 - len(convs) // 3].name, "two thirds of the way; the model's maps have one size"
 
 
-def _starts_next(conv: object, sized: Sequence) -> bool:
-    """Whether a conv stands in a block that goes on at a smaller size, so that it belongs to the next stage."""
-    block = conv.name.rpartition(".")[0]
-    beside = [c for c in sized if c.name.rpartition(".")[0] == block or (conv.block and c.block == conv.block)]
+def _first_smaller(sized: Sequence[PlannedConv], size: tuple[int, ...]) -> int:
+    """Where, after the first conv that reads maps of this size, one reads smaller maps."""
+    start = next(i for i, conv in enumerate(sized) if conv.map_size == size)
+    return next((i for i in range(start, len(sized)) if max(sized[i].map_size) < max(size)), len(sized))
+
+
+def _starts_next(conv: PlannedConv, sized: Sequence[PlannedConv]) -> bool:
+    """Whether a conv stands in a block, or two levels around it in a module, that goes on at a smaller size."""
+    parent = conv.name.rpartition(".")[0]
+    around = conv.block or parent.rpartition(".")[0] or parent
+    beside = (c for c in sized if around and c.name.startswith(f"{around}."))
     return any(max(c.map_size) < max(conv.map_size) for c in beside)
 
 

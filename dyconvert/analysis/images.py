@@ -26,13 +26,14 @@ class ImageSet:
         labels: the class of each, `[N]`; -1 for an image beside the folders.
         files: of each, or none where `tensors` has them, `[N, C, H, W]`.
         total: how many there were before `limit`.
+        shape: `(C, H, W)` of each.
     """
 
     name: str
     classes: list[str]
     labels: Tensor
     total: int
-    channels: int
+    shape: tuple[int, ...]
     transform: v2.Transform | None = None
     files: list[Path] = field(default_factory=list)
     tensors: Tensor | None = None
@@ -60,7 +61,7 @@ class ImageSet:
 
     def _read(self, file: Path) -> Tensor:
         with _opened(file) as image:
-            return self.transform(image.convert("RGB" if self.channels == 3 else "L"))
+            return self.transform(image.convert("RGB" if self.shape[0] == 3 else "L"))
 
 
 def read_images(
@@ -85,7 +86,9 @@ def read_images(
     """
     if data == "digits" and not Path(data).exists():
         images, labels = builtin.load_digits_test()
-        return ImageSet(data, [*"0123456789"], labels[:limit], len(labels), 1, tensors=images[:limit])
+        return ImageSet(
+            data, [*"0123456789"], labels[:limit], len(labels), tuple(images.shape[1:]), tensors=images[:limit]
+        )
     channels, *spatial = shape
     if len(spatial) != 2 or channels not in (1, 3):
         raise ModelError(
@@ -111,7 +114,7 @@ def read_images(
     if limit is not None and limit < total:
         files = [files[i * total // limit] for i in range(limit)]
     classes, labels = _classes(folder, files)
-    return ImageSet(data, classes, labels, total, channels, transform, files)
+    return ImageSet(data, classes, labels, total, tuple(shape), transform, files)
 
 
 def image_files(folder: Path) -> list[Path]:

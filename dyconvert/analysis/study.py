@@ -82,7 +82,7 @@ def analyse(
     classes: Sequence[str] = (),
     example: Any = None,
     sizes: Sequence[int] = SIZES,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     seconds: float = 5.0,
     cpu_time: bool = False,
     run: Run | None = None,
@@ -103,7 +103,7 @@ def analyse(
         classes: names of the labels, where `images` aren't an ImageSet.
         example: an input, or the tuple of the forward's arguments. None: common sizes are tried.
         sizes: input sizes in pixels at which latency is measured; none of them: it isn't.
-        batch_size: images at a time.
+        batch_size: images at a time; by default as many as have about a million pixels, 100 at most.
         seconds: of measuring, per input size; 0: no times are measured.
         cpu_time: count CPU time, which others on the machine disturb less.
         run, ablation: what fine-tuning wrote, to be shown with the rest.
@@ -173,13 +173,15 @@ def _look(
     images: ImageSet | Iterable[Any],
     layers: dict[str, str],
     classes: Sequence[str],
-    batch_size: int,
+    batch_size: int | None,
     tell: Progress,
 ) -> None:
     count = None
     batches: Iterable[Any] = images
     if isinstance(images, ImageSet):
-        count, classes, batches = len(images), images.classes, images.batches(batch_size)
+        height, width = images.shape[1:]
+        size = batch_size or min(max(2**20 // (height * width), 8), 100)
+        count, classes, batches = len(images), images.classes, images.batches(size)
         result.data, result.images_in_data = images.name, images.total
     seen = pass_over(
         model,

@@ -50,7 +50,7 @@ def report(
     mean: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.485,0.456,0.406",
     std: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.229,0.224,0.225",
     limit: Annotated[int | None, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 100,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; by default by their size.")] = None,
     weights: Annotated[str, typer.Option(help="Of MODEL, as `convert` takes them.")] = "default",
     against_weights: Annotated[str, typer.Option(help="Of the original, where it is a MODEL.")] = "default",
     seconds: Annotated[float, typer.Option(min=0, help="Of timing, for each input size.")] = 4.0,

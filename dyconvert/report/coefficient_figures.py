@@ -50,45 +50,38 @@ def variation(found: Coefficients) -> Any:
                 fontsize=7,
                 color=COLOUR["muted"],
             )
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        figure.legend(loc="outside upper left", ncols=2)
     axes.set_yticks(y, [_short(conv.name) for conv in shown], fontsize=7.5)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.14)
     axes.set_xlim(left=0)
-    axes.set_xlabel("standard deviation over the images" + (", by share of variance" if known else ""))
+    axes.set_xlabel("standard deviation over the images")
     return figure
 
 
 def usage(found: Coefficients) -> Any:
     """Each conv's experts: the mean coefficient of each over all images, and those that are never used."""
+    import numpy as np
+
     shown = spread_rows(found.convs)
+    experts = max(conv.g for conv in shown)
     figure, axes = new(0.95 + 0.2 * len(shown))
+    apart = np.zeros((len(shown), experts))
     for row, conv in enumerate(shown):
         base = 1 / conv.g if conv.activation == "softmax" else 0.5
-        mean = sum(e.mean for e in conv.experts) / conv.g
         for column, expert in enumerate(conv.experts):
-            if not expert.used:
-                axes.plot(column, row, "x", color=COLOUR["warning"], markersize=6, zorder=3)
-                continue
-            # An area is read as an amount; the whisker is all of what was seen.
-            axes.scatter(column, row, s=14 + 60 * min(expert.mean / base, 2), color=COLOUR["dynamic"], alpha=0.25, lw=0)
-            high = expert.mean >= mean
-            axes.annotate(
-                f"{expert.mean:.2f}".lstrip("0"),
-                (column, row),
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                color=COLOUR["ink" if high else "muted"],
-            )
-    experts = max(conv.g for conv in shown)
+            if expert.used:
+                apart[row, column] = np.clip(expert.mean / base - 1, -1, 1)
+                text, colour = f"{expert.mean:.2f}".removeprefix("0"), COLOUR["ink"]
+            else:
+                text, colour = "✕", COLOUR["warning"]
+            axes.annotate(text, (column, row), ha="center", va="center", fontsize=7, color=colour)
+    axes.imshow(_painted(apart), aspect="auto", interpolation="nearest")
     axes.set_xticks(range(experts), [str(i + 1) for i in range(experts)])
-    axes.set_xlim(-0.6, experts - 0.4)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_yticks(range(len(shown)), [_short(conv.name) for conv in shown], fontsize=7.5)
     axes.grid(visible=False)
-    axes.set_xlabel("expert: its mean coefficient; ✕ never used")
+    axes.set_xlabel("expert; ✕: never used")
     return figure
 
 
@@ -96,7 +89,7 @@ def class_map(conv: ConvCoefficients, classes: list[str]) -> Any | None:
     """What each class does to the coefficients of one conv: how far they are from their mean, by class."""
     import numpy as np
 
-    rows = [(name, row) for name, row in zip(classes, conv.signature, strict=False) if row is not None]
+    rows = [(classes[number], row) for number, row in conv.signature.items()]
     if len(rows) < 2:
         return None
     shown = spread_rows(rows)

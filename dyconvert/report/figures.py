@@ -99,11 +99,13 @@ def _stacked_bands(axes: Any, rows: Sequence[tuple[str, Correlation]]) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 100)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8, columnspacing=1)
+    axes.figure.legend(loc="outside upper left", ncols=4, fontsize=8, columnspacing=1)
 
 
 def latency(found: Resolution) -> Any:
     """Time of one image against the input's size."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = new(2.7)
     names = [name for name in MODELS if any(name in each.seconds for each in found.sizes)]
     for name in names:
@@ -114,6 +116,7 @@ def latency(found: Resolution) -> Any:
         low, high = [1e3 * t.low for t in timings], [1e3 * t.high for t in timings]
         axes.fill_between(sizes, low, high, color=COLOUR[colour], alpha=0.2, linewidth=0)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     _size_axis(axes, found)
@@ -186,7 +189,7 @@ def costs(blocks: Sequence[BlockCost], field: str) -> Any:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(unit)
     if pairs:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 

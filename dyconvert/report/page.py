@@ -14,6 +14,7 @@ from dyconvert.report.style import PALETTE
 
 # Pixels of a picture's shorter side in the page.
 THUMBNAIL = 64
+USAGE = "Mean coefficients over images and channels; orange above, blue below where a conversion starts."
 # Convs whose experts' images are shown.
 SHOWN_CONVS = 3
 
@@ -107,14 +108,14 @@ def _coefficients(analysis: Analysis) -> list[Drawing]:
             coefficient_figures.variation(found),
             "How far coefficients move from image to image; the number is the share between the classes' means.",
         ),
-        Drawing("usage", "Which experts are used", coefficient_figures.usage(found), "Means over images and channels."),
+        Drawing("usage", "Which experts are used", coefficient_figures.usage(found), USAGE),
     ]
     conv = most_by_class(analysis)
     if conv is not None:
         picture = coefficient_figures.class_map(conv, analysis.classes)
         if picture is not None:
             caption = f"Per class, in {conv.name}: where each coefficient's mean lies from its mean over all images."
-            drawn.insert(0, Drawing("classes", "What a class changes", picture, caption))
+            drawn.append(Drawing("classes", "What a class changes", picture, caption))
     return drawn
 
 

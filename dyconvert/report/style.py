@@ -24,7 +24,7 @@ COLOUR = {name: light for name, (light, _) in PALETTE.items()}
 # Of as many series as there may be: told apart by lightness as well as by hue.
 SERIES = ("dynamic", "narrow", "good", "strong", "warning", "original", "middle", "muted")
 
-WIDTH = 3.9  # inches: it fits a phone without being made smaller, and three fit beside one another on a screen
+WIDTH = 3.5  # inches: it fits a phone without being made smaller, and three fit beside one another on a screen
 
 
 def settings() -> dict[str, Any]:

@@ -98,7 +98,7 @@ def write_report(
                     drawing.svg = for_page(svg, drawing.label)
             html = page.render(analysis, sections, page.galleries(analysis, images))
             (made / PAGE).write_text(html, encoding="utf-8")
-            (made / NUMBERS).write_text(analysis.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            (made / NUMBERS).write_text(analysis.model_dump_json() + "\n", encoding="utf-8")
             for name, text in tables(analysis).items():
                 (made / "numbers" / name).write_text(text, encoding="utf-8")
             os.chmod(made, 0o755)
