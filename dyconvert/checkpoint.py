@@ -1,7 +1,7 @@
 """save and load: a directory with `model.safetensors` and `dyconvert.json`, and no pickle.
 
-`dyconvert.json` names the weights file, the plan, both hashes, and where the model came from. Replacing it is the
-one step that makes a save valid, so an interrupted save leaves the old directory whole.
+`dyconvert.json` names the weights file, the plan, what was narrowed, their hashes, and where the model came from.
+Replacing it is the one step that makes a save valid, so an interrupted save leaves the old directory whole.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from torch import nn
 
 from dyconvert import models
 from dyconvert.errors import CheckpointError, PlanError
+from dyconvert.narrowing.record import Narrowing, narrowing_of, rebuild_narrowed
+from dyconvert.nn import DynamicConv
 from dyconvert.surgery.convert import check_converted, rebuild
 from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.plan import Plan, problems
@@ -39,7 +41,7 @@ SOURCE_ATTRIBUTE = "dyconvert_source"
 
 
 class Description(BaseModel):
-    """What `dyconvert.json` holds."""
+    """What `dyconvert.json` holds. `plan` is None for a static model, `narrowing` for one of the original width."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,29 +52,38 @@ class Description(BaseModel):
     sha256: str
     source: dict[str, Any] | None
     plan_sha256: str
-    plan: Plan
+    plan: Plan | None
+    narrowing_sha256: str | None = None
+    narrowing: Narrowing | None = None
 
 
 def save(
-    model: nn.Module, directory: str | Path, *, source: "models.Source | None" = None, force: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    source: "models.Source | None" = None,
+    force: bool = False,
+    static: bool = False,
 ) -> Path:
-    """Save a converted model, trained or not.
+    """Save a converted or narrowed model, trained or not.
 
     Args:
-        model: what :func:`~dyconvert.convert` or :func:`load` returned.
+        model: what :func:`~dyconvert.convert`, :func:`~dyconvert.narrow` or :func:`load` returned.
         directory: made if need be. A model that was saved there before is replaced, in one step.
         source: where the static model came from, so that :func:`load` can build it. None: what the model was
             loaded with, if anything; else :func:`load` will need the static model.
         force: write into a directory that holds other things.
+        static: save a model that wasn't converted or narrowed as well, as a control.
 
     Returns:
         The directory.
 
     Raises:
-        ModelError: the model wasn't converted.
+        ModelError: the model wasn't converted or narrowed, and isn't said to be static.
         CheckpointError: the directory holds something else, or can't be written. What was there is still there.
     """
-    plan = check_converted(model)
+    narrowing = narrowing_of(model)
+    plan = _plan_of(model, static or narrowing is not None)
     source = source or getattr(model, SOURCE_ATTRIBUTE, None)
     directory = Path(directory)
     check_writable(directory, replace=True, force=force)
@@ -91,8 +102,10 @@ def save(
                 weights=name,
                 sha256=_sha256(target / name),
                 source=source.to_json() if source else None,
-                plan_sha256=_plan_sha256(plan.model_dump(mode="json")),
+                plan_sha256=_json_sha256(plan and plan.model_dump(mode="json")),
                 plan=plan,
+                narrowing_sha256=_json_sha256(narrowing and narrowing.model_dump(mode="json")),
+                narrowing=narrowing,
             )
             part = target / (DESCRIPTION + ".part")
             part.write_text(description.model_dump_json(indent=2), encoding="utf-8")
@@ -115,7 +128,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
 
     Args:
         directory: what was saved.
-        model: the static architecture, with any weights; left as it is. None: it is built from its source.
+        model: the static architecture, of the original width, with any weights; left as it is. None: it is built
+            from its source.
         trust_code: run the source's code, where the source is a Python file or module of the user's own.
 
     Raises:
@@ -140,13 +154,15 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     source = _source(description, directory)
     static = _build(source, directory, trust_code) if model is None else _copied(model)
     try:
-        model = rebuild(static, description.plan)
+        if description.narrowing is not None:
+            static = rebuild_narrowed(static, description.narrowing)
+        model = static if description.plan is None else rebuild(static, description.plan)
         _take_dtypes(model, weights)
         load_model(model, str(weights))
     except (PlanError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"The architecture isn't the one that was saved in {directory}: {_first_lines(error)}. "
-            "Pass the static model that was converted as model=..."
+            "Pass the static model that it was made from as model=..."
         ) from error
     if source is not None:
         setattr(model, SOURCE_ATTRIBUTE, source)
@@ -177,9 +193,12 @@ def describe(directory: str | Path) -> Description:
         description = Description.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"{file} isn't what dyconvert writes: {problems(error)}. Was it edited?") from None
-    if _plan_sha256(content["plan"]) != description.plan_sha256:
-        # Another activation, say, would load without complaint and compute something else.
+    # Another activation, say, would load without complaint and compute something else.
+    if _json_sha256(content["plan"]) != description.plan_sha256:
         raise CheckpointError(f"The plan in {file} was altered after it was saved. Copy the file again.")
+    narrowing = content.get("narrowing")
+    if narrowing is not None and _json_sha256(narrowing) != description.narrowing_sha256:
+        raise CheckpointError(f"The narrowing in {file} was altered after it was saved. Copy the file again.")
     return description
 
 
@@ -216,6 +235,13 @@ def _check_writable(directory: Path, replace: bool, force: bool) -> None:
         raise CheckpointError(
             f"{directory} holds other files. Write there with --force (force=True), or choose another."
         )
+
+
+def _plan_of(model: nn.Module, may_be_static: bool) -> Plan | None:
+    # Without a plan, a model with dynamic convs is a part or a wrapper of a converted one.
+    if may_be_static and not any(isinstance(module, DynamicConv) for module in model.modules()):
+        return None
+    return check_converted(model)
 
 
 def _first_lines(error: Exception) -> str:
@@ -298,8 +324,8 @@ def _used_weights(directory: Path) -> str | None:
         return None
 
 
-def _plan_sha256(plan: Any) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+def _json_sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

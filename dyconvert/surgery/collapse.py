@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.errors import ModelError, some
+from dyconvert.narrowing.record import NARROWING_ATTRIBUTE
 from dyconvert.nn import (
     CoefficientPredictor,
     DynamicConv,
@@ -90,8 +91,8 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
             module.__class__ = module._dyconvert_base
             del module._modules[PREDICTOR]
     result = replace_everywhere(result, replacements)
-    # The plan and the source speak of the dynamic model.
-    for key in [key for key in vars(result) if key.startswith("dyconvert_")]:
+    # The plan and the source speak of the dynamic model; what was narrowed stays narrow.
+    for key in [key for key in vars(result) if key.startswith("dyconvert_") and key != NARROWING_ATTRIBUTE]:
         delattr(result, key)
     return result
 

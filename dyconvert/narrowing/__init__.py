@@ -1,0 +1,1 @@
+"""Fewer channels: which to keep together, and the weights that reconstruct the original's outputs."""

@@ -1,0 +1,167 @@
+"""Narrowing: what was narrowed, as data; enough to make the narrowed architecture out of the original one."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from dyconvert.errors import PlanError
+from dyconvert.narrowing.layers import ChannelSlice
+
+# On a narrowed model: its Narrowing. `save` writes it.
+NARROWING_ATTRIBUTE = "dyconvert_narrowing"
+
+
+class NarrowedGroup(BaseModel):
+    """Channels that are narrowed together.
+
+    Attributes:
+        name: the first module that makes them.
+        before, after: how many there are.
+        kept: why they were kept, where they were.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    before: int
+    after: int
+    kept: str | None = None
+
+
+class NarrowedModule(BaseModel):
+    """What changed in one module.
+
+    Attributes:
+        name: where it stands, as in `model.get_submodule(name)`.
+        shapes: the new shapes of its own parameters and buffers.
+        attributes: the new values of its own numbers, such as `out_channels`.
+        channels: the slice (start, stop) that is left of what it returns, where its padding can't be narrowed.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    shapes: dict[str, list[int]] = {}
+    attributes: dict[str, int | list[int]] = {}
+    channels: tuple[int, int] | None = None
+
+
+class Narrowing(BaseModel):
+    """What was narrowed, and how. `print(narrowing)` shows it; `model.dyconvert_narrowing` holds it.
+
+    Attributes:
+        model: the class of the original.
+        width, flops: what was asked for.
+        init: where the weights came from: "least-squares", "merge" or "l1".
+        groups: the coupled channels, in the order in which data flows.
+        modules: what changed, module by module.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    model: str
+    width: float | None = None
+    flops: float | None = None
+    init: str
+    groups: list[NarrowedGroup] = []
+    modules: list[NarrowedModule]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, init {self.init}"]
+        for group in self.groups:
+            kept = f"  ({group.kept})" if group.kept else ""
+            lines.append(f"  {group.name}: {group.before} -> {group.after}{kept}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def changes(original: nn.Module, narrowed: nn.Module) -> list[NarrowedModule]:
+    """What differs in shape between a model and a narrowed copy of it."""
+    found = []
+    for name, old in original.named_modules():
+        new = narrowed.get_submodule(name)
+        channels = None
+        if isinstance(new, ChannelSlice) and not isinstance(old, ChannelSlice):
+            channels, new = (new.start, new.stop), new.module
+        tensors = dict(_own_tensors(new))
+        entry = NarrowedModule(
+            name=name,
+            shapes={n: list(tensors[n].shape) for n, t in _own_tensors(old) if tensors[n].shape != t.shape},
+            attributes={n: _plain(getattr(new, n)) for n, v in _numbers(old) if getattr(new, n) != v},
+            channels=channels,
+        )
+        if entry.shapes or entry.attributes or entry.channels:
+            found.append(entry)
+    return found
+
+
+def rebuild_narrowed(model: nn.Module, narrowing: Narrowing) -> nn.Module:
+    """Give the original architecture, in place, the narrowed one's shapes; the values are to be loaded.
+
+    Raises:
+        PlanError: the model isn't the one that was narrowed.
+    """
+    # A tensor that has several names stays one tensor.
+    made: dict[int, torch.Tensor] = {}
+    for entry in narrowing.modules:
+        try:
+            module = model.get_submodule(entry.name)
+            tensors, numbers = dict(_own_tensors(module)), dict(_numbers(module))
+            for name, shape in entry.shapes.items():
+                _replace(module, name, tensors[name], shape, made)
+            for name, value in entry.attributes.items():
+                like = numbers[name]
+                setattr(module, name, type(like)(value) if isinstance(like, tuple | list) else int(value))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise PlanError(
+                f"{entry.name or 'the model'} was narrowed, and {type(model).__name__} isn't like it there"
+            ) from None
+        if entry.channels is not None:
+            put(model, entry.name, ChannelSlice(module, *entry.channels).train(module.training))
+    setattr(model, NARROWING_ATTRIBUTE, narrowing.model_copy(deep=True))
+    return model
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set a submodule by name; setattr would refuse the numbers of a Sequential."""
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module
+
+
+def narrowing_of(model: nn.Module) -> Narrowing | None:
+    """How this model was narrowed, or None if it wasn't."""
+    found = getattr(model, NARROWING_ATTRIBUTE, None)
+    return found if isinstance(found, Narrowing) else None
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, t in (*module._parameters.items(), *module._buffers.items()):
+        if t is not None:
+            yield name, t
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The module's own integers, and tuples or lists of them."""
+    for name, value in vars(module).items():
+        several = isinstance(value, tuple | list) and len(value) > 0
+        if all(type(v) is int for v in (value if several else (value,))):
+            yield name, value
+
+
+def _plain(value: Any) -> int | list[int]:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _replace(module: nn.Module, name: str, old: torch.Tensor, shape: list[int], made: dict[int, torch.Tensor]) -> None:
+    if len(shape) != old.dim() or any(new > whole for new, whole in zip(shape, old.shape, strict=True)):
+        raise ValueError(f"{name} can't become {shape}")
+    if id(old) not in made:
+        # Values that aren't saved would otherwise be whatever lay in memory.
+        new = old.detach().new_zeros(shape)
+        made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    (module._parameters if name in module._parameters else module._buffers)[name] = made[id(old)]
