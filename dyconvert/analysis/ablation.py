@@ -13,7 +13,7 @@ from dyconvert.errors import DyconvertError
 
 SWEEP, SUMMARY, METRICS = "sweep.csv", "summary.json", "metrics.csv"
 # What tells the settings of two runs apart; runs that agree in all of them are repetitions.
-SETTINGS = ("recipe", "method", "g", "width", "static", "epochs")
+SETTINGS = ("run", "recipe", "method", "g", "width", "static", "epochs")
 SCORES = ("original", "converted", "finetuned", "ema")
 COSTS = ("parameters", "macs", "seconds")
 
@@ -32,10 +32,12 @@ class Setting(BaseModel):
     """Runs that differ in their seed alone.
 
     Attributes:
+        run: what the sweep calls it.
         scores: top-1 in percent: of the "original", "converted", "finetuned", and of the averaged weights, "ema".
         costs: the means of "parameters", "macs" and "seconds".
     """
 
+    run: str
     recipe: str
     method: str
     g: int | None
@@ -44,12 +46,6 @@ class Setting(BaseModel):
     epochs: float | None
     scores: dict[str, Spread]
     costs: dict[str, float]
-
-    @property
-    def label(self) -> str:
-        kind = "static" if self.static else self.method
-        g = f", g = {self.g}" if self.g is not None and not self.static else ""
-        return f"{kind}{g}" + (f", width {self.width:g}" if self.width is not None else "")
 
 
 class Course(BaseModel):
@@ -100,6 +96,7 @@ def read_sweep(file: Path) -> Ablation:
         g = _number(file, known, "g")
         settings.append(
             Setting(
+                run=known["run"] or known["method"] or "static",
                 recipe=known["recipe"],
                 method=known["method"],
                 g=None if g is None else int(g),

@@ -17,8 +17,8 @@ from dyconvert.cli.output import count, err, out
 from dyconvert.cli.report import opened
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
+from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.observe import example_for
-from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.watch import predictor_of
 
 
@@ -41,10 +41,11 @@ def inspect(
     with err.status(f"reading {directory}"):
         description = checkpoint.describe(directory)
         found = opened(str(directory), "default", trust_code)
-        model, plan = found.model, getattr(found.model, PLAN_ATTRIBUTE, None)
+        model = found.model
         check_finite(model, str(directory))
         example = example_for(model, batch=1, size=size or found.size)
-        plan = plan if isinstance(plan, Plan) else description.plan
+        # Of a static model, saved as a control, what would become of it.
+        plan = getattr(model, PLAN_ATTRIBUTE, None) or plan_model(model, example=example)
         static = models.build(found.source) if found.source is not None else None
         costs = cost(model, plan, example, static, seconds=0)
         coefficients = None
@@ -76,8 +77,11 @@ def inspect(
     out.print(Text(where))
     temperatures = sorted({row["temperature"] for row in rows})
     shown = " to ".join(f"{t:g}" for t in dict.fromkeys((temperatures or [1.0])[:: max(len(temperatures) - 1, 1)]))
-    out.print(f"method {plan.method.name}, g = {plan.method.g}, {plan.method.activation}, temperature {shown}")
-    out.print(Text(plan.summary()))
+    if rows:
+        out.print(f"method {plan.method.name}, g = {plan.method.g}, {plan.method.activation}, temperature {shown}")
+        out.print(Text(plan.summary()))
+    else:
+        out.print(f"static: none of {len(plan.convs)} convs is dynamic")
     for what in ("parameters", "macs"):
         after, before = getattr(costs.after, what), getattr(costs.before, what) if costs.before else None
         name = {"parameters": "parameters", "macs": "multiply-adds, one image"}[what]
@@ -86,7 +90,6 @@ def inspect(
             out.print(f"{name}: {was}{count(after)}")
     out.print(f"  of them predicting {count(costs.predicting)}, mixing {count(costs.mixing)}")
     if not rows:
-        out.print("No dynamic conv.")
         return
     out.print()
     out.print(_table(rows, bool(varying)))

@@ -119,6 +119,7 @@ class Opened:
     model: nn.Module
     name: str
     source: "models.Source | None"
+    saved: bool
     size: tuple[int, ...] | None
 
 
@@ -129,14 +130,14 @@ def opened(text: str, weights: str, trust_code: bool) -> Opened:
         model = checkpoint.load(directory, trust_code=trust_code)
         source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)
         size = source.input_size if source else None
-        return Opened(model, directory.resolve().name, source, size or _size_in_plan(model))
+        return Opened(model, directory.resolve().name, source, True, size or _size_in_plan(model))
     model, source = models.create(text, weights, {})
-    return Opened(model, source.specifier.rpartition(":")[2], source, source.input_size)
+    return Opened(model, source.specifier.rpartition(":")[2], source, False, source.input_size)
 
 
 def original_of(main: Opened) -> Opened | None:
-    """The static model that a saved one was converted from, with its weights, or None if they can't be had."""
-    if main.source is None or not isinstance(getattr(main.model, PLAN_ATTRIBUTE, None), Plan):
+    """The static model that a saved one was made from, with its weights, or None if they can't be had."""
+    if main.source is None or not main.saved:
         return None
     source = main.source
     try:
@@ -144,7 +145,7 @@ def original_of(main: Opened) -> Opened | None:
     except ModelError as error:
         err.print(Text(f"without the original: {error} Name it with --against.", style="yellow"))
         return None
-    return Opened(model, source.specifier.rpartition(":")[2], source, source.input_size)
+    return Opened(model, source.specifier.rpartition(":")[2], source, False, source.input_size)
 
 
 def _size_in_plan(model: nn.Module) -> tuple[int, ...] | None:

@@ -47,7 +47,7 @@ def variation(found: Coefficients) -> Any:
                 (3, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=7,
+                fontsize=7.5,
                 color=COLOUR["muted"],
             )
         figure.legend(loc="outside upper left", ncols=2)
@@ -76,7 +76,7 @@ def usage(found: Coefficients) -> Any:
                 text, colour = f"{expert.mean:.2f}".removeprefix("0"), COLOUR["ink"]
             else:
                 text, colour = "✕", COLOUR["warning"]
-            axes.annotate(text, (column, row), ha="center", va="center", fontsize=7, color=colour)
+            axes.annotate(text, (column, row), ha="center", va="center", fontsize=7.5, color=colour)
     axes.imshow(_painted(apart), aspect="auto", interpolation="nearest")
     axes.set_xticks(range(experts), [str(i + 1) for i in range(experts)])
     axes.set_yticks(range(len(shown)), [_short(conv.name) for conv in shown], fontsize=7.5)

@@ -193,6 +193,28 @@ def costs(blocks: Sequence[BlockCost], field: str) -> Any:
     return figure
 
 
+def runs(found: Ablation) -> Any | None:
+    """Top-1 of every run of a sweep after fine-tuning, with the spread over seeds, against the original's."""
+    rows = [setting for setting in found.settings if "finetuned" in setting.scores]
+    if not rows:
+        return None
+    shown = spread_rows(rows)
+    figure, axes = new(1.0 + 0.26 * len(shown))
+    for y, setting in enumerate(shown):
+        score = setting.scores["finetuned"]
+        colour = COLOUR["original" if setting.static else "dynamic"]
+        axes.errorbar(score.mean, y, xerr=score.deviation, fmt="o", color=colour, capsize=3)
+    originals = {round(s.scores["original"].mean, 6) for s in shown if "original" in s.scores}
+    for original in originals if len(originals) == 1 else ():
+        axes.axvline(original, color=COLOUR["muted"], linestyle="--", linewidth=1, label="original")
+        figure.legend(loc="outside upper left", fontsize=8)
+    axes.set_yticks(range(len(shown)), [_short(setting.run) for setting in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("top-1 after fine-tuning, %; grey: static")
+    return figure
+
+
 def widths(found: Ablation) -> Any | None:
     """Static against dynamic at equal width, with the spread over seeds; None with fewer than two settings."""
     rows = [setting for setting in found.settings if setting.width is not None and "finetuned" in setting.scores]
@@ -223,7 +245,7 @@ def group_sizes(found: Ablation) -> Any | None:
             mean = setting.scores["finetuned"].mean
             axes.axhline(mean, color=COLOUR["original"], linestyle="--", linewidth=1.2)
             axes.annotate(
-                setting.label,
+                setting.run,
                 (1, mean),
                 (-2, 3),
                 xycoords=("axes fraction", "data"),
@@ -269,7 +291,7 @@ def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label
 def courses(run: Run) -> list[tuple[str, Any]]:
     """A fine-tuning run's losses, and its accuracies, over the epochs: `(title, picture)`."""
     drawn = []
-    for title, words in (("Accuracy", ("acc", "top1")), ("Loss", ("loss",))):
+    for title, words in (("Accuracy", ("acc", "top1", "top-1", "miou")), ("Loss", ("loss",))):
         chosen = [c for c in run.courses if any(word in c.name.lower() for word in words) and len(c.values) > 1]
         # A metric that is logged per step and per epoch is shown once.
         chosen = [c for c in chosen if not c.name.endswith("_step")][: len(SERIES)]

@@ -77,6 +77,7 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
         found["resolution"] = _resolution(analysis)
     if analysis.ablation is not None:
         pairs = [
+            ("ablation_runs", "All runs", figures.runs(analysis.ablation)),
             ("ablation_width", "Static against dynamic", figures.widths(analysis.ablation)),
             ("ablation_g", "Number of experts", figures.group_sizes(analysis.ablation)),
         ]

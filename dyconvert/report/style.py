@@ -74,7 +74,7 @@ def to_svg(figure: Any, name: str) -> str:
 def to_png(figure: Any) -> bytes:
     """The picture as PNG, on white."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
     return buffer.getvalue()
 
 

@@ -92,6 +92,9 @@ def write_report(
                 for done, drawing in enumerate(drawn):
                     if progress is not None:
                         progress("drawing", done, len(drawn))
+                    # Laid out once, for both files.
+                    drawing.figure.draw_without_rendering()
+                    drawing.figure.set_layout_engine("none")
                     svg = to_svg(drawing.figure, drawing.name)
                     (made / "figures" / f"{drawing.name}.svg").write_text(svg, encoding="utf-8")
                     (made / "figures" / f"{drawing.name}.png").write_bytes(to_png(drawing.figure))
