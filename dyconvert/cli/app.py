@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli import bench, collapse, convert, export, ls, methods
+from dyconvert.cli import bench, collapse, convert, export, inspect, ls, methods, report
 
 app = typer.Typer(
     name="dyconvert",
@@ -41,8 +41,10 @@ app.command("convert")(convert.convert)
 app.add_typer(bench.app, name="bench")
 app.command("collapse")(collapse.collapse)
 app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
 app.command("ls")(ls.ls)
 app.command("methods")(methods.methods)
+app.command("report")(report.report)
 
 
 def command_names() -> set[str]:
