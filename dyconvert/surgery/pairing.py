@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dyconvert.errors import ModelError
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.surgery.batches import run_over
 from dyconvert.surgery.observe import skeleton
+from dyconvert.surgery.watch import run_over
 
 
 def pair_experts(model: nn.Module, data: Iterable[Any], *, spread: float = 1.0, seed: int = 0) -> nn.Module:
@@ -61,7 +61,7 @@ def pair_experts(model: nn.Module, data: Iterable[Any], *, spread: float = 1.0, 
         for conv in (m for m in model.modules() if isinstance(m, DynamicConv) and m.g > 1):
             for bank in (conv.weight, conv.bias):
                 if bank is not None:
-                    _pair(bank.unflatten(0, (conv.g, -1)), softmax)
+                    _pair(bank.detach().unflatten(0, (conv.g, -1)), softmax)
         for name, predictor in predictors.items():
             # What the data never reached keeps its zero logits.
             if predictor.g > 1 and name in statistics:
@@ -77,7 +77,7 @@ def _pair(experts: Tensor, softmax: bool) -> None:
         return
     # All at coefficient 0.5. In float64, for the differences of the experts are to cancel.
     kernel = 0.5 * experts.double().sum(0)
-    paired = experts[:half].double()
+    paired = experts[:half].to(torch.float64, copy=True)
     alone = 0.5 * experts[2 * half :].double().sum(0)  # of an odd g; else 0
     paired += (kernel - alone - paired.sum(0)) / half
     experts[: 2 * half].unflatten(0, (2, half)).copy_(paired)
