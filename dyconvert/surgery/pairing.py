@@ -71,7 +71,7 @@ def pair_experts(model: nn.Module, data: Iterable[Any], *, spread: float = 1.0, 
 
 def _pair(experts: Tensor, softmax: bool) -> None:
     """Make experts `[g, ...]` equal, all of them or in pairs, in place; what they mix to stays."""
-    g, half = len(experts), len(experts) // 2
+    half = len(experts) // 2
     if softmax:
         experts.copy_(experts.double().mean(0).expand_as(experts))
         return
