@@ -33,6 +33,7 @@ from dyconvert.nn.tune import tune
 from dyconvert.surgery.collapse import collapse
 from dyconvert.surgery.convert import convert, plan
 from dyconvert.surgery.fuse import fuse
+from dyconvert.surgery.pairing import pair_experts
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trainable import set_trainable
 from dyconvert.verify import Differences, verify
@@ -71,6 +72,7 @@ __all__ = [
     "fuse",
     "load",
     "load_recipe",
+    "pair_experts",
     "plan",
     "save",
     "set_trainable",

@@ -77,12 +77,15 @@ def parameters(case: str) -> int:
     library, name = case.split(":")
     if library == "timm":
         return _entry(name)["parameters"]
+    return sum(p.numel() for p in build_on_meta(case).parameters())
+
+
+def build_on_meta(case: str) -> nn.Module:
     try:
         with torch.device("meta"):
-            model = build(case)
+            return build(case)
     except NotImplementedError:  # it computes its widths with tensors
-        model = build(case)
-    return sum(p.numel() for p in model.parameters())
+        return build(case).to("meta")
 
 
 def is_too_large(case: str) -> bool:

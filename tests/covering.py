@@ -146,8 +146,7 @@ def _plan(case: str, model: nn.Module, row: Row, dtype: torch.dtype) -> dyconver
 
 def _plan_only(case: str, row: Row) -> None:
     """On the meta device: planned and converted, and the converted model takes an input."""
-    with torch.device("meta"):
-        model = coverage_zoo.build(case)
+    model = coverage_zoo.build_on_meta(case)
     row.precision = "planned"
     plan = _plan(case, model, row, torch.float32)
     _account(model, plan, row, set())

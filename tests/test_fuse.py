@@ -127,7 +127,7 @@ def test_what_a_fused_model_can_do(net, tmp_path):
         assert dyconvert.verify(fused, copied, images()).absolute == 0
     # Mixing and folding commute.
     assert dyconvert.verify(collapse(dynamic), collapse(fused), images()).relative < FLOAT32
-    with pytest.raises(dyconvert.ModelError):
+    with pytest.raises(dyconvert.ModelError, match="before it was fused"):
         dyconvert.save(fused, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     assert fuse(fused).dyconvert_fused == ()
@@ -291,3 +291,18 @@ def test_training_mode_is_refused(net):
     dynamic.layer1[1].bn2.train()
     with pytest.raises(dyconvert.ModelError, match=r"batch norm layer1\.1\.bn2"):
         fuse(dynamic)
+
+
+def test_an_example_is_guessed_for_a_model_whose_stem_is_dynamic():
+    """Parts that are traced alone need a trial run, for which an input is guessed from the first conv."""
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return self.body(x) if x.sum() > 0 else self.body(-x)
+
+    dynamic = dyconvert.convert(Branching().eval(), include_stem=True)
+    assert fuse(dynamic).dyconvert_fused == (("body.0", "body.1"),)

@@ -8,7 +8,7 @@ from torch import nn
 
 # Their images, in pixels, where 64 is too few.
 SIZES = {"inception_v3": 299, "maxvit_t": 224, "alexnet": 96, "efficientnet": 64, "vgg": 32}
-FRAMES = {"mvit": (16, 224), "s3d": (16, 224), "r": (4, 32), "mc3": (4, 32)}
+FRAMES = {"mvit": (16, 224), "s3d": (16, 224), "swin3d": (4, 32), "r": (4, 32), "mc3": (4, 32)}
 
 # Only their stem is a conv; `dyconvert` refuses them, as nothing else would become dynamic.
 WITHOUT_CONVS = ("vit_", "swin")

@@ -23,6 +23,14 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
     return size * 2 if len(size) == 1 else size
 
 
+def parse_numbers(text: str) -> list[float]:
+    """`--mean`, `--std`: numbers with commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ModelError(f"{text!r} is no list of numbers such as 0.485,0.456,0.406.") from None
+
+
 def check_free(file: Path, force: bool) -> None:
     """Refuse a file that exists, before the work is done.
 

@@ -36,6 +36,8 @@ _CLASSES = {
 
 # On a converted model: the plan that was carried out. `save` writes it.
 PLAN_ATTRIBUTE = "dyconvert_plan"
+# On a fused model: the (conv, batch norm) pairs, by name. It has no plan: a plan describes the model before.
+FUSED_ATTRIBUTE = "dyconvert_fused"
 
 
 def carry_out(

@@ -1,14 +1,12 @@
 """collapse: a dynamic model back to a static one, each conv at one set of coefficients."""
 
-import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.errors import ModelError, some
 from dyconvert.narrowing.record import NARROWING_ATTRIBUTE
@@ -25,6 +23,7 @@ from dyconvert.nn import (
 from dyconvert.nn.padding import TF_SAME
 from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.rewrite import PREDICTOR, SharesPredictor, hand_over, replace_everywhere
+from dyconvert.surgery.watch import predictor_of, run_over, watch_coefficients
 
 # Which conv each dynamic conv goes back to.
 STATIC_CLASSES: dict[type[DynamicConv], type[nn.Module]] = {
@@ -72,7 +71,7 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
     if not convs:
         raise ModelError(f"{type(model).__name__} has no dynamic conv, so there is nothing to collapse.")
-    predictors = {name: _predictor_of(model, name) for name in convs}
+    predictors = {name: predictor_of(model, name) for name in convs}
     chosen = {name: _initial(predictors[name], convs[name]) for name in convs}
     if isinstance(coefficients, str):
         if coefficients != "initial":
@@ -127,34 +126,9 @@ def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Ten
         sums[name] = sums[name] + total if name in sums else total
         calls[name] = calls.get(name, 0) + seen.shape[0]
 
-    def watch(name: str, conv: DynamicConv) -> None:
-        if conv.coefficient_predictor is not None:
-            conv.coefficient_predictor.register_forward_hook(lambda _, args, output: add(name, output[0]))
-        else:
-            conv.register_forward_pre_hook(
-                lambda _, args, kwargs: add(name, kwargs.get("coefficients", args[-1])),
-                with_kwargs=True,
-            )
-
     names = [name for name, module in runner.named_modules() if isinstance(module, DynamicConv)]
-    for name in names:
-        watch(name, runner.get_submodule(name))
-    number = -1
-    with torch.no_grad():
-        for number, batch in enumerate(batches):
-            args, kwargs = _arguments(runner, batch)
-            try:
-                runner(*args, **kwargs)
-            except Exception as error:
-                raise ModelError(
-                    f"{type(model).__name__} rejects batch {number} of the data: {type(error).__name__}: {error} "
-                    "A batch is the input, (input, ...), or a dict of the forward's arguments."
-                ) from error
-    if number < 0:
-        raise ModelError(
-            "The data holds no batch, so there are no mean coefficients. An iterator that was used up gives no more: "
-            "pass the loader itself. Or collapse at coefficients='initial'."
-        )
+    watch_coefficients(runner, add)
+    run_over(runner, batches)
     means = {name: total / calls[name] for name, total in sums.items() if calls[name]}
     if broken := [name for name, mean in means.items() if not mean.isfinite().all()]:
         raise ModelError(f"The coefficients of {broken[0]} over the data aren't finite. Look for NaN in the images.")
@@ -163,44 +137,8 @@ def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Ten
     return means
 
 
-def _predictor_of(model: nn.Module, conv: str) -> CoefficientPredictor:
-    """The conv's own predictor, or that of the innermost block around it."""
-    name = conv
-    while True:
-        found = getattr(model.get_submodule(name), PREDICTOR, None)
-        if isinstance(found, CoefficientPredictor):
-            return found
-        if not name:
-            raise ModelError(
-                f"No predictor for {conv} is in this model. Collapse the whole converted model, not a part of it."
-            )
-        name = name.rpartition(".")[0]
-
-
 def _initial(predictor: CoefficientPredictor, conv: DynamicConv) -> Tensor:
     return torch.full((conv.g, 1), predictor.initial_coefficient, dtype=torch.float64)
-
-
-def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    first = next(model.parameters())
-
-    def moved(value: Any) -> Any:
-        return tree_map_only(
-            Tensor,
-            lambda t: t.to(first.device, first.dtype) if t.is_floating_point() else t.to(first.device),
-            value,
-        )
-
-    if isinstance(batch, Mapping):
-        taken = inspect.signature(model.forward).parameters
-        if known := {key: value for key, value in batch.items() if key in taken}:
-            return (), moved(known)
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise ModelError("A batch of the data is empty. A batch is the input, or (input, ...).")
-        batch = batch[0]
-    return (moved(batch),), {}
 
 
 def _static(dynamic: DynamicConv, coefficients: Tensor) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import nn
 from dyconvert.errors import ModelError, PlanError
 from dyconvert.methods import Method, get_method
 from dyconvert.surgery.blocks import check_convertible, find
-from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE, carry_out, static_conv
+from dyconvert.surgery.carry_out import FUSED_ATTRIBUTE, PLAN_ATTRIBUTE, carry_out, static_conv
 from dyconvert.surgery.observe import on_meta
 from dyconvert.surgery.plan import Plan, within
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
@@ -172,6 +172,11 @@ def check_converted(model: nn.Module) -> Plan:
     Raises:
         ModelError: it isn't a model that :func:`convert` or `load` returned.
     """
+    if hasattr(model, FUSED_ATTRIBUTE):
+        raise ModelError(
+            f"This {type(model).__name__} was fused: its batch norms are in its convs, and no plan describes that. "
+            "Do this with the model before it was fused, and fuse after loading."
+        )
     found = getattr(model, PLAN_ATTRIBUTE, None)
     if not isinstance(found, Plan):
         raise ModelError(

@@ -23,13 +23,11 @@ from dyconvert.errors import ModelError
 from dyconvert.nn import DynamicConv
 from dyconvert.nn.transposed import DynamicConvTranspose
 from dyconvert.surgery.adapters import unsupported
+from dyconvert.surgery.carry_out import FUSED_ATTRIBUTE
 from dyconvert.surgery.collapse import STATIC_CLASSES
 from dyconvert.surgery.observe import clear_hooks, observe, on_meta, skeleton
 from dyconvert.surgery.rewrite import replace_everywhere
 from dyconvert.surgery.trace import BlockTracer
-
-# On a fused model: the (conv, batch norm) pairs, by name.
-FUSED_ATTRIBUTE = "dyconvert_fused"
 
 _DYNAMIC = tuple(STATIC_CLASSES)
 _STATIC = tuple(STATIC_CLASSES.values())

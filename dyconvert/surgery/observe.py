@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dyconvert.errors import ModelError, brief
+from dyconvert.nn import DynamicConv
 
 # Spatial sizes that models are commonly built for, by the number of spatial dimensions.
 _COMMON_SIZES = {
@@ -199,9 +201,9 @@ def example_for(
     """
     first = next(model.parameters())
     if size is not None:
-        convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-        if convs and len(size) == len(convs[0].kernel_size):
-            size = (convs[0].in_channels, *size)
+        first_conv = next(_convs(model), None)
+        if first_conv is not None and len(size) == len(first_conv.kernel_size):
+            size = (first_conv.in_channels, *size)
         arguments = observe(model, set(), torch.empty(1, *size, device="meta", dtype=first.dtype)).example
     elif (observed := observe(model, set())) is not None:
         arguments = observed.example
@@ -222,9 +224,14 @@ def example_for(
     )
 
 
+def _convs(model: nn.Module) -> Iterator[nn.Module]:
+    # A converted model's first conv may be dynamic itself.
+    return (m for m in model.modules() if isinstance(m, (_ConvNd, DynamicConv)))
+
+
 def guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Inputs, on the meta device, that a model with this first conv may take."""
-    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    first = next(_convs(model), None)
     if first is None:
         return
     dims = len(first.kernel_size)

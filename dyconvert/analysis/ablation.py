@@ -1,0 +1,166 @@
+"""What fine-tuning runs wrote: a sweep's table, with its spread over seeds, and the course of one run."""
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from dyconvert.errors import DyconvertError
+
+SWEEP, SUMMARY, METRICS = "sweep.csv", "summary.json", "metrics.csv"
+# What tells the settings of two runs apart; runs that agree in all of them are repetitions.
+SETTINGS = ("run", "recipe", "method", "g", "width", "static", "epochs")
+SCORES = ("original", "converted", "finetuned", "ema")
+COSTS = ("parameters", "macs", "seconds")
+
+
+class Spread(BaseModel):
+    """Mean, sample standard deviation (0 for a single run), extremes and number of runs."""
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    runs: int
+
+
+class Setting(BaseModel):
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        run: what the sweep calls it.
+        scores: top-1 in percent: of the "original", "converted", "finetuned", and of the averaged weights, "ema".
+        costs: the means of "parameters", "macs" and "seconds".
+    """
+
+    run: str
+    recipe: str
+    method: str
+    g: int | None
+    width: float | None
+    static: bool
+    epochs: float | None
+    scores: dict[str, Spread]
+    costs: dict[str, float]
+
+
+class Course(BaseModel):
+    """A column of a run's metrics.csv over its epochs: the last value of each epoch."""
+
+    name: str
+    epochs: list[float]
+    values: list[float]
+
+
+class Run(BaseModel):
+    """One fine-tuning run: what its summary says, and the course of its metrics."""
+
+    summary: dict[str, Any]
+    courses: list[Course]
+
+
+class Ablation(BaseModel):
+    """All settings of a sweep, in the order of the file."""
+
+    file: str
+    settings: list[Setting]
+
+
+def read_sweep(file: Path) -> Ablation:
+    """Read a sweep's table, a row a run, with the columns of `SETTINGS`, `SCORES` and `COSTS`.
+
+    Raises:
+        DyconvertError: the file can't be read, lacks columns, or holds no run or words for numbers.
+    """
+    try:
+        with open(file, encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DyconvertError(f"{file} can't be read: {error}. Give a sweep's CSV with --sweep.") from error
+    if not rows:
+        raise DyconvertError(f"{file} holds no run. Give the CSV of a sweep that has run.")
+    if missing := [name for name in ("method", "g", "width", "static", "finetuned") if name not in rows[0]]:
+        raise DyconvertError(f"{file} has no column {', '.join(missing)}. A sweep's CSV has them; is it another one?")
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple((row.get(name) or "").strip() for name in SETTINGS), []).append(row)
+    settings = []
+    for key, runs in groups.items():
+        known = dict(zip(SETTINGS, key, strict=True))
+        scores = {name: _spread([_number(file, run, name) for run in runs]) for name in SCORES}
+        costs = {name: _spread([_number(file, run, name) for run in runs]) for name in COSTS}
+        g = _number(file, known, "g")
+        settings.append(
+            Setting(
+                run=known["run"] or known["method"] or "static",
+                recipe=known["recipe"],
+                method=known["method"],
+                g=None if g is None else int(g),
+                width=_number(file, known, "width"),
+                static=known["static"].lower() in ("true", "1", "yes", "static"),
+                epochs=_number(file, known, "epochs"),
+                scores={name: found for name, found in scores.items() if found is not None},
+                costs={name: found.mean for name, found in costs.items() if found is not None},
+            )
+        )
+    return Ablation(file=file.name, settings=settings)
+
+
+def read_run(directory: Path) -> Run | None:
+    """What a fine-tuning run left in its directory: summary.json and metrics.csv. None if neither is there.
+
+    Raises:
+        DyconvertError: one of them can't be read.
+    """
+    summary, courses = {}, []
+    try:
+        if (directory / SUMMARY).is_file():
+            found = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+            summary = found if isinstance(found, dict) else {}
+        if (directory / METRICS).is_file():
+            courses = _courses(directory / METRICS)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DyconvertError(f"The run in {directory} can't be read: {error}. Remove the damaged file.") from error
+    return Run(summary=summary, courses=courses) if summary or courses else None
+
+
+def _courses(file: Path) -> list[Course]:
+    # Lightning's logger writes a row a step or an epoch, with holes where a metric wasn't logged.
+    found: dict[str, dict[float, float]] = {}
+    with open(file, encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            if not row.get("epoch"):
+                continue
+            epoch = float(row["epoch"])
+            for name, text in row.items():
+                if name in ("epoch", "step") or not isinstance(text, str) or not text.strip():
+                    continue
+                value = float(text)
+                if math.isfinite(value):
+                    found.setdefault(name, {})[epoch] = value
+    return [
+        Course(name=name, epochs=sorted(values), values=[values[epoch] for epoch in sorted(values)])
+        for name, values in found.items()
+    ]
+
+
+def _number(file: Path, row: dict[str, str], name: str) -> float | None:
+    text = (row.get(name) or "").strip()
+    if text.lower() in ("", "none", "null", "nan"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise DyconvertError(f"{file} has {text!r} for {name}, which is no number. Correct it.") from None
+
+
+def _spread(values: list[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return Spread(mean=statistics.fmean(known), deviation=deviation, low=min(known), high=max(known), runs=len(known))

@@ -1,0 +1,307 @@
+"""What the predictors predict over real images: how far coefficients vary, for whom, and which experts are used.
+
+All statistics are streamed: memory depends on the model and on the number of classes, not on the number of images.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dyconvert.errors import ModelError
+from dyconvert.nn import DynamicConv
+from dyconvert.surgery.watch import predictor_of
+
+BINS = 200
+# Numbers that the class sums of one conv may take: above, its output channels are sampled.
+CLASS_SUMS = 2**18
+# Classes, and output channels of each expert, that a conv's signature shows; of more, so many, evenly spread.
+SIGNATURE = 40, 64
+# Images kept per expert.
+TOP = 6
+# A coefficient that never gets this large adds nothing one could see: its expert is not used.
+UNUSED = 0.01
+# A sigmoid or softmax this close to 0 or 1 passes on next to no gradient.
+SATURATED = 0.01
+# A predictor is called saturated where this share of its coefficients is.
+MOSTLY = 0.9
+# Standard deviation over the images below which a coefficient is a constant.
+CONSTANT = 1e-3
+
+
+class TopImage(BaseModel):
+    """An image that drives an expert.
+
+    Attributes:
+        image: its number in the data.
+        share: the expert's share of the mixture, eta_i / sum(eta), the mean over the output channels; of a single
+            expert, its coefficient. What raises all the experts alike drives none of them.
+    """
+
+    image: int
+    share: float
+
+
+class ExpertUse(BaseModel):
+    """One expert over all images.
+
+    Attributes:
+        mean, smallest, largest: of its coefficients, over images and output channels.
+        histogram: how many of them are in each of `BINS` equal parts of 0..1.
+        class_means: their mean over the images of each class; None for a class without images.
+        top: the images that drive it most.
+    """
+
+    mean: float
+    smallest: float
+    largest: float
+    histogram: list[int]
+    class_means: list[float | None]
+    top: list[TopImage]
+
+    @property
+    def used(self) -> bool:
+        return self.largest >= UNUSED
+
+
+class ConvCoefficients(BaseModel):
+    """The coefficients of one conv over all images.
+
+    Attributes:
+        block: whose predictor gives them; None: the conv's own.
+        per: "layer" or "channel"; `channels` coefficients an expert.
+        temperature: what the predictor's logits are divided by.
+        images: how often it was called, times the batch.
+        spread: standard deviation over the images, as the root mean square over the coefficients.
+        between_classes: share of that variance which is between the classes' means (eta squared), over
+            `channels_sampled` output channels; the rest varies within a class. None without classes.
+        by_chance: what that share would be, on average, if the classes didn't matter: (K - 1) / (N - 1).
+        saturated: share of coefficients within 0.01 of 0 or 1.
+        constant: share of coefficients that don't vary from image to image.
+        effective: how many experts share the mixture: exp of the entropy of eta_i / sum(eta), the mean over images
+            and channels; from 1 to g.
+        signature: by class, how far the mean of each coefficient is from its mean over all images, in standard
+            deviations over the images: `[g * channels]`, expert by expert. At most `SIGNATURE` classes and channels.
+    """
+
+    name: str
+    block: str | None
+    g: int
+    per: str
+    channels: int
+    activation: str
+    temperature: float
+    images: int
+    spread: float
+    between_classes: float | None
+    by_chance: float | None
+    channels_sampled: int
+    saturated: float
+    constant: float
+    effective: float
+    experts: list[ExpertUse]
+    signature: dict[int, list[float]]
+
+    @property
+    def is_saturated(self) -> bool:
+        return self.saturated >= MOSTLY
+
+    @property
+    def is_constant(self) -> bool:
+        return self.constant == 1.0
+
+    @property
+    def unused(self) -> list[int]:
+        """The experts that no image uses."""
+        return [i for i, expert in enumerate(self.experts) if not expert.used]
+
+
+class Coefficients(BaseModel):
+    """The coefficients of all dynamic convs over the images.
+
+    Attributes:
+        convs: in the model's order.
+        unreached: dynamic convs that no image reached.
+        classes: names of the classes; empty if the images have none.
+        sampled: what was sampled instead of counted, in words.
+    """
+
+    convs: list[ConvCoefficients]
+    unreached: list[str]
+    classes: list[str]
+    sampled: list[str]
+
+
+class CoefficientStatistics:
+    """Collects :class:`Coefficients`, batch by batch.
+
+    Args:
+        model: a converted model.
+        classes: names of the classes.
+    """
+
+    def __init__(self, model: nn.Module, classes: Sequence[str] = ()) -> None:
+        self.classes = list(classes)
+        self._model = model
+        self._convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
+        self._streams: dict[str, _Stream] = {}
+        self._labels: Tensor | None = None
+        self._first = 0
+
+    def begin(self, labels: Tensor, first: int) -> None:
+        """The next coefficients are of these labels `[N]`; the first image is number `first` of all."""
+        self._labels, self._first = labels, first
+
+    def see(self, name: str, coefficients: Tensor) -> None:
+        """The coefficients of a call of one conv: `[N, g, 1]` or `[N, g, C_out]`."""
+        if name not in self._streams:
+            self._streams[name] = _Stream(*coefficients.shape[1:], len(self.classes))
+        seen = coefficients.detach().double().cpu()
+        if not seen.isfinite().all():
+            raise ModelError(f"The coefficients of {name} over the data aren't finite. Look for NaN in the images.")
+        # A head that is called for every box or frame has its own batch, whose rows are no images.
+        labels = self._labels if self._labels is not None and len(self._labels) == len(seen) else None
+        self._streams[name].add(seen, labels, self._first)
+
+    def result(self) -> Coefficients:
+        """What was collected so far."""
+        found = [self._conv(name, self._streams[name]) for name in self._convs if name in self._streams]
+        sampled = [
+            f"classes of {conv.name}: {conv.channels_sampled} of {conv.channels} output channels, evenly spread"
+            for conv in found
+            if self.classes and conv.channels_sampled < conv.channels
+        ]
+        return Coefficients(
+            convs=found,
+            unreached=[name for name in self._convs if name not in self._streams],
+            classes=self.classes,
+            sampled=sampled,
+        )
+
+    def _conv(self, name: str, stream: "_Stream") -> ConvCoefficients:
+        conv, predictor = self._convs[name], predictor_of(self._model, name)
+        own = conv.coefficient_predictor is not None
+        block = None
+        if not own:
+            names = [
+                n for n, m in self._model.named_modules() if getattr(m, "coefficient_predictor", None) is predictor
+            ]
+            block = names[0]
+        return ConvCoefficients(
+            name=name,
+            block=block,
+            g=stream.g,
+            per=conv.coefficients_per,
+            channels=stream.channels,
+            activation=predictor.activation,
+            temperature=float(predictor.temperature),
+            **stream.summary(),
+        )
+
+
+class _Stream:
+    """Running statistics of one conv's coefficients."""
+
+    def __init__(self, g: int, channels: int, classes: int) -> None:
+        self.g, self.channels, self.classes = g, channels, classes
+        self.count = 0
+        self.mean = torch.zeros(g, channels, dtype=torch.float64)
+        self.m2 = torch.zeros(g, channels, dtype=torch.float64)
+        self.smallest = torch.full((g,), float("inf"), dtype=torch.float64)
+        self.largest = torch.full((g,), float("-inf"), dtype=torch.float64)
+        self.histogram = torch.zeros(g * BINS, dtype=torch.int64)
+        self.saturated = 0
+        self.effective = 0.0
+        width = max(1, min(channels, CLASS_SUMS // max(1, g * classes)))
+        self.sampled = _spread(channels, width)
+        self.class_count = torch.zeros(classes, dtype=torch.int64)
+        self.class_sums = torch.zeros(classes, g, width, dtype=torch.float64)
+        self.class_means = torch.zeros(classes, g, dtype=torch.float64)
+        self.top: list[list[tuple[float, int]]] = [[] for _ in range(g)]
+
+    def add(self, eta: Tensor, labels: Tensor | None, first: int) -> None:
+        images = len(eta)
+        if not images:
+            return
+        # Chan, Golub and LeVeque 1983: the batch's mean and squares merged into those of what came before.
+        mean = eta.mean(0)
+        apart = mean - self.mean
+        total = self.count + images
+        self.m2 += (eta - mean).square().sum(0) + apart.square() * (self.count * images / total)
+        self.mean += apart * (images / total)
+        self.count = total
+        self.smallest = torch.minimum(self.smallest, eta.amin((0, 2)))
+        self.largest = torch.maximum(self.largest, eta.amax((0, 2)))
+        bins = (eta * BINS).long().clamp_(0, BINS - 1) + torch.arange(self.g).view(1, -1, 1) * BINS
+        self.histogram += torch.bincount(bins.flatten(), minlength=self.g * BINS)
+        self.saturated += int(((eta < SATURATED) | (eta > 1 - SATURATED)).sum())
+        share = eta / eta.sum(1, keepdim=True).clamp_min(1e-300)
+        self.effective += float(torch.special.entr(share).sum(1).exp().sum()) / self.channels
+        if labels is None:
+            return
+        driven = (share if self.g > 1 else eta).mean(2)  # [N, g]
+        for i in range(self.g):
+            best = driven[:, i].topk(min(TOP, images))
+            found = [(v, -first - j) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            self.top[i] = heapq.nlargest(TOP, self.top[i] + found)
+        known = labels >= 0
+        if self.classes and known.any():
+            labels = labels[known]
+            self.class_count += torch.bincount(labels, minlength=self.classes)
+            self.class_sums.index_add_(0, labels, eta[known][:, :, self.sampled])
+            self.class_means.index_add_(0, labels, eta[known].mean(2))
+
+    def summary(self) -> dict:
+        deviation = (self.m2 / self.count).sqrt()
+        kinds = int((self.class_count > 0).sum())
+        labelled = int(self.class_count.sum())
+        between = chance = None
+        signature: dict[int, list[float]] = {}
+        if kinds > 1 and labelled == self.count > 1:
+            there = self.class_count > 0
+            apart = self.class_sums[there] / self.class_count[there].view(-1, 1, 1) - self.mean[:, self.sampled]
+            total = self.m2[:, self.sampled]
+            squares = (apart.square() * self.class_count[there].view(-1, 1, 1)).sum()
+            between = float(squares / total.sum()) if total.sum() > 0 else 0.0
+            chance = (kinds - 1) / (self.count - 1)
+            scaled = apart / deviation[:, self.sampled].clamp_min(1e-12)
+            scaled = torch.where(deviation[:, self.sampled] < CONSTANT, 0.0, scaled)
+            scaled = scaled[:, :, _spread(scaled.shape[2], SIGNATURE[1])].flatten(1)
+            numbers = there.nonzero().flatten().tolist()
+            for row in _spread(kinds, SIGNATURE[0]).tolist():
+                signature[numbers[row]] = [round(value, 3) for value in scaled[row].tolist()]
+        histogram = self.histogram.view(self.g, BINS).tolist()
+        means = self.mean.mean(1).tolist()
+        experts = [
+            ExpertUse(
+                mean=means[i],
+                smallest=float(self.smallest[i]),
+                largest=float(self.largest[i]),
+                histogram=histogram[i],
+                class_means=[
+                    float(self.class_means[k, i] / n) if n else None for k, n in enumerate(self.class_count.tolist())
+                ],
+                top=[TopImage(image=-j, share=value) for value, j in self.top[i]],
+            )
+            for i in range(self.g)
+        ]
+        return {
+            "images": self.count,
+            "spread": float(deviation.square().mean().sqrt()),
+            "between_classes": between,
+            "by_chance": chance,
+            "channels_sampled": len(self.sampled),
+            "saturated": self.saturated / (self.count * self.g * self.channels),
+            "constant": float((deviation < CONSTANT).double().mean()),
+            "effective": self.effective / self.count,
+            "experts": experts,
+            "signature": signature,
+        }
+
+
+def _spread(of: int, count: int) -> Tensor:
+    """At most `count` indices of `of`, evenly spread."""
+    count = min(of, count)
+    return torch.arange(count) * of // count

@@ -1,0 +1,167 @@
+"""Resolution against speed-up (DyNet, figure 7): convs cost more at larger inputs, predicting and mixing don't."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dyconvert.analysis.flops import macs
+from dyconvert.analysis.timing import Timing, in_turns
+from dyconvert.errors import ModelError, brief
+from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.nn.mixing import mix, mix_fast
+from dyconvert.nn.transposed import DynamicConvTranspose
+from dyconvert.surgery.observe import example_for, skeleton
+from dyconvert.surgery.watch import watch_coefficients
+
+SIZES = (96, 160, 224, 288, 352, 448)
+
+
+class SizeResult(BaseModel):
+    """One input size.
+
+    Attributes:
+        seconds: of a forward of one image, by model: "original", "dynamic", "narrow"; and of the dynamic model's
+            parts alone: "predicting" (all its predictors) and "mixing" (all its kernels).
+        macs: multiply-adds, by model.
+    """
+
+    size: int
+    seconds: dict[str, Timing]
+    macs: dict[str, int]
+
+    def latency_reduced(self, of: str = "dynamic", against: str = "original") -> float | None:
+        """1 - L_of / L_against: what share of the time is saved; below zero where it takes longer."""
+        if of not in self.seconds or against not in self.seconds:
+            return None
+        return 1 - self.seconds[of].median / self.seconds[against].median
+
+    def macs_reduced(self, of: str = "dynamic", against: str = "original") -> float | None:
+        """1 - MACs_of / MACs_against."""
+        if of not in self.macs or not self.macs.get(against):
+            return None
+        return 1 - self.macs[of] / self.macs[against]
+
+    @property
+    def overhead(self) -> float | None:
+        """The share of the dynamic model's time that predicting and mixing take, each timed alone."""
+        if "mixing" not in self.seconds:
+            return None
+        parts = self.seconds["predicting"].median + self.seconds["mixing"].median
+        return min(parts / self.seconds["dynamic"].median, 1.0)
+
+
+class Resolution(BaseModel):
+    """All input sizes.
+
+    Attributes:
+        refused: sizes that a model doesn't take, with its reason.
+        threads: of torch, on the CPU.
+        clock: "wall" or "cpu".
+    """
+
+    sizes: list[SizeResult]
+    refused: dict[int, str]
+    threads: int
+    clock: str
+
+
+def resolution(
+    models: dict[str, nn.Module],
+    sizes: Sequence[int] = SIZES,
+    *,
+    repeats: int = 15,
+    seconds: float = 5.0,
+    cpu: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Resolution:
+    """Time the models in turns on one square image of each size.
+
+    Args:
+        models: by name: "original", "dynamic" (its predictors and its mixing are timed too), "narrow". All of them
+            take images.
+        repeats, seconds: per size, see :func:`~dyconvert.analysis.timing.in_turns`.
+        cpu: count CPU time.
+
+    Raises:
+        ModelError: they take images of none of the sizes, or no images at all.
+    """
+    if not takes_images(models):
+        raise ModelError("Only models of images have a resolution; this one's first conv isn't two-dimensional.")
+    # A copy, for the modes and hooks of the user's model stay as they are; it shares all tensors.
+    runners = {name: skeleton(model, lambda t: t.detach()).eval() for name, model in models.items()}
+    found, refused = [], {}
+    for done, size in enumerate(sizes):
+        if progress is not None:
+            progress(done, len(sizes))
+        try:
+            found.append(_one(runners, size, repeats, seconds, cpu))
+        except Exception as error:
+            refused[size] = str(error) if isinstance(error, ModelError) else brief(error)
+    if not found:
+        raise ModelError(f"The model takes none of the sizes {', '.join(map(str, sizes))}: {refused[sizes[0]]}")
+    return Resolution(sizes=found, refused=refused, threads=torch.get_num_threads(), clock="cpu" if cpu else "wall")
+
+
+def takes_images(models: dict[str, nn.Module]) -> bool:
+    firsts = (
+        next((m for m in model.modules() if len(getattr(m, "kernel_size", None) or ()) and hasattr(m, "weight")), None)
+        if model is not None
+        else None
+        for model in models.values()
+    )
+    return all(conv is not None and len(conv.kernel_size) == 2 for conv in firsts)
+
+
+def _one(models: dict[str, nn.Module], size: int, repeats: int, seconds: float, cpu: bool) -> SizeResult:
+    example = example_for(next(iter(models.values())), batch=1, size=(size, size))
+    calls = {name: _inference(model, example) for name, model in models.items()}
+    if "dynamic" in models and any(isinstance(m, DynamicConv) for m in models["dynamic"].modules()):
+        calls |= _parts(models["dynamic"], example)
+    timings = in_turns(calls, repeats, seconds, cpu)
+    return SizeResult(size=size, seconds=timings, macs={name: macs(model, example) for name, model in models.items()})
+
+
+def _inference(model: nn.Module, example: tuple[Any, ...]) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(*example)
+
+    return run
+
+
+def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[], None]]:
+    """What the dynamic model adds, alone: all its predictors on what they read, and all its kernels mixed."""
+    runner = skeleton(model, lambda t: t)
+    read: list[tuple[nn.Module, Tensor]] = []
+    mixed: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = []
+
+    def see(name: str, coefficients: Tensor) -> None:
+        conv = runner.get_submodule(name)
+        if isinstance(conv, DynamicConvTranspose):
+            bank = conv.weight.detach().unflatten(0, (conv.g, conv.groups, -1)).transpose(2, 3).flatten(1, 2)
+            mixed.append((mix, bank, coefficients))
+        else:
+            mixed.append((mix_fast, conv.weight.detach().unflatten(0, (conv.g, -1)).flatten(2), coefficients))
+
+    for module in runner.modules():
+        if isinstance(module, CoefficientPredictor):
+            module.register_forward_pre_hook(lambda m, args: read.append((m, args[0])))
+    watch_coefficients(runner, see)
+    with torch.inference_mode():
+        runner(*example)
+    predictors = [(m.forward, x) for m, x in read]
+
+    def predicting() -> None:
+        with torch.inference_mode():
+            for predictor, x in predictors:
+                predictor(x)
+
+    def mixing() -> None:
+        with torch.inference_mode():
+            for how, bank, coefficients in mixed:
+                how(bank, coefficients)
+
+    return {"predicting": predicting, "mixing": mixing}

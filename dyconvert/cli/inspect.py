@@ -1,0 +1,130 @@
+"""dyconvert inspect"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from dyconvert import checkpoint, models
+from dyconvert.analysis.correlation import expert_correlation
+from dyconvert.analysis.cost import cost
+from dyconvert.analysis.images import read_images
+from dyconvert.analysis.passing import check_finite, pass_over
+from dyconvert.cli.options import parse_numbers, parse_size
+from dyconvert.cli.output import count, err, out
+from dyconvert.cli.report import opened
+from dyconvert.nn import DynamicConv
+from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
+from dyconvert.surgery.convert import plan as plan_model
+from dyconvert.surgery.observe import example_for
+from dyconvert.surgery.watch import predictor_of
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model saved by dyconvert.")],
+    data: Annotated[
+        str | None, typer.Option(help="A folder of images, or `digits`: how far coefficients vary over them.")
+    ] = None,
+    input_size: Annotated[str | None, typer.Option(help="Of the images, such as 3,224,224 or 224.")] = None,
+    mean: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.485,0.456,0.406",
+    std: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.229,0.224,0.225",
+    limit: Annotated[int, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = 500,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the Python file or module that the model was built by.")
+    ] = False,
+) -> None:
+    """Print the essentials of a saved model: its blocks, its experts, and whether its predictors have learnt."""
+    size = parse_size(input_size)
+    with err.status(f"reading {directory}"):
+        description = checkpoint.describe(directory)
+        found = opened(str(directory), "default", trust_code)
+        model = found.model
+        check_finite(model, str(directory))
+        example = example_for(model, batch=1, size=size or found.size)
+        # Of a static model, saved as a control, what would become of it.
+        plan = getattr(model, PLAN_ATTRIBUTE, None) or plan_model(model, example=example)
+        static = models.build(found.source) if found.source is not None else None
+        costs = cost(model, plan, example, static, seconds=0)
+        coefficients = None
+        if data is not None:
+            images = read_images(data, example[0].shape[1:], parse_numbers(mean), parse_numbers(std), limit)
+            coefficients = pass_over(model, images.batches(50), classes=images.classes, count=len(images)).coefficients
+        rows = [_conv(model, name, conv) for name, conv in model.named_modules() if isinstance(conv, DynamicConv)]
+    varying = {conv.name: conv for conv in coefficients.convs} if coefficients is not None else {}
+    for row in rows:
+        if row["conv"] in varying:
+            row["spread"] = varying[row["conv"]].spread
+            row["unused"] = [i + 1 for i in varying[row["conv"]].unused]
+    if as_json:
+        import json
+
+        result = {
+            "source": description.source,
+            "dyconvert": description.dyconvert,
+            "method": plan.method.model_dump(),
+            "convs": rows,
+            "cost": costs.model_dump(mode="json"),
+            "skipped": plan.reasons(),
+        }
+        typer.echo(json.dumps(result, indent=2))
+        return
+    source = found.source
+    where = f"{source.specifier}, weights: {source.weights or 'of the factory, or random'}" if source else "no source"
+    out.print(Text(f"{directory}", style="bold"), f"({plan.model}, saved by dyconvert {description.dyconvert})")
+    out.print(Text(where))
+    temperatures = sorted({row["temperature"] for row in rows})
+    shown = " to ".join(f"{t:g}" for t in dict.fromkeys((temperatures or [1.0])[:: max(len(temperatures) - 1, 1)]))
+    if rows:
+        out.print(f"method {plan.method.name}, g = {plan.method.g}, {plan.method.activation}, temperature {shown}")
+        out.print(Text(plan.summary()))
+    else:
+        out.print(f"static: none of {len(plan.convs)} convs is dynamic")
+    for what in ("parameters", "macs"):
+        after, before = getattr(costs.after, what), getattr(costs.before, what) if costs.before else None
+        name = {"parameters": "parameters", "macs": "multiply-adds, one image"}[what]
+        was = f"{count(before)} became " if before else ""
+        if after is not None:
+            out.print(f"{name}: {was}{count(after)}")
+    out.print(f"  of them predicting {count(costs.predicting)}, mixing {count(costs.mixing)}")
+    if not rows:
+        return
+    out.print()
+    out.print(_table(rows, bool(varying)))
+    learnt = sum(row["predictor"] == "trained" for row in rows)
+    out.print(f"\n{learnt} of {len(rows)} convs have a predictor that was trained.")
+    if not varying:
+        out.print("With --data FOLDER: how far coefficients vary. `dyconvert report` shows everything.")
+
+
+def _conv(model: Any, name: str, conv: DynamicConv) -> dict[str, Any]:
+    predictor = predictor_of(model, name)
+    found = expert_correlation(name, conv)
+    return {
+        "conv": name,
+        "g": conv.g,
+        "parameters": sum(p.numel() for p in (conv.weight, conv.bias) if p is not None),
+        "alike": found.between.mean_absolute if found else None,
+        "temperature": float(predictor.temperature),
+        # A conversion starts the last linear at zero, and training moves it.
+        "predictor": "trained" if bool(predictor.linear.weight.any()) else "as converted",
+    }
+
+
+def _table(rows: list[dict[str, Any]], varying: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("conv", overflow="fold")
+    for column in ("g", "parameters", "experts alike, r", "predictor"):
+        table.add_column(column, justify="right")
+    if varying:
+        table.add_column("varies by", justify="right")
+    for row in rows:
+        alike = "-" if row["alike"] is None else f"{row['alike']:.2f}"
+        cells = [row["conv"] or "(the model)", str(row["g"]), count(row["parameters"]), alike, row["predictor"]]
+        if varying:
+            unused = f", {len(row['unused'])} unused" if row.get("unused") else ""
+            cells.append(f"{row['spread']:.4f}{unused}" if "spread" in row else "-")
+        table.add_row(*cells)
+    return table

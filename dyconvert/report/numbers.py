@@ -1,0 +1,94 @@
+"""The numbers of an analysis as tables, to be written as CSV."""
+
+import csv
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from dyconvert.analysis.coefficients import BINS as COEFFICIENT_BINS
+from dyconvert.analysis.correlation import BINS as CORRELATION_BINS
+from dyconvert.analysis.study import Analysis
+
+Rows = list[dict[str, Any]]
+
+
+def tables(analysis: Analysis) -> dict[str, str]:
+    """CSV by file name; what was left out of the analysis has no file."""
+    found = {
+        "plan": [conv.model_dump(exclude={"note"}) | {"note": conv.note} for conv in analysis.plan.convs],
+        "correlation": list(_correlation(analysis)),
+        "coefficients": list(_coefficients(analysis)),
+        "coefficient_histograms": list(_histograms(analysis)),
+        "classes": list(_classes(analysis)),
+        "resolution": list(_resolution(analysis)),
+        "cost": list(_cost(analysis)),
+        "ablation": list(_ablation(analysis)),
+    }
+    return {f"{name}.csv": _csv(rows) for name, rows in found.items() if rows}
+
+
+def _csv(rows: Rows) -> str:
+    out = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _correlation(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    sources = [(f"maps of {each.layer}", "model", each.model) for each in analysis.correlations]
+    sources += [(f"maps of {e.layer}", "original", e.against) for e in analysis.correlations if e.against is not None]
+    sources += [(f"experts of {each.conv}", "model", each.between) for each in analysis.experts]
+    for what, which, found in sources:
+        row = {"what": what, "of": which, "pairs": found.pairs, "mean_absolute": found.mean_absolute, **found.bands}
+        low = [round(-1 + 2 * i / CORRELATION_BINS, 4) for i in range(CORRELATION_BINS)]
+        yield row | {f"from {edge}": count for edge, count in zip(low, found.histogram, strict=True)}
+
+
+def _coefficients(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    for conv in analysis.coefficients.convs if analysis.coefficients else ():
+        whole = conv.model_dump(exclude={"experts", "signature"})
+        for number, expert in enumerate(conv.experts, 1):
+            own = {"mean": expert.mean, "smallest": expert.smallest, "largest": expert.largest, "used": expert.used}
+            yield {"name": conv.name, "expert": number, **own, **whole}
+
+
+def _histograms(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    low = [round(i / COEFFICIENT_BINS, 4) for i in range(COEFFICIENT_BINS)]
+    for conv in analysis.coefficients.convs if analysis.coefficients else ():
+        for number, expert in enumerate(conv.experts, 1):
+            bins = {f"from {edge}": count for edge, count in zip(low, expert.histogram, strict=True)}
+            yield {"name": conv.name, "expert": number} | bins
+
+
+def _classes(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    for conv in analysis.coefficients.convs if analysis.coefficients else ():
+        for number, expert in enumerate(conv.experts, 1):
+            if any(mean is not None for mean in expert.class_means):
+                means = dict(zip(analysis.classes, expert.class_means, strict=True))
+                yield {"name": conv.name, "expert": number} | means
+
+
+def _resolution(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    for each in analysis.resolution.sizes if analysis.resolution else ():
+        for name, timing in each.seconds.items():
+            row = {"size": each.size, "what": name, "seconds": timing.median, "low": timing.low, "high": timing.high}
+            yield row | {"macs": each.macs.get(name), "latency_reduced": each.latency_reduced(name)}
+
+
+def _cost(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    for block in analysis.cost.blocks if analysis.cost else ():
+        row = {"block": block.name, "convs": block.convs, "dynamic": block.dynamic}
+        for key in ("before", "after"):
+            cost = getattr(block, key)
+            row |= {f"{field}_{key}": value for field, value in (cost.model_dump() if cost else {}).items()}
+        yield row
+
+
+def _ablation(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    for setting in analysis.ablation.settings if analysis.ablation else ():
+        row = setting.model_dump(exclude={"scores", "costs"})
+        for name, spread in setting.scores.items():
+            row |= {f"{name}_{field}": value for field, value in spread.model_dump().items()}
+        yield row | setting.costs

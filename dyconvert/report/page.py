@@ -1,0 +1,268 @@
+"""The page: one HTML file that needs nothing else, from an analysis and its pictures."""
+
+import base64
+import io
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from dyconvert.analysis.coefficients import ConvCoefficients
+from dyconvert.analysis.images import ImageSet
+from dyconvert.analysis.study import Analysis
+from dyconvert.report import coefficient_figures, figures
+from dyconvert.report.style import PALETTE
+
+# Pixels of a picture's shorter side in the page.
+THUMBNAIL = 64
+USAGE = "Mean coefficients over images and channels; orange above, blue below where a conversion starts."
+# Convs whose experts' images are shown.
+SHOWN_CONVS = 3
+
+
+@dataclass
+class Drawing:
+    """A picture of the page.
+
+    Attributes:
+        name: of its file.
+        figure: matplotlib's.
+        label: what one sees, for those who don't.
+    """
+
+    name: str
+    title: str
+    figure: Any
+    caption: str = ""
+    label: str = ""
+    svg: str = field(default="", repr=False)
+
+
+def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
+    """The pictures of each section, those that the analysis has data for."""
+    mine = "dynamic" if analysis.dynamic else "static"
+    found: dict[str, list[Drawing]] = {"coefficients": [], "correlation": [], "cost": [], "resolution": [], "runs": []}
+    if analysis.coefficients is not None and analysis.coefficients.convs:
+        found["coefficients"] = _coefficients(analysis)
+    for number, layer in enumerate(analysis.correlations):
+        suffix = f"_{number + 1}" if number else ""
+        found["correlation"] += [
+            Drawing(
+                f"correlation_bands{suffix}",
+                f"Feature maps of {layer.layer}",
+                figures.bands(layer, mine),
+                f"Bands of |r|, as in the paper's figure 6. The layer: {layer.why}.",
+            ),
+            Drawing(
+                f"correlation{suffix}",
+                "The same, as a distribution",
+                figures.distribution(layer, mine),
+                f"{layer.model.pairs:,} pairs of {layer.model.compared} feature maps, before batch norm.",
+            ),
+        ]
+    if analysis.experts:
+        found["correlation"].append(
+            Drawing(
+                "experts",
+                "Experts of a conv",
+                figures.experts(analysis.experts),
+                "How alike a conv's kernels are from expert to expert. Alike experts leave coefficients little to do.",
+            )
+        )
+    if analysis.cost is not None:
+        for name, title in (("macs", "Multiply-adds"), ("parameters", "Parameters"), ("seconds", "Time")):
+            if any(getattr(block.after, name) is not None for block in analysis.cost.blocks):
+                drawing = Drawing(f"cost_{name}", title, figures.costs(analysis.cost.blocks, name))
+                found["cost"].append(drawing)
+    if analysis.resolution is not None:
+        found["resolution"] = _resolution(analysis)
+    if analysis.ablation is not None:
+        pairs = [
+            ("ablation_runs", "All runs", figures.runs(analysis.ablation)),
+            ("ablation_width", "Static against dynamic", figures.widths(analysis.ablation)),
+            ("ablation_g", "Number of experts", figures.group_sizes(analysis.ablation)),
+        ]
+        spread = "Mean and standard deviation over the seeds."
+        found["runs"] = [Drawing(name, title, drawn, spread) for name, title, drawn in pairs if drawn is not None]
+    if analysis.run is not None:
+        found["runs"] += [
+            Drawing(f"run_{title.lower()}", title, figure, "Over the epochs of fine-tuning.")
+            for title, figure in figures.courses(analysis.run)
+        ]
+    for section in found.values():
+        for drawing in section:
+            drawing.label = drawing.label or f"{drawing.title}. {drawing.caption}"
+    return found
+
+
+def _coefficients(analysis: Analysis) -> list[Drawing]:
+    found = analysis.coefficients
+    drawn = [
+        Drawing(
+            "coefficients",
+            "Distribution",
+            coefficient_figures.ridges(found),
+            "All coefficients of each conv, over all images. One peak that doesn't widen is a static conv.",
+        ),
+        Drawing(
+            "variation",
+            "What varies",
+            coefficient_figures.variation(found),
+            "How far coefficients move from image to image; the number is the share between the classes' means.",
+        ),
+        Drawing("usage", "Which experts are used", coefficient_figures.usage(found), USAGE),
+    ]
+    conv = most_by_class(analysis)
+    if conv is not None:
+        picture = coefficient_figures.class_map(conv, analysis.classes)
+        if picture is not None:
+            caption = f"Per class, in {conv.name}: where each coefficient's mean lies from its mean over all images."
+            drawn.append(Drawing("classes", "What a class changes", picture, caption))
+    return drawn
+
+
+def most_by_class(analysis: Analysis) -> ConvCoefficients | None:
+    """The conv whose coefficients follow the classes most."""
+    known = [c for c in analysis.coefficients.convs if c.between_classes is not None and not c.is_constant]
+    return max(known, key=lambda conv: conv.between_classes, default=None)
+
+
+def _resolution(analysis: Analysis) -> list[Drawing]:
+    found = analysis.resolution
+    clock = "CPU time" if found.clock == "cpu" else "Wall time"
+    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    drawn = [
+        Drawing(
+            "latency", "Latency", figures.latency(found), f"{clock}, {threads}, medians in turns; shaded: quartiles."
+        )
+    ]
+    if len(found.sizes) > 1 and all(len(each.macs) > 1 for each in found.sizes):
+        caption = "1 − L/L of the original, as in the paper's figure 7. Below zero, it takes longer."
+        drawn.append(Drawing("latency_reduced", "Saved", figures.reduced(found), caption))
+    if len(found.sizes) > 1 and all(each.overhead is not None for each in found.sizes):
+        caption = "All predictors, and all kernels mixed, each timed alone, over the whole model's time."
+        drawn.append(Drawing("overhead", "Predicting and mixing", figures.overhead(found), caption))
+    return drawn
+
+
+@dataclass
+class Gallery:
+    """The images that drive the experts of one conv most: for each expert `(data URI, class, share of the mixture)`."""
+
+    conv: str
+    experts: list[list[tuple[str, str, float]]]
+
+
+def galleries(analysis: Analysis, images: ImageSet | None) -> list[Gallery]:
+    """The images that drive the experts of a few convs most: those that follow the classes most."""
+    if images is None or analysis.coefficients is None:
+        return []
+    convs = [conv for conv in analysis.coefficients.convs if not conv.is_constant and any(e.top for e in conv.experts)]
+    convs.sort(key=lambda conv: -(conv.between_classes or conv.spread))
+    kept: dict[int, str] = {}
+
+    def shown(index: int) -> str:
+        if index not in kept:
+            kept[index] = _thumbnail(images, index)
+        return kept[index]
+
+    def called(index: int) -> str:
+        label = int(images.labels[index])
+        return images.classes[label] if label >= 0 and images.classes else ""
+
+    return [
+        Gallery(
+            conv.name,
+            [[(shown(top.image), called(top.image), top.share) for top in expert.top] for expert in conv.experts],
+        )
+        for conv in convs[:SHOWN_CONVS]
+    ]
+
+
+def _thumbnail(images: ImageSet, index: int) -> str:
+    picture = images.picture(index)
+    picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
+    buffer = io.BytesIO()
+    # Small pictures as they are; a photograph as PNG would be ten times as large.
+    photograph = max(picture.size) > THUMBNAIL
+    picture.save(buffer, "JPEG" if photograph else "PNG", **({"quality": 80} if photograph else {}))
+    kind = "jpeg" if photograph else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def render(analysis: Analysis, sections: dict[str, list[Drawing]], shown: list[Gallery]) -> str:
+    """The page as HTML."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"count": _count, "percent": lambda share: f"{100 * share:.1f} %", "size": _size}
+    text = resources.files("dyconvert.report").joinpath("template.html").read_text(encoding="utf-8")
+    return environment.from_string(text).render(
+        a=analysis,
+        sections=sections,
+        galleries=shown,
+        facts=facts(analysis),
+        light={name: pair[0] for name, pair in PALETTE.items()},
+        dark={name: pair[1] for name, pair in PALETTE.items()},
+        temperatures=_temperatures(analysis),
+        warnings=[f for f in analysis.findings if f.level == "warning"],
+        notes=[f for f in analysis.findings if f.level == "note"],
+        dead=_dead(analysis),
+    )
+
+
+def facts(analysis: Analysis) -> list[tuple[str, str, str]]:
+    """The figures at the head of the page: `(what, the model's, the original's or a remark)`."""
+    found = []
+    if "model" in analysis.top1:
+        before = analysis.top1.get("against")
+        found.append(("top-1", f"{analysis.top1['model']:.2f} %", f"original {before:.2f} %" if before else ""))
+    if analysis.cost is not None:
+        before, after = analysis.cost.before, analysis.cost.after
+        for what, field in (("parameters", "parameters"), ("multiply-adds", "macs")):
+            value, was = getattr(after, field), getattr(before, field) if before else None
+            if value is not None:
+                found.append((what, _count(value), f"original {_count(was)}" if was else ""))
+        if after.seconds is not None:
+            was = f"original {_ms(before.seconds)}" if before and before.seconds else ""
+            found.append(("one image", _ms(after.seconds), was))
+    if analysis.dynamic:
+        converted = len(analysis.plan.converted)
+        method = analysis.plan.method
+        found.append(("dynamic convs", f"{converted} of {len(analysis.plan.convs)}", f"{method.name}, g = {method.g}"))
+    return found
+
+
+def _temperatures(analysis: Analysis) -> str:
+    if analysis.coefficients is None or not analysis.coefficients.convs:
+        return ""
+    found = sorted({conv.temperature for conv in analysis.coefficients.convs})
+    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
+
+
+def _dead(analysis: Analysis) -> dict[str, int]:
+    convs = analysis.coefficients.convs if analysis.coefficients else []
+    return {
+        "experts": sum(conv.g for conv in convs),
+        "never used": sum(len(conv.unused) for conv in convs),
+        "saturated": sum(conv.is_saturated for conv in convs),
+        "constant": sum(conv.is_constant for conv in convs),
+    }
+
+
+def _count(number: float | None) -> str:
+    if number is None:
+        return "–"
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:.2f} ms" if seconds < 0.1 else f"{1e3 * seconds:.0f} ms"
+
+
+def _size(shape: list[int]) -> str:
+    return " × ".join(map(str, shape))

@@ -1,0 +1,93 @@
+"""One palette for pictures and page: in a file a colour is its light value, in the page a CSS variable of two."""
+
+import io
+import re
+from typing import Any
+
+# name: (light, dark). The light ones all differ, for they are found again in the SVG.
+PALETTE = {
+    "ink": ("#1d2433", "#e6e9ef"),
+    "muted": ("#667085", "#98a2b3"),
+    "line": ("#d5d9e2", "#343b4a"),
+    "paper": ("#ffffff", "#171b24"),
+    "original": ("#8d97a8", "#8b96a9"),
+    "dynamic": ("#2364d2", "#6ea2ff"),
+    "narrow": ("#c2660c", "#f0a35e"),
+    "strong": ("#17377a", "#a9c7ff"),
+    "middle": ("#4d7fd6", "#5f90e6"),
+    "weak": ("#a3bfec", "#35588f"),
+    "none": ("#dde6f6", "#252f42"),
+    "warning": ("#b42318", "#ff8a7a"),
+    "good": ("#0f7b52", "#5fd0a2"),
+}
+COLOUR = {name: light for name, (light, _) in PALETTE.items()}
+# Of as many series as there may be: told apart by lightness as well as by hue.
+SERIES = ("dynamic", "narrow", "good", "strong", "warning", "original", "middle", "muted")
+
+WIDTH = 3.5  # inches: it fits a phone without being made smaller, and three fit beside one another on a screen
+
+
+def settings() -> dict[str, Any]:
+    """matplotlib's settings for all pictures."""
+    return {
+        "font.size": 8.5,
+        "font.family": "sans-serif",
+        "text.color": COLOUR["ink"],
+        "axes.labelcolor": COLOUR["muted"],
+        "axes.edgecolor": COLOUR["line"],
+        "axes.titlesize": 9,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": COLOUR["line"],
+        "grid.linewidth": 0.6,
+        "xtick.color": COLOUR["line"],
+        "ytick.color": COLOUR["line"],
+        "xtick.labelcolor": COLOUR["muted"],
+        "ytick.labelcolor": COLOUR["ink"],
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "legend.frameon": False,
+        "legend.labelcolor": COLOUR["ink"],
+        "legend.handlelength": 1.2,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "svg.fonttype": "none",
+        "lines.linewidth": 1.8,
+        "lines.markersize": 4,
+    }
+
+
+def to_svg(figure: Any, name: str) -> str:
+    """The picture as SVG, the same at every run. `name` keeps its inner names apart from another picture's."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def to_png(figure: Any) -> bytes:
+    """The picture as PNG, on white."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+    return buffer.getvalue()
+
+
+def for_page(svg: str, label: str) -> str:
+    """An SVG to stand within the page: its colours follow the page's, its size the column's."""
+    svg = svg[svg.index("<svg") :]
+    by_light = {light: name for name, (light, _) in PALETTE.items()}
+    svg = re.sub(
+        r"#[0-9a-f]{6}\b", lambda m: f"var(--{by_light[m[0]]})" if m[0] in by_light else m[0], svg, flags=re.IGNORECASE
+    )
+    head, _, body = svg.partition(">")
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+    label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    # Its metadata says nothing that the page doesn't.
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    return f'{head} role="img" aria-label="{label}">{body}'

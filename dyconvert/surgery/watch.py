@@ -1,0 +1,103 @@
+"""Watching a converted model run over data: its coefficients, whose predictor they are, and how to call it."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from dyconvert.errors import ModelError
+from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.surgery.rewrite import PREDICTOR
+
+
+def watch_coefficients(model: nn.Module, see: Callable[[str, Tensor], None]) -> None:
+    """Have `see(conv's name, coefficients)` called at every call of every dynamic conv.
+
+    The coefficients are `[N, g, 1]` or `[N, g, C_out]`. The hooks stay: pass a copy of the model.
+    """
+
+    def watch(name: str, conv: DynamicConv) -> None:
+        if conv.coefficient_predictor is not None:
+            conv.coefficient_predictor.register_forward_hook(lambda _, args, output: see(name, output[0]))
+        else:
+            conv.register_forward_pre_hook(
+                lambda _, args, kwargs: see(name, kwargs.get("coefficients", args[-1])), with_kwargs=True
+            )
+
+    for name, module in model.named_modules():
+        if isinstance(module, DynamicConv):
+            watch(name, module)
+
+
+def predictor_of(model: nn.Module, conv: str) -> CoefficientPredictor:
+    """The conv's own predictor, or that of the innermost block around it."""
+    name = conv
+    while True:
+        found = getattr(model.get_submodule(name), PREDICTOR, None)
+        if isinstance(found, CoefficientPredictor):
+            return found
+        if not name:
+            raise ModelError(
+                f"No predictor for {conv} is in this model. Pass the whole converted model, not a part of it."
+            )
+        name = name.rpartition(".")[0]
+
+
+def run_over(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run the model on each batch, one at a time, without gradients; what is wanted of it is up to hooks.
+
+    Args:
+        batches: as :func:`arguments_of` takes them.
+
+    Raises:
+        ModelError: there is no batch, or the model rejects one.
+    """
+    number = -1
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            args, kwargs = arguments_of(model, batch)
+            try:
+                model(*args, **kwargs)
+            except Exception as error:
+                raise ModelError(
+                    f"{type(model).__name__} rejects batch {number} of the data: {type(error).__name__}: {error} "
+                    "A batch is the input, (input, ...), or a dict of the forward's arguments."
+                ) from error
+    if number < 0:
+        raise ModelError(
+            "The data holds no batch. An iterator that was used up gives no more: pass the loader itself."
+        )
+
+
+def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to call the model with for a batch of data, on the model's device and in its floating dtype.
+
+    Args:
+        batch: a tensor, a tuple or list whose first item is the input, or a dict of the forward's arguments (of a
+            dict without any, the first value is the input).
+
+    Raises:
+        ModelError: the batch is empty.
+    """
+    first = next(model.parameters())
+
+    def moved(value: Any) -> Any:
+        return tree_map_only(
+            Tensor,
+            lambda t: t.to(first.device, first.dtype) if t.is_floating_point() else t.to(first.device),
+            value,
+        )
+
+    if isinstance(batch, Mapping):
+        taken = inspect.signature(model.forward).parameters
+        if known := {key: value for key, value in batch.items() if key in taken}:
+            return (), moved(known)
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ModelError("A batch of the data is empty. A batch is the input, or (input, ...).")
+        batch = batch[0]
+    return (moved(batch),), {}
