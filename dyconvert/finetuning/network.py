@@ -1,6 +1,7 @@
 """The networks of a recipe: the original, and what it becomes before training."""
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from dyconvert.errors import ModelError, brief
 from dyconvert.finetuning.module import outputs_of
 from dyconvert.finetuning.recipe import Recipe
 from dyconvert.surgery.convert import convert
+from dyconvert.surgery.pairing import pair_experts
 
 
 @dataclass
@@ -45,29 +47,34 @@ def create_original(recipe: Recipe) -> tuple[nn.Module, "models.Source"]:
         )
 
 
-def transform(original: nn.Module, recipe: Recipe, calibration: Any = None) -> nn.Module:
-    """Narrow and convert a copy of the original, as the recipe says.
+def transform(
+    original: nn.Module, recipe: Recipe, calibration: Callable[[], Iterable[Tensor]] | None = None
+) -> nn.Module:
+    """Narrow and convert a copy of the original, and pair its experts, as the recipe says.
 
     Args:
-        calibration: batches of normalised training images, for narrowing.
+        calibration: makes batches of normalised training images, for narrowing and pairing; None: neither is done.
     """
-    student = original
     example = torch.zeros(2, *recipe.input_size)
-    seed = recipe.train.seed
-    chosen = recipe.convert and recipe.convert.model_dump()
-    if recipe.narrow is not None:
+    ours = {"seed": recipe.train.seed, "diversity": recipe.dynamic.diversity, "example": example}
+    conversion = None if recipe.convert is None else _conversion(recipe, recipe.convert.model_dump())
+    if recipe.narrow is not None and calibration is not None:
         from dyconvert import narrow
 
-        settings = recipe.narrow.model_dump() | {"seed": seed, "example": example, "data": calibration}
-        settings["keep"] = tuple(settings["keep"])
-        if chosen is None:
-            return narrow(student, static=True, **settings)
-        return narrow(student, **_conversion(recipe, chosen), diversity=recipe.dynamic.diversity, **settings)
-    if chosen is None:
-        return copy.deepcopy(student)
-    return convert(
-        student, seed=seed, diversity=recipe.dynamic.diversity, example=example, **_conversion(recipe, chosen)
-    )
+        settings = recipe.narrow.model_dump()
+        settings |= {"keep": tuple(settings["keep"]), "seed": recipe.train.seed, "example": example}
+        if settings["init"] == "least-squares":
+            settings["data"] = calibration()
+        if conversion is None:
+            return narrow(original, static=True, **settings)
+        student = narrow(original, diversity=recipe.dynamic.diversity, **conversion, **settings)
+    elif conversion is None:
+        return copy.deepcopy(original)
+    else:
+        student = convert(original, **conversion, **ours)
+    if recipe.dynamic.pair_spread is not None and calibration is not None:
+        pair_experts(student, calibration(), spread=recipe.dynamic.pair_spread, seed=recipe.train.seed)
+    return student
 
 
 def _conversion(recipe: Recipe, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,9 @@ from dyconvert.finetuning.trainers import check_devices, make_trainer
 
 Report = Callable[[str], None]
 
+# To see how far the predictors' inputs vary from image to image.
+_PAIRING_IMAGES = 500
+
 
 def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Summary:
     """Convert a model and fine-tune it; `dyconvert.finetune` documents it."""
@@ -53,7 +56,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> 
             )
         if recipe.pretrain is not None:
             # What the conversion refuses is said before the original is trained.
-            transform(original, recipe.model_copy(update={"narrow": None}))
+            transform(original, recipe)
         if rank_zero_only.rank == 0:
             run.begin()
         with Interrupts(report) as interrupts:
@@ -214,11 +217,10 @@ def _pretrained(recipe: Recipe, original: nn.Module, resume: bool, progress: boo
     return checkpoint.load(directory / "last", model=original)
 
 
-def _calibration(recipe: Recipe, part: Part) -> Iterator[Tensor] | None:
-    """Batches of training images as the network takes them, without augmentation, a sample of all."""
-    if recipe.narrow is None or recipe.narrow.init != "least-squares":
-        return None
-    count = min(recipe.narrow.calibration_images, len(part))
+def _calibration(recipe: Recipe, part: Part) -> Callable[[], Iterator[Tensor]]:
+    """Batches of training images as the network takes them, without augmentation, a sample of all; each call's anew."""
+    wanted = recipe.narrow.calibration_images if recipe.narrow is not None else _PAIRING_IMAGES
+    count = min(wanted, len(part))
     generator = torch.Generator().manual_seed(recipe.train.seed)
     positions = torch.randperm(len(part), generator=generator)[:count].tolist()
     prepared = Prepared(part, val_transform(recipe.data), recipe.train.seed, recipe.data)
@@ -229,7 +231,7 @@ def _calibration(recipe: Recipe, part: Part) -> Iterator[Tensor] | None:
             images, _ = prepared.collate(prepared.__getitems__([(0, each) for each in positions[start : start + 50]]))
             yield ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
 
-    return batches()
+    return batches
 
 
 def _reporter(progress: bool) -> Report:
@@ -240,7 +242,7 @@ def _reporter(progress: bool) -> Report:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's remarks about devices, workers and logging intervals, and without a trace in torch's generator."""
+    """Without Lightning's remarks about devices, workers and the like, and a trace in torch's generator."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

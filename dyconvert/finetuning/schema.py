@@ -329,6 +329,11 @@ class Dynamic(Section):
     diversity: Amount = 0.1
     """How far the experts differ at first, relative to each output channel's root mean square."""
 
+    pair_spread: Rate | None = None
+    """Start with experts that are equal in pairs and coefficients that already vary from image to image, by this
+    standard deviation of the logits (1 gives sigmoids of 0.5 +- 0.2); the outputs are the original's all the same.
+    See `dyconvert.pair_experts`. null starts with equal coefficients and different experts."""
+
 
 class Distill(Section):
     """Knowledge distillation: (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student)."""
