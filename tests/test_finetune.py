@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import io
 import math
 from pathlib import Path
 
@@ -240,7 +241,7 @@ def test_summary_is_a_table_of_eighty_columns(tmp_path):
     from rich.console import Console
 
     found = finetune(recipe(tmp_path, "train.ema=0.5", train={"epochs": 1}), progress=False)
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(found)
     text = console.export_text()
     for word in ("original", "converted", "fine-tuned", "EMA", "parameters", "MACs", "top-1", "run"):

@@ -84,7 +84,7 @@ def test_directories_that_hold_something_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="no run to resume"):
         finetune(recipe(tmp_path), resume=True)
     finetune(recipe(tmp_path, "train.max_steps=1"), progress=False)
-    with pytest.raises(RecipeError, match="finished run.*--resume"):
+    with pytest.raises(RecipeError, match=r"finished run.*--resume"):
         finetune(recipe(tmp_path, "train.max_steps=1"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").write_text("mine")

@@ -40,6 +40,10 @@ def finetune(
             out.print("\nDry run: nothing was written.")
         return
     summary = run(loaded, resume=resume)
+    from dyconvert.finetuning.trainers import is_main_process
+
+    if not is_main_process():  # of several; all have the same summary
+        return
     if as_json:
         typer.echo(json.dumps(summary.to_json(), indent=2))
     else:

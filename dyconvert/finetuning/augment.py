@@ -41,7 +41,7 @@ def val_transform(data: Data) -> Transform:
 
 
 class _Fit(nn.Module):
-    """Shorter side to `resize`, centre crop to `size`; images of that size already, and those with masks, stay whole."""
+    """Shorter side to `resize`, centre crop to `size`; those of that size already, or with masks, stay whole."""
 
     def __init__(self, data: Data) -> None:
         super().__init__()

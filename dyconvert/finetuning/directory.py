@@ -4,12 +4,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from dyconvert.checkpoint import check_writable
 from dyconvert.errors import RecipeError, brief, some
 from dyconvert.finetuning.recipe import Recipe, load_recipe
 from dyconvert.finetuning.summary import Summary, write_json
+from dyconvert.finetuning.trainers import is_main_process
 
 RECIPE = "recipe.yaml"
 BEFORE = "before.json"
@@ -63,7 +62,7 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
     directory = recipe.directory
     exists = (directory / RECIPE).is_file()
     if not resume:
-        if rank_zero_only.rank:  # the first process has made it meanwhile
+        if not is_main_process():  # the first process has made it meanwhile
             return Run(recipe)
         if exists:
             how = "a finished run" if Summary.read(directory) else "a run that was interrupted"

@@ -94,8 +94,8 @@ def count_outputs(model: nn.Module, recipe: Recipe) -> int:
             logits: Tensor = next(outputs_of(model.eval()(torch.zeros(2, *recipe.input_size))))
     except Exception as error:
         raise ModelError(
-            f"{recipe.model.specifier} can't take images of {size}: {brief(error)}. Set data.size and data.channels, or "
-            "model.input_size."
+            f"{recipe.model.specifier} can't take images of {size}: {brief(error)}. Set data.size and "
+            "data.channels, or model.input_size."
         ) from error
     if logits.dim() != (4 if recipe.data.task == "segmentation" else 2):
         raise ModelError(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from dyconvert import checkpoint
@@ -29,7 +28,7 @@ from dyconvert.finetuning.recipe import Recipe
 from dyconvert.finetuning.results import Results, csv_logger
 from dyconvert.finetuning.schedules import Ema, FrozenExperts, TemperatureSchedule
 from dyconvert.finetuning.summary import Summary
-from dyconvert.finetuning.trainers import check_devices, make_trainer
+from dyconvert.finetuning.trainers import check_devices, is_main_process, make_trainer
 
 Report = Callable[[str], None]
 
@@ -57,7 +56,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> 
         if recipe.pretrain is not None:
             # What the conversion refuses is said before the original is trained.
             transform(original, recipe)
-        if rank_zero_only.rank == 0:
+        if is_main_process():
             run.begin()
         with Interrupts(report) as interrupts:
             if recipe.pretrain is not None:
@@ -89,7 +88,7 @@ class _Session:
             run.before = self._before()
             if self.interrupts.requested:
                 raise KeyboardInterrupt
-            if rank_zero_only.rank == 0:
+            if is_main_process():
                 run.keep(run.before)
         self._say_before(run.before)
         sizes = self._sizes()
@@ -102,7 +101,7 @@ class _Session:
         epoch, done, step = position(resumed) if resumed else (0, 0, None)
         if resumed:
             self.report(f"resuming at step {step}, in epoch {epoch + 1}")
-        logger = csv_logger(directory, step) if rank_zero_only.rank == 0 else None
+        logger = csv_logger(directory, step) if is_main_process() else None
         trainer = make_trainer(recipe, callbacks, logger, self.progress)
         module = self._module(networks.student, networks.original if recipe.distill else None)
         networks.student.train()  # Lightning keeps the mode that it finds
@@ -140,7 +139,7 @@ class _Session:
             epochs=trainer.global_step / module.per_epoch,
             seconds=results.elapsed(),
         )
-        if rank_zero_only.rank == 0:
+        if is_main_process():
             summary.save()
             file.unlink(missing_ok=True)
         return summary
@@ -235,7 +234,7 @@ def _calibration(recipe: Recipe, part: Part) -> Callable[[], Iterator[Tensor]]:
 
 
 def _reporter(progress: bool) -> Report:
-    if not progress or rank_zero_only.rank != 0:
+    if not progress or not is_main_process():
         return lambda line: None
     return lambda line: err.print(line, markup=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 
 from dyconvert.cli.output import err
 from dyconvert.errors import RecipeError
@@ -44,6 +45,11 @@ def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], logger: Any, pro
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one, of all, that prints and writes."""
+    return rank_zero_only.rank == 0
 
 
 def check_devices(recipe: Recipe) -> None:
