@@ -123,6 +123,10 @@ def test_the_table_has_means_and_standard_deviations():
     assert table[1][:2] == ["original", "90.00"]
     assert table[2][:4] == ["a", "90.00 ± 0.00", "92.00 ± 1.00", "3"]
     assert table[3][:4] == ["b", "90.00", "95.00", "1"]
+    other = [*rows, row("c", 0, 80.0, original=95.0)]
+    table = table_rows(other, count=str)
+    assert table[0][:2] == ["run", "original"]
+    assert [cells[1] for cells in table[1:]] == ["90.00 ± 0.00", "90.00", "95.00"]
     assert markdown(rows, str).splitlines()[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 
 

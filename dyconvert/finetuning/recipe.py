@@ -93,18 +93,23 @@ def load_recipe(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Rec
     if isinstance(document.data, dict):
         document.data.setdefault("name", path.stem)
     loaded = validated(Recipe, Source(path, document, overrides))
-    return beside(loaded, path.parent)
+    return resolved(loaded, path.parent)
 
 
-def beside(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with its model's Python file as an absolute path: in `folder`, or in the current one."""
-    location, colon, factory = recipe.model.specifier.rpartition(":")
-    if not location.endswith(".py"):
-        return recipe
-    file = folder / os.path.expanduser(location)
-    file = file if file.is_file() else Path(os.path.expanduser(location))
-    specifier = f"{os.path.abspath(file)}{colon}{factory}"
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"specifier": specifier})})
+def resolved(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with what its model names made plain.
+
+    The model's Python file becomes an absolute path: in `folder`, or in the current one. In `weights`, ~ and
+    $VARIABLES are expanded.
+    """
+    model = recipe.model
+    changes = {"weights": os.path.expanduser(os.path.expandvars(model.weights))}
+    location, colon, factory = model.specifier.rpartition(":")
+    if location.endswith(".py"):
+        file = folder / os.path.expanduser(location)
+        file = file if file.is_file() else Path(os.path.expanduser(location))
+        changes["specifier"] = f"{os.path.abspath(file)}{colon}{factory}"
+    return recipe.model_copy(update={"model": model.model_copy(update=changes)})
 
 
 def json_schema() -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Model(Section):
     A Python file is looked for beside the recipe first, then in the current folder."""
 
     weights: str = "default"
-    """"default", "none" (random), the name of a weight set, or a file (.pth .pt .th .safetensors)."""
+    """"default", "none" (random), the name of a weight set, or a file (.pth .pt .th .safetensors), in which ~ and
+    $VARIABLES are expanded."""
 
     arguments: dict[str, Any] = {}
     """Passed to the model's builder."""

@@ -4,27 +4,30 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_METRICS = ("converted", "finetuned", "ema")
+_TITLES = {"original": "original", "converted": "converted", "finetuned": "fine-tuned", "ema": "EMA"}
 
 
 def table_rows(rows: Iterable[dict[str, Any]], count: Callable[[float], str]) -> list[list[str]]:
-    """The cells of the table, its header first; the original stands in the first row.
+    """The cells of the table, its header first.
 
-    Each metric is "mean ± standard deviation" over the seeds.
+    Each metric is "mean ± standard deviation" over the seeds. An original that all runs share stands in the first
+    row, and in a column of its own where runs have different ones.
     """
     rows = list(rows)
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         runs.setdefault(row["run"], []).append(row)
-    ema = any(row["ema"] is not None for row in rows)
-    metrics = _METRICS if ema else _METRICS[:2]
-    titles = {"converted": "converted", "finetuned": "fine-tuned", "ema": "EMA"}
-    table = [["run", *(titles[metric] for metric in metrics), "seeds", "parameters", "MACs", "s a run"]]
-    originals = sorted({round(row["original"], 6) for row in rows if row["original"] is not None})
-    if originals:
-        # Several where the static network is trained first, once a seed, or runs have different models.
-        shown = _spread(originals)
-        table.append(["original", shown, *[""] * (len(metrics) - 1), "", "", "", ""])
+    shared: dict[int, set[float]] = {}
+    for row in rows:
+        shared.setdefault(row["seed"], set()).add(round(row["original"], 4))
+    one_original = all(len(values) == 1 for values in shared.values())
+    metrics = [*([] if one_original else ["original"]), "converted", "finetuned"]
+    metrics += ["ema"] if any(row["ema"] is not None for row in rows) else []
+    table = [["run", *(_TITLES[metric] for metric in metrics), "seeds", "parameters", "MACs", "s a run"]]
+    if rows and one_original:
+        values = [value for (value,) in shared.values()]
+        # The same for every seed, unless the static network was trained first.
+        table.append(["original", _spread(values if len(set(values)) > 1 else values[:1]), *[""] * (len(table[0]) - 2)])
     for run, each in runs.items():
         cells = [_spread([row[metric] for row in each if row[metric] is not None]) for metric in metrics]
         sizes = [_counted(each, key, count) for key in ("parameters", "macs")]
