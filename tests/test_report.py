@@ -177,6 +177,23 @@ def test_a_static_model_that_was_saved(cli, tmp_path):
     assert result.resolution.sizes[0].seconds.keys() == {"original", "static"}
 
 
+def test_images_are_not_made_larger(cli, models_file, tmp_path):
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "pictures" / "cat" / "0.png")
+    # Converted without a size, so at one that was guessed.
+    assert cli(f"{models_file}:net", "-o", "out").code == 0
+    ran = cli("report", "out", "--trust-code", "--data", "pictures", *QUICK)
+    assert report_of(ran, tmp_path / "report").shape == [3, 16, 16]
+
+
+@pytest.mark.parametrize("command", ["report", "inspect"])
+def test_help(command, cli):
+    ran = cli(command, "--help")
+    assert ran.code == 0
+    assert "--data" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+
+
 def test_inspect_tells_an_untrained_conversion(cli):
     cli("digits-resnet8", "--g", 2, "-o", "fresh")
     said = cli("inspect", "fresh").said
@@ -201,7 +218,7 @@ BAD = [
     (["report", "nan", "--data", "digits"], ["nan holds NaN", "layer1.conv1.weight", "before the training diverged"]),
     (["report", "empty"], ["empty has no dyconvert.json"]),
     (["report", "dynamic", "--against", "resnet5o"], ["There is no model 'resnet5o'"]),
-    (["report", "mine.py:mlp"], ["common input sizes"]),
+    (["report", "mine.py:mlp"], ["no convs"]),
     (["inspect", "nan"], ["nan holds NaN", "layer1.conv1.weight"]),
     (["inspect", "empty"], ["empty has no dyconvert.json"]),
 ]
