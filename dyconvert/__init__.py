@@ -6,9 +6,18 @@
 """
 
 from dyconvert.checkpoint import load, save
-from dyconvert.errors import CheckpointError, DyconvertError, ExportError, ModelError, PlanError
+from dyconvert.errors import (
+    CheckpointError,
+    DyconvertError,
+    ExportError,
+    ModelError,
+    PlanError,
+    RecipeError,
+    TrainingError,
+)
 from dyconvert.export import export_onnx, export_torch
 from dyconvert.exported import Exported
+from dyconvert.finetuning import Recipe, finetune, load_recipe
 from dyconvert.methods import METHODS, Method
 from dyconvert.nn import (
     CoefficientPredictor,
@@ -51,13 +60,18 @@ __all__ = [
     "PlanError",
     "PlannedBlock",
     "PlannedConv",
+    "Recipe",
+    "RecipeError",
+    "TrainingError",
     "__version__",
     "collapse",
     "convert",
     "export_onnx",
     "export_torch",
+    "finetune",
     "fuse",
     "load",
+    "load_recipe",
     "pair_experts",
     "plan",
     "save",
