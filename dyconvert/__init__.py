@@ -10,6 +10,8 @@ from dyconvert.errors import CheckpointError, DyconvertError, ExportError, Model
 from dyconvert.export import export_onnx, export_torch
 from dyconvert.exported import Exported
 from dyconvert.methods import METHODS, Method
+from dyconvert.narrowing.narrow import narrow
+from dyconvert.narrowing.record import Narrowing
 from dyconvert.nn import (
     CoefficientPredictor,
     DynamicConv,
@@ -46,6 +48,7 @@ __all__ = [
     "Exported",
     "Method",
     "ModelError",
+    "Narrowing",
     "Plan",
     "PlanError",
     "PlannedBlock",
@@ -57,6 +60,7 @@ __all__ = [
     "export_torch",
     "fuse",
     "load",
+    "narrow",
     "plan",
     "save",
     "set_trainable",
