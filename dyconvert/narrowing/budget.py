@@ -5,7 +5,7 @@ from collections import defaultdict
 from torch import Tensor
 
 from dyconvert.errors import ModelError
-from dyconvert.narrowing.choose import pivots
+from dyconvert.narrowing.choose import unexplained
 from dyconvert.narrowing.graph import Graph, Group
 
 # The least that a group keeps, as a share of its channels.
@@ -73,7 +73,7 @@ def by_flops(graph: Graph, share: float, similarity: dict[str, Tensor], round_to
     """Units to keep, by group name, so that the multiply-adds are at most `share` of the original's.
 
     Starting from all, the group is narrowed that loses least for the multiply-adds it saves; its loss is the share
-    of its layers' variance that the channels left don't explain.
+    of its layers' variance that so many directions don't explain.
 
     Args:
         similarity: by group name, `[units, units]`, as :func:`~dyconvert.narrowing.choose.choose` takes it.
@@ -128,4 +128,4 @@ def _narrower(group: Group, kept: int, least: int, round_to: int) -> int | None:
 def _lost(group: Group, similarity: Tensor, graph: Graph) -> list[float]:
     """What is lost when k = 1, 2, ... units are kept, summed over the group's layers."""
     layers = sum(member.name in graph.layers for member in group.makers)
-    return (pivots(similarity, group.units)[1] * layers).tolist()
+    return (unexplained(similarity) * layers).tolist()

@@ -17,7 +17,7 @@ def choose(similarity: Tensor, count: int, group: Group) -> Choice:
         similarity: `[units, units]`: covariance, in units of each layer's own variance.
         count: units to keep.
     """
-    taken, _ = pivots(similarity, count)
+    taken = pivots(similarity, count)
     size = similarity.diagonal().clamp(min=1e-12).sqrt()
     correlation = (similarity / size / size.unsqueeze(1)).abs()
     nearest = taken[correlation[:, taken].argmax(1)]
@@ -33,23 +33,34 @@ def strongest(strength: Tensor, count: int, group: Group) -> Choice:
     return of_units(nearest, group)
 
 
-def pivots(similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The units that greedy elimination takes, in order, and the share of the variance left after each."""
-    left = similarity.double().clone()
-    total = left.diagonal().sum().clamp(min=1e-30)
-    taken, shares = [], []
-    open_ = torch.ones(len(left), dtype=torch.bool)
+def pivots(similarity: Tensor, count: int) -> Tensor:
+    """`[count]`: the units that greedy elimination takes, in order.
+
+    Taking unit j leaves the residual R - r r^T, with r = R_j / sqrt(R_jj), and explains sum_i R_ij^2 / R_jj.
+    """
+    left = similarity.float().clone()
+    squares = left.square().sum(0)
+    floor = 1e-6 * left.diagonal().mean().clamp(min=1e-30)
+    taken: list[int] = []
     for _ in range(count):
-        # What a unit explains of all: its column's squares over its own rest.
-        gain = left.square().sum(0) / left.diagonal().clamp(min=1e-9 * float(total) / len(left))
-        gain[~open_] = -1
+        gain = squares / left.diagonal().clamp(min=floor)
+        gain[taken] = -1
         best = int(gain.argmax())
-        column = left[:, best] / left[best, best].clamp(min=1e-30).sqrt()
-        left -= torch.outer(column, column)
-        open_[best] = False
+        column = left[best] / left[best, best].clamp(min=floor).sqrt()
+        # The new sums of squares, from the old: one product with R instead of another pass over it.
+        squares += column * (column * column.square().sum() - 2 * (left @ column))
+        left.addr_(column, column, alpha=-1)
         taken.append(best)
-        shares.append(left.diagonal().clamp(min=0).sum() / total)
-    return torch.tensor(taken), torch.stack(shares)
+    return torch.tensor(taken)
+
+
+def unexplained(similarity: Tensor) -> Tensor:
+    """`[units]`: the share of the variance that the best 1, 2, ... directions don't explain.
+
+    As Zhang et al. 2016 (arXiv:1505.06798) choose ranks: by the energy of the maps' principal components.
+    """
+    energy = torch.linalg.eigvalsh(similarity.double()).flip(0).clamp(min=0)
+    return 1 - energy.cumsum(0) / energy.sum().clamp(min=1e-30)
 
 
 def of_units(nearest: Tensor, group: Group) -> Choice:

@@ -153,10 +153,8 @@ def _cut_padding(model: nn.Module, name: str, graph: Graph, folds: Folds) -> Non
     padding = graph.paddings[name]
     size = max(int(m.channels.max()) for g in graph.groups for m in g.members if (m.name, m.side) == (name, "padding"))
     kept = folds.get(name, "padding", size + 1).kept
-    read = size + 1 - padding.before - padding.after
-    before = int((kept < padding.before).sum())
-    after = int((kept >= padding.before + read).sum())
-    start = padding.before - before
+    # It still adds all of `before`; those that are left lie next to what it reads.
+    start = padding.before - int((kept < padding.before).sum())
     module = model.get_submodule(name)
     put(model, name, ChannelSlice(module, start, start + len(kept)).train(module.training))
 
