@@ -49,13 +49,22 @@ class Padding:
     after: int
 
 
-def tracing_graph(torch_pruning: Any) -> Any:
-    """torch-pruning's dependency graph, without its guesses about reshapes that take channels apart."""
+def tracing_graph(torch_pruning: Any, training: bool = False) -> Any:
+    """torch-pruning's dependency graph, without its guesses about reshapes that take channels apart.
+
+    Args:
+        training: trace the forward of training mode; it would always be eval mode's.
+    """
     from torch_pruning import ops
 
     class Graph(torch_pruning.DependencyGraph):
-        def _trace(self, *args: Any, **kwargs: Any) -> Any:
-            nodes = super()._trace(*args, **kwargs)
+        def _trace(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            model.train(training)
+            model.eval = lambda: model  # it would switch to eval mode
+            try:
+                nodes = super()._trace(model, *args, **kwargs)
+            finally:
+                del model.eval
             for node in nodes.values():
                 taken_apart = node.type == ops.OPTYPE.RESHAPE and not _is_flatten(node.grad_fn, self)
                 if taken_apart or node.type in (ops.OPTYPE.SPLIT, ops.OPTYPE.UNBIND):

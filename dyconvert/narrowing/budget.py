@@ -69,7 +69,9 @@ class Cost:
         return sum(self.layer(name, kept) for name in self._layers)
 
 
-def by_flops(graph: Graph, share: float, similarity: dict[str, Tensor], round_to: int) -> dict[str, int]:
+def by_flops(
+    graph: Graph, share: float, similarity: dict[str, Tensor], round_to: int, reserve: float = 0.0
+) -> dict[str, int]:
     """Units to keep, by group name, so that the multiply-adds are at most `share` of the original's.
 
     Starting from all, the group is narrowed that loses least for the multiply-adds it saves; its loss is the share
@@ -77,6 +79,7 @@ def by_flops(graph: Graph, share: float, similarity: dict[str, Tensor], round_to
 
     Args:
         similarity: by group name, `[units, units]`, as :func:`~dyconvert.narrowing.choose.choose` takes it.
+        reserve: the part of `share` that mixing kernels and predicting coefficients will take.
 
     Raises:
         ModelError: the target is below what can be reached.
@@ -84,7 +87,7 @@ def by_flops(graph: Graph, share: float, similarity: dict[str, Tensor], round_to
     cost = Cost(graph)
     kept = {group.name: group.units for group in graph.free}
     least = {group.name: rounded(group, _LEAST * group.size, round_to) for group in graph.free}
-    lowest = cost.total(least) / cost.whole
+    lowest = cost.total(least) / cost.whole + reserve
     if share < lowest:
         raise ModelError(
             f"A share of {share:g} of the multiply-adds can't be reached: at the narrowest, {lowest:.3f} are left. "
@@ -94,7 +97,7 @@ def by_flops(graph: Graph, share: float, similarity: dict[str, Tensor], round_to
     groups = {group.name: group for group in graph.free}
     now = cost.total(kept)
     rates: dict[str, tuple[float, int, float]] = {}
-    while now > share * cost.whole:
+    while now > (share - reserve) * cost.whole:
         for name, group in groups.items():
             if name in rates:
                 continue

@@ -116,8 +116,12 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
     except ImportError:
         raise DyconvertError("Narrowing needs torch-pruning. Install it: pip install 'dyconvert[narrow]'.") from None
     try:
-        runner, arguments = on_meta(model), tree_map_only(Tensor, lambda t: t.detach().to("meta"), example)
+        runner, arguments = on_meta(model), tree_map_only(Tensor, _on_meta, example)
         graph, watch = _traced(torch_pruning, runner, arguments)
+        # Auxiliary heads are part of training only, and read channels that are narrowed.
+        layers = {name for name, m in runner.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+        if (layers - watch.layers.keys()) & _called_in_training(runner, arguments):
+            graph, watch = _traced(torch_pruning, runner, arguments, training=True)
     except (NotImplementedError, RuntimeError):
         # Control flow that looks at values needs a real run.
         runner = skeleton(model, lambda t: t.detach())
@@ -138,6 +142,28 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
         reasons = sorted({f"{group.kept}" for group in groups})
         raise ModelError(f"No channels of {type(model).__name__} can be narrowed: {some(reasons)}.")
     return found
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    t = t.detach().to("meta")
+    # A batch norm can't be trained on one image.
+    return t if t.dim() < 2 or t.shape[0] > 1 else t.expand(2, *t.shape[1:])
+
+
+def _called_in_training(model: nn.Module, arguments: tuple[Any, ...]) -> set[str]:
+    """The layers that a forward in training mode calls; none where it fails, as it may on the meta device."""
+    called: set[str] = set()
+    handles = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model.train()(*arguments)
+    except Exception:
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.eval()
+    return called
 
 
 class _Watch:
@@ -183,14 +209,16 @@ class _Watch:
             handle.remove()
 
 
-def _traced(torch_pruning: Any, runner: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, _Watch]:
-    clear_hooks(runner.eval())
+def _traced(
+    torch_pruning: Any, runner: nn.Module, arguments: tuple[Any, ...], training: bool = False
+) -> tuple[Any, _Watch]:
+    clear_hooks(runner)
     runner.requires_grad_(True)
     tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
     watch = _Watch(runner, tensors[0].shape[1] if tensors and tensors[0].dim() > 2 else 0)
     try:
         with torch.enable_grad():
-            graph = tracing_graph(torch_pruning).build_dependency(
+            graph = tracing_graph(torch_pruning, training).build_dependency(
                 runner, example_inputs=arguments, forward_fn=lambda model, args: model(*args), verbose=False
             )
     finally:

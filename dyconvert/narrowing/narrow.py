@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from dyconvert.analysis.flops import macs
 from dyconvert.errors import ModelError, PlanError, brief
 from dyconvert.methods import Method
 from dyconvert.narrowing import choose
@@ -19,8 +20,11 @@ from dyconvert.narrowing.graph import Graph, Group, channel_groups
 from dyconvert.narrowing.reconstruct import reconstruct
 from dyconvert.narrowing.record import NARROWING_ATTRIBUTE, NarrowedGroup, Narrowing, changes, rebuild_narrowed
 from dyconvert.surgery.blocks import check_convertible
-from dyconvert.surgery.convert import convert, plan
-from dyconvert.surgery.observe import clear_hooks, example_for, skeleton
+from dyconvert.surgery.convert import convert, plan, preview
+from dyconvert.surgery.observe import clear_hooks, example_for, on_meta, skeleton
+
+# Mixing kernels takes multiply-adds too, as many more as there are weights: known when the channels are.
+_ATTEMPTS = 5
 
 Init = Literal["least-squares", "merge", "l1"]
 Progress = Callable[[str, int, int], None]
@@ -105,11 +109,28 @@ def narrow(
         positions = positions_for(len(images), channels, seed)
         samples = sample(original, images, aims, positions, lambda *at: tell("looking at images", *at))
     similarity = {group.name: _similarity(model, samples, graph, group) for group in graph.free}
-    counts = by_width(graph, width, round_to) if width else by_flops(graph, flops, similarity, round_to)
-    chosen = {
-        group.name: _choose(model, graph, group, similarity[group.name], counts[group.name], init)
-        for group in graph.free
-    }
+
+    def pick(counts: dict[str, int]) -> dict[str, Choice]:
+        return {
+            group.name: _choose(model, graph, group, similarity[group.name], counts[group.name], init)
+            for group in graph.free
+        }
+
+    if width is not None:
+        chosen = pick(by_width(graph, width, round_to))
+    else:
+        whole, one = macs(original, _one(example)), _one(example)
+        reserve = 0.0
+        for _ in range(_ATTEMPTS):
+            chosen = pick(by_flops(graph, flops, similarity, round_to, reserve))
+            trial = on_meta(model)
+            _cut(trial, graph, Folds(graph, chosen), merge=False)
+            if not static:
+                trial = preview(trial, plan(trial, method, g, example=example, **choices))
+            over = macs(trial, one) / whole - flops
+            if over <= 0:
+                break
+            reserve += over + 1e-3
 
     folds = Folds(graph, chosen)
     narrowed = skeleton(model, lambda t: t.detach().clone())
@@ -193,6 +214,10 @@ def _example(model: nn.Module, example: Any, images: Tensor | None) -> tuple[Any
     if example is None:
         return example_for(model)
     return example if isinstance(example, tuple) else (example,)
+
+
+def _one(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value[:1] if isinstance(value, Tensor) else value for value in example)
 
 
 def _runner(model: nn.Module) -> nn.Module:
