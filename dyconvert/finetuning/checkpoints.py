@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from dyconvert.errors import RecipeError, TrainingError, brief
-from dyconvert.finetuning.guard import CHECKPOINT, DivergenceGuard
+from dyconvert.finetuning.guard import DivergenceGuard
 from dyconvert.finetuning.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.module import FineTuner
 from dyconvert.finetuning.schema import Output
