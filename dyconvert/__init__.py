@@ -19,6 +19,8 @@ from dyconvert.export import export_onnx, export_torch
 from dyconvert.exported import Exported
 from dyconvert.finetuning import Recipe, finetune, load_recipe
 from dyconvert.methods import METHODS, Method
+from dyconvert.narrowing.narrow import narrow
+from dyconvert.narrowing.record import Narrowing
 from dyconvert.nn import (
     CoefficientPredictor,
     DynamicConv,
@@ -56,6 +58,7 @@ __all__ = [
     "Exported",
     "Method",
     "ModelError",
+    "Narrowing",
     "Plan",
     "PlanError",
     "PlannedBlock",
@@ -72,6 +75,7 @@ __all__ = [
     "fuse",
     "load",
     "load_recipe",
+    "narrow",
     "pair_experts",
     "plan",
     "save",

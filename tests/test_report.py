@@ -147,7 +147,7 @@ def test_against_narrow_layer_and_sweep(cli, saved, models_file, tmp_path):
     assert result.resolution.sizes[0].seconds.keys() == {"original", "dynamic", "narrow", "predicting", "mixing"}
     assert not result.left_out
     page = (tmp_path / "report" / "report.html").read_text()
-    for said in ("dynet g=6", "90.50", "static, l1", "slim", "run_accuracy", "ablation_width"):
+    for said in ("dynet g=6", "90.50", "static, l1", "slim", "run_validation", "ablation_width"):
         assert said in page, said
 
 
@@ -166,6 +166,32 @@ def test_inspect(dyconvert_process, saved, cli):
     found = json.loads(cli("inspect", "dynamic", "--json").stdout)
     assert [conv["predictor"] for conv in found["convs"]] == ["trained"] * 8
     assert found["cost"]["before"]["parameters"] < found["cost"]["after"]["parameters"]
+
+
+def test_a_static_model_that_was_saved(cli, tmp_path):
+    model, source = models.create("digits-resnet8")
+    dyconvert.save(model, tmp_path / "control", source=source, static=True)
+    assert "static: none of 9 convs is dynamic" in cli("inspect", "control").said
+    result = report_of(cli("report", "control", *QUICK), tmp_path / "report")
+    assert not result.dynamic
+    assert result.resolution.sizes[0].seconds.keys() == {"original", "static"}
+
+
+def test_images_are_not_made_larger(cli, models_file, tmp_path):
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "pictures" / "cat" / "0.png")
+    # Converted without a size, so at one that was guessed.
+    assert cli(f"{models_file}:net", "-o", "out").code == 0
+    ran = cli("report", "out", "--trust-code", "--data", "pictures", *QUICK)
+    assert report_of(ran, tmp_path / "report").shape == [3, 16, 16]
+
+
+@pytest.mark.parametrize("command", ["report", "inspect"])
+def test_help(command, cli):
+    ran = cli(command, "--help")
+    assert ran.code == 0
+    assert "--data" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 80
 
 
 def test_inspect_tells_an_untrained_conversion(cli):
@@ -192,7 +218,7 @@ BAD = [
     (["report", "nan", "--data", "digits"], ["nan holds NaN", "layer1.conv1.weight", "before the training diverged"]),
     (["report", "empty"], ["empty has no dyconvert.json"]),
     (["report", "dynamic", "--against", "resnet5o"], ["There is no model 'resnet5o'"]),
-    (["report", "mine.py:mlp"], ["no"]),
+    (["report", "mine.py:mlp"], ["no convs"]),
     (["inspect", "nan"], ["nan holds NaN", "layer1.conv1.weight"]),
     (["inspect", "empty"], ["empty has no dyconvert.json"]),
 ]

@@ -13,6 +13,8 @@ from torchvision.transforms import v2
 from dyconvert import builtin
 from dyconvert.errors import DyconvertError, ModelError
 
+# Mean and standard deviation by channel, as torchvision normalises.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -67,8 +69,8 @@ class ImageSet:
 def read_images(
     data: str,
     shape: Sequence[int],
-    mean: Sequence[float] = (0.485, 0.456, 0.406),
-    std: Sequence[float] = (0.229, 0.224, 0.225),
+    mean: Sequence[float] = IMAGENET[0],
+    std: Sequence[float] = IMAGENET[1],
     limit: int | None = None,
 ) -> ImageSet:
     """The images of a folder, resized and cropped to `shape`; those in a subfolder are a class.

@@ -10,11 +10,10 @@ from rich.text import Text
 from dyconvert import checkpoint, models
 from dyconvert.analysis.correlation import expert_correlation
 from dyconvert.analysis.cost import cost
-from dyconvert.analysis.images import read_images
 from dyconvert.analysis.passing import check_finite, pass_over
-from dyconvert.cli.options import parse_numbers, parse_size
+from dyconvert.cli.options import Mean, Std, images_for, parse_size
 from dyconvert.cli.output import count, err, out
-from dyconvert.cli.report import opened
+from dyconvert.cli.report import image_size_for, opened
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.convert import plan as plan_model
@@ -28,8 +27,8 @@ def inspect(
         str | None, typer.Option(help="A folder of images, or `digits`: how far coefficients vary over them.")
     ] = None,
     input_size: Annotated[str | None, typer.Option(help="Of the images, such as 3,224,224 or 224.")] = None,
-    mean: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.485,0.456,0.406",
-    std: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.229,0.224,0.225",
+    mean: Mean = None,
+    std: Std = None,
     limit: Annotated[int, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_code: Annotated[
@@ -43,14 +42,14 @@ def inspect(
         found = opened(str(directory), "default", trust_code)
         model = found.model
         check_finite(model, str(directory))
-        example = example_for(model, batch=1, size=size or found.size)
+        example = example_for(model, batch=1, size=size or image_size_for(found, data))
         # Of a static model, saved as a control, what would become of it.
         plan = getattr(model, PLAN_ATTRIBUTE, None) or plan_model(model, example=example)
         static = models.build(found.source) if found.source is not None else None
         costs = cost(model, plan, example, static, seconds=0)
         coefficients = None
         if data is not None:
-            images = read_images(data, example[0].shape[1:], parse_numbers(mean), parse_numbers(std), limit)
+            images = images_for(data, model, example, mean, std, limit)
             coefficients = pass_over(model, images.batches(50), classes=images.classes, count=len(images)).coefficients
         rows = [_conv(model, name, conv) for name, conv in model.named_modules() if isinstance(conv, DynamicConv)]
     varying = {conv.name: conv for conv in coefficients.convs} if coefficients is not None else {}

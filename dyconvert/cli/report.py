@@ -13,11 +13,12 @@ from rich.text import Text
 from torch import nn
 
 from dyconvert import checkpoint, models
-from dyconvert.analysis.images import ImageSet, image_files, image_size, read_images
-from dyconvert.cli.options import parse_numbers, parse_size
+from dyconvert.analysis.images import image_files, image_size
+from dyconvert.cli.options import Mean, Std, images_for, parse_size
 from dyconvert.cli.output import err, out
 from dyconvert.errors import ModelError
-from dyconvert.surgery.blocks import STEM
+from dyconvert.nn import DynamicConv
+from dyconvert.surgery.blocks import STEM, check_convertible
 from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
@@ -47,8 +48,8 @@ def report(
     ] = None,
     sizes: Annotated[str, typer.Option(help="Input sizes to time, in pixels; `none`.")] = "96,160,224,288,352,448",
     input_size: Annotated[str | None, typer.Option(help="Of the images, such as 3,224,224 or 224.")] = None,
-    mean: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.485,0.456,0.406",
-    std: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.229,0.224,0.225",
+    mean: Mean = None,
+    std: Std = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; by default by their size.")] = None,
     weights: Annotated[str, typer.Option(help="Of MODEL, as `convert` takes them.")] = "default",
@@ -71,7 +72,6 @@ def report(
     check_directory(output, force)
     wanted = _sizes(sizes)
     size = parse_size(input_size)
-    numbers = parse_numbers(mean), parse_numbers(std)
     folder = Path(model)
     if sweep is None and (folder / SWEEP).is_file():
         sweep = folder / SWEEP
@@ -81,11 +81,12 @@ def report(
     with _progress() as tell:
         tell(f"loading {model}", 0, None)
         main = opened(model, weights, trust_code)
+        if not any(isinstance(module, DynamicConv) for module in main.model.modules()):
+            check_convertible(main.model)
         original = opened(against, against_weights, trust_code) if against else original_of(main)
         static = opened(narrow, "default", trust_code) if narrow else None
-        size = size or main.size or _size_of_data(data)
-        example = example_for(main.model, batch=1, size=size)
-        images = _images(data, example, numbers, limit)
+        example = example_for(main.model, batch=1, size=size or image_size_for(main, data))
+        images = images_for(data, main.model, example, mean, std, limit) if data is not None else None
         result = analyse(
             main.model,
             images,
@@ -157,17 +158,14 @@ def _size_in_plan(model: nn.Module) -> tuple[int, ...] | None:
     return (stems[0].in_channels, *stems[0].map_size)
 
 
-def _size_of_data(data: str | None) -> tuple[int, ...] | None:
-    if data is None or not Path(data).is_dir():
-        return None
-    return image_size(image_files(Path(data))[0])
-
-
-def _images(data: str | None, example: tuple[Any, ...], numbers: Any, limit: int | None) -> ImageSet | None:
-    if data is None:
-        return None
-    shape = getattr(example[0], "shape", (0,))[1:]
-    return read_images(data, shape, *numbers, limit=limit)
+def image_size_for(main: Opened, data: str | None) -> tuple[int, ...] | None:
+    """The size to show a model its images at: its own, if that is known, but no image is made larger than it is."""
+    source_says = main.source is not None and main.source.input_size is not None
+    if source_says or data is None or not Path(data).is_dir():
+        return main.size
+    of_data = image_size(image_files(Path(data))[0])
+    # A factory doesn't say what it takes, and a conversion without --input-size guesses.
+    return of_data if main.size is None or max(of_data) < max(main.size[-2:]) else main.size
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -289,9 +289,9 @@ def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label
 
 
 def courses(run: Run) -> list[tuple[str, Any]]:
-    """A fine-tuning run's losses, and its accuracies, over the epochs: `(title, picture)`."""
+    """A fine-tuning run's losses, and what it was validated by, over the epochs: `(title, picture)`."""
     drawn = []
-    for title, words in (("Accuracy", ("acc", "top1", "top-1", "miou")), ("Loss", ("loss",))):
+    for title, words in (("Validation", ("acc", "top1", "top-1", "miou", "metric")), ("Loss", ("loss",))):
         chosen = [c for c in run.courses if any(word in c.name.lower() for word in words) and len(c.values) > 1]
         # A metric that is logged per step and per epoch is shown once.
         chosen = [c for c in chosen if not c.name.endswith("_step")][: len(SERIES)]

@@ -101,7 +101,7 @@ def _coefficients(analysis: Analysis) -> list[Drawing]:
             "coefficients",
             "Distribution",
             coefficient_figures.ridges(found),
-            "All coefficients of each conv, over all images. One peak that doesn't widen is a static conv.",
+            "All coefficients of each conv, over all images and output channels.",
         ),
         Drawing(
             "variation",

@@ -67,9 +67,7 @@ def run_over(model: nn.Module, batches: Iterable[Any]) -> None:
                     "A batch is the input, (input, ...), or a dict of the forward's arguments."
                 ) from error
     if number < 0:
-        raise ModelError(
-            "The data holds no batch. An iterator that was used up gives no more: pass the loader itself."
-        )
+        raise ModelError("The data holds no batch. An iterator that was used up gives no more: pass the loader itself.")
 
 
 def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
