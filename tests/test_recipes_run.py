@@ -19,6 +19,7 @@ TINY = [
     "data.images=16",
     "data.workers=0",
     "train.batch=4",
+    "train.lr=0.001",  # the recipes' are for a thousand images a batch
     "train.max_steps=2",
     "train.precision=32-true",
     "train.devices=1",
