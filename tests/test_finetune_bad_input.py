@@ -99,7 +99,7 @@ def test_a_new_head_fits_the_data(folder):
 
 def test_more_devices_than_there_are(tmp_path):
     there = os.cpu_count()
-    refused(recipe(tmp_path, f"train.devices={there + 1}", f"train.batch={there + 1}"), f"has {there} CPU cores")
+    refused(recipe(tmp_path, f"train.devices={there + 1}", f"train.batch={there + 1}"), f"{there + 1} CPU cores", f"has {there}")
 
 
 def test_too_few_images_for_a_batch(tmp_path):

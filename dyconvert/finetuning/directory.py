@@ -12,6 +12,7 @@ from dyconvert.finetuning.trainers import is_main_process
 
 RECIPE = "recipe.yaml"
 BEFORE = "before.json"
+_PART = RECIPE + ".part"
 
 # What may change between two tries of a run: the result doesn't depend on it.
 _FREE = {
@@ -41,7 +42,7 @@ class Run:
         directory = self.recipe.directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            part = directory / (RECIPE + ".part")
+            part = directory / _PART
             part.write_text(self.recipe.to_yaml(), encoding="utf-8")
             part.replace(directory / RECIPE)
         except OSError as error:
@@ -61,6 +62,8 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
     """
     directory = recipe.directory
     exists = (directory / RECIPE).is_file()
+    if not exists and is_main_process():  # all that a run killed at its very start can leave
+        (directory / _PART).unlink(missing_ok=True)
     if not resume:
         if not is_main_process():  # the first process has made it meanwhile
             return Run(recipe)

@@ -1,20 +1,20 @@
 """What a run leaves behind: the best, the last and the averaged weights, and the metrics of its epochs."""
 
-import copy
 import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, loggers
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from dyconvert import checkpoint, models
-from dyconvert.errors import CheckpointError
+from dyconvert.errors import CheckpointError, RecipeError, brief
 from dyconvert.finetuning.module import METRIC, METRIC_NAMES, FineTuner
+from dyconvert.finetuning.recipe import Recipe
 from dyconvert.finetuning.schedules import Ema
 
 _KEPT = ("best", "best_epoch", "last", "last_step")
@@ -23,15 +23,23 @@ _KEPT = ("best", "best_epoch", "last", "last_step")
 class Results(Callback):
     """Keeps the best weights after each validation, and the last at the end; and says how it goes.
 
+    Args:
+        whole: a copy of the network to gather the weights in, where a strategy shards them.
+
     Attributes:
         best, best_epoch: the highest metric so far, and its epoch, counted from 1.
         last, last_step: the newest metric, and after how many steps that was.
     """
 
     def __init__(
-        self, directory: Path, source: "models.Source", ema: Ema | None, report: Callable[[str], None]
+        self,
+        directory: Path,
+        source: "models.Source",
+        ema: Ema | None,
+        whole: nn.Module | None,
+        report: Callable[[str], None],
     ) -> None:
-        self.directory, self.source, self.ema, self.report = directory, source, ema, report
+        self.directory, self.source, self.ema, self.whole, self.report = directory, source, ema, whole, report
         self.best, self.best_epoch = float("-inf"), 0
         self.last, self.last_step = float("nan"), -1
         self.seconds = 0.0
@@ -74,19 +82,31 @@ class Results(Callback):
         return True
 
     def on_train_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
-        self._save(trainer, pl_module.model, self.directory / "last")
+        self._save(trainer, pl_module.model, self.directory / "last", optional=False)
         if self.ema is not None:
-            self._save(trainer, self.ema.averaged.model, self.directory / "ema")
+            self._save(trainer, self.ema.averaged.model, self.directory / "ema", optional=False)
 
-    def _save(self, trainer: Trainer, model: nn.Module, directory: Path) -> None:
-        model = _whole(trainer, model)
+    def _save(self, trainer: Trainer, model: nn.Module, directory: Path, optional: bool = True) -> None:
+        model = self._whole(trainer, model)
         if not trainer.is_global_zero:
             return
         try:
             save_network(model, directory, self.source)
         except CheckpointError as error:
-            # The run can go on; a checkpoint to resume from is kept apart from this.
+            # The run can go on: a checkpoint to resume from is kept apart from this.
+            if not optional:
+                raise
             self.report(str(error))
+
+    def _whole(self, trainer: Trainer, model: nn.Module) -> nn.Module:
+        """The model, or where its weights are sharded a copy that has all of them."""
+        if self.whole is None:
+            return model
+        state = trainer.strategy.lightning_module_state_dict()  # in all processes, for it gathers
+        if trainer.is_global_zero:
+            own = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+            self.whole.load_state_dict(own)
+        return self.whole
 
 
 def save_network(model: nn.Module, directory: Path, source: "models.Source") -> None:
@@ -94,23 +114,30 @@ def save_network(model: nn.Module, directory: Path, source: "models.Source") -> 
     checkpoint.save(model, directory, source=source, force=True, static=True)
 
 
-def _whole(trainer: Trainer, model: nn.Module) -> nn.Module:
-    """The model with all of its weights in this process; a copy, where they are sharded."""
-    from lightning.pytorch.strategies import FSDPStrategy
+def make_loggers(recipe: Recipe, step: int | None) -> list[Logger]:
+    """The recipe's loggers, and that of metrics.csv, which is always there.
 
-    if not isinstance(trainer.strategy, FSDPStrategy):
-        return model
-    state = trainer.strategy.lightning_module_state_dict()  # in all processes, for it gathers
-    if not trainer.is_global_zero:
-        return model
-    whole = copy.deepcopy(trainer.lightning_module.held_whole)
-    whole.load_state_dict(
-        {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    )
-    return whole
+    Raises:
+        RecipeError: a logger's package isn't installed.
+    """
+    directory = str(recipe.directory)
+    made: list[Logger] = [_csv_logger(recipe.directory, step)]
+    for name in recipe.output.loggers:
+        try:
+            if name == "tensorboard":
+                made.append(loggers.TensorBoardLogger(directory, name="", version="tensorboard"))
+            elif name == "wandb":
+                made.append(loggers.WandbLogger(name=recipe.name, save_dir=directory))
+            elif name == "mlflow":
+                made.append(loggers.MLFlowLogger(recipe.name, save_dir=str(recipe.directory / "mlruns")))
+        except ImportError as error:
+            raise RecipeError(
+                f"output.loggers has {name}, which can't be used: {brief(error)}. Install it, or leave it out."
+            ) from error
+    return made
 
 
-def csv_logger(directory: Path, step: int | None) -> CSVLogger:
+def _csv_logger(directory: Path, step: int | None) -> loggers.CSVLogger:
     """Lightning's logger, of metrics.csv in `directory`.
 
     Args:
@@ -122,7 +149,7 @@ def csv_logger(directory: Path, step: int | None) -> CSVLogger:
         with file.open(newline="", encoding="utf-8") as stream:
             kept = [row for row in csv.DictReader(stream) if int(row["step"]) < step]
     file.unlink(missing_ok=True)
-    logger = CSVLogger(str(directory), name="", version="", flush_logs_every_n_steps=1)
+    logger = loggers.CSVLogger(str(directory), name="", version="", flush_logs_every_n_steps=1)
     if kept:
         # Lightning's writer starts anew in a directory; these rows are its first.
         logger.experiment.metrics.extend({key: value for key, value in row.items() if value != ""} for row in kept)

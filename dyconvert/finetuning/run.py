@@ -1,5 +1,6 @@
 """finetune(recipe): everything from the pretrained network to the table at the end."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,14 +19,14 @@ from dyconvert.errors import RecipeError
 from dyconvert.finetuning.augment import val_transform
 from dyconvert.finetuning.checkpoints import Checkpoints, position
 from dyconvert.finetuning.data import Part, check_classes, load_part
-from dyconvert.finetuning.directory import Run, open_run
+from dyconvert.finetuning.directory import RECIPE, Run, open_run
 from dyconvert.finetuning.guard import CHECKPOINT, DivergenceGuard
 from dyconvert.finetuning.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.loading import Prepared, steps_per_epoch, train_loader, val_loader
 from dyconvert.finetuning.module import METRIC, METRIC_NAMES, FineTuner
 from dyconvert.finetuning.network import Networks, count_outputs, create_original, transform
 from dyconvert.finetuning.recipe import Recipe
-from dyconvert.finetuning.results import Results, csv_logger
+from dyconvert.finetuning.results import Results, make_loggers
 from dyconvert.finetuning.schedules import Ema, FrozenExperts, TemperatureSchedule
 from dyconvert.finetuning.summary import Summary
 from dyconvert.finetuning.trainers import check_devices, is_main_process, make_trainer
@@ -95,14 +96,15 @@ class _Session:
 
         ema = Ema(recipe.train.ema) if recipe.train.ema is not None else None
         guard = DivergenceGuard()
-        results = Results(directory, networks.source, ema, self.report)
+        whole = copy.deepcopy(networks.student) if recipe.train.strategy == "fsdp" else None
+        results = Results(directory, networks.source, ema, whole, self.report)
         callbacks = [guard, *self._schedules(), *([ema] if ema else []), results]
         callbacks.append(Checkpoints(file, recipe.output, guard, self.interrupts, self.report))
         epoch, done, step = position(resumed) if resumed else (0, 0, None)
         if resumed:
             self.report(f"resuming at step {step}, in epoch {epoch + 1}")
-        logger = csv_logger(directory, step) if is_main_process() else None
-        trainer = make_trainer(recipe, callbacks, logger, self.progress)
+        loggers = make_loggers(recipe, step) if is_main_process() else []
+        trainer = make_trainer(recipe, callbacks, loggers, self.progress)
         module = self._module(networks.student, networks.original if recipe.distill else None)
         networks.student.train()  # Lightning keeps the mode that it finds
         if recipe.train.compile:
@@ -151,7 +153,7 @@ class _Session:
 
     def evaluate(self, model: nn.Module) -> float:
         """The metric of a network on the validation data, in percent."""
-        trainer = make_trainer(self.recipe, [], None, False)
+        trainer = make_trainer(self.recipe, [], [], False)
         loader = val_loader(self.recipe, self.val, trainer.global_rank, trainer.world_size)
         [found] = trainer.validate(self._module(model), loader, verbose=False)
         return found[METRIC]
@@ -212,7 +214,7 @@ def _pretrained(recipe: Recipe, original: nn.Module, resume: bool, progress: boo
         "train": recipe.train.model_copy(update={"epochs": ours.epochs, "lr": ours.lr, "ema": None, "max_steps": None}),
         "output": recipe.output.model_copy(update={"directory": str(directory)}),
     }
-    finetune(recipe.model_copy(update=changes), resume=resume and directory.exists(), progress=progress)
+    finetune(recipe.model_copy(update=changes), resume=resume and (directory / RECIPE).is_file(), progress=progress)
     return checkpoint.load(directory / "last", model=original)
 
 

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dyconvert.cli.output import err
@@ -18,7 +18,7 @@ from dyconvert.finetuning.recipe import Recipe
 _LOG_EVERY = 50
 
 
-def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], logger: Any, progress: bool) -> Trainer:
+def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], loggers: list[Logger], progress: bool) -> Trainer:
     """A Trainer on the recipe's devices. Checkpoints are a callback's."""
     train = recipe.train
     callbacks = list(callbacks)
@@ -35,7 +35,7 @@ def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], logger: Any, pro
         accumulate_grad_batches=train.accumulate,
         gradient_clip_val=train.clip,
         callbacks=callbacks,
-        logger=logger or False,
+        logger=loggers or False,
         log_every_n_steps=_LOG_EVERY,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(recipe.directory),
@@ -63,14 +63,20 @@ def check_devices(recipe: Recipe) -> None:
         raise RecipeError(
             "train.ema can't average weights that train.strategy=fsdp shards. Set one of them to null or ddp."
         )
-    if not isinstance(train.devices, int):
-        return
     kind = train.accelerator
     if kind == "auto":
         kind = "gpu" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"gpu": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}[kind]
-    if train.devices > there:
-        name = {"gpu": "GPUs", "mps": "MPS devices", "cpu": "CPU cores"}[kind]
+    there = {
+        "gpu": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": os.cpu_count() or 1,
+    }[kind]
+    name = {"gpu": "GPUs", "mps": "MPS devices", "cpu": "CPU cores"}[kind]
+    wanted = train.devices if isinstance(train.devices, int) else 1
+    if wanted > there:
         raise RecipeError(
-            f"train.devices is {train.devices}, and this machine has {there} {name}. Set it to {there} at most."
+            f"The recipe wants {wanted} {name} (train.devices, train.accelerator), and this machine has {there}. "
+            "Set train.devices to what there is, or train.accelerator to another kind."
         )
+    if train.strategy == "fsdp" and kind != "gpu":
+        raise RecipeError("train.strategy=fsdp needs GPUs, and there are none. Set it to auto or ddp.")
