@@ -64,6 +64,17 @@ def test_static_control_is_the_same_run_without_dynamic_convs(tmp_path):
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
+@pytest.mark.parametrize("override", ["convert.g=2", "convert=null"])
+def test_narrowed_networks_train_and_load(tmp_path, override):
+    made = recipe(tmp_path, override, narrow={"width": 0.5, "round_to": 2, "calibration_images": 32})
+    found = finetune(made, progress=False)
+    assert found.converted is not None
+    model = load(tmp_path / "run")
+    assert model[3].out_channels == 4
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+    assert found.macs[1] < found.macs[0]
+
+
 def test_segmentation_has_masks_an_auxiliary_head_and_mean_iou(tmp_path):
     made = recipe(
         tmp_path,

@@ -99,7 +99,9 @@ def test_a_new_head_fits_the_data(folder):
 
 def test_more_devices_than_there_are(tmp_path):
     there = os.cpu_count()
-    refused(recipe(tmp_path, f"train.devices={there + 1}", f"train.batch={there + 1}"), f"{there + 1} CPU cores", f"has {there}")
+    made = recipe(tmp_path, f"train.devices={there + 1}", f"train.batch={there + 1}")
+    refused(made, f"{there + 1} CPU cores", f"has {there}")
+    refused(recipe(tmp_path, "train.strategy=fsdp"), "needs GPUs")
 
 
 def test_too_few_images_for_a_batch(tmp_path):
