@@ -15,7 +15,13 @@ pytest.importorskip("lightning")
 SWEEP = """\
 description: small
 recipe: quickstart
-overrides: [pretrain=null, model.weights=default, data.limit_train=64, data.limit_val=40, train.batch=32]
+overrides:
+  - pretrain=null
+  - model.arguments={}
+  - model.weights=default
+  - data.limit_train=64
+  - data.limit_val=40
+  - train.batch=32
 runs:
   - name: static
     overrides: [convert=null]
