@@ -138,7 +138,7 @@ class FineTuner(LightningModule):
         self.metric.update(logits.argmax(1), targets)
 
     def on_validation_epoch_end(self) -> None:
-        self.log(METRIC, 100 * self.metric.compute(), prog_bar=True)
+        self.log(METRIC, 100 * self.metric.compute())
         self.metric.reset()
 
     def on_train_epoch_end(self) -> None:
