@@ -72,6 +72,7 @@ def distribution(layer: LayerCorrelation, name: str) -> Any:
         for sign in (-1, 1):
             axes.axvline(sign * edge, color=COLOUR["muted"], linewidth=0.6, linestyle=(0, (2, 3)))
     axes.set_xlim(-1, 1)
+    axes.set_xticks([-1, -0.5, 0, 0.5, 1])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Pearson's r of two feature maps")
     axes.set_ylabel("share of pairs, %")
