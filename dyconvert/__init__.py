@@ -6,10 +6,21 @@
 """
 
 from dyconvert.checkpoint import load, save
-from dyconvert.errors import CheckpointError, DyconvertError, ExportError, ModelError, PlanError
+from dyconvert.errors import (
+    CheckpointError,
+    DyconvertError,
+    ExportError,
+    ModelError,
+    PlanError,
+    RecipeError,
+    TrainingError,
+)
 from dyconvert.export import export_onnx, export_torch
 from dyconvert.exported import Exported
+from dyconvert.finetuning import Recipe, finetune, load_recipe
 from dyconvert.methods import METHODS, Method
+from dyconvert.narrowing.narrow import narrow
+from dyconvert.narrowing.record import Narrowing
 from dyconvert.nn import (
     CoefficientPredictor,
     DynamicConv,
@@ -24,6 +35,7 @@ from dyconvert.nn.tune import tune
 from dyconvert.surgery.collapse import collapse
 from dyconvert.surgery.convert import convert, plan
 from dyconvert.surgery.fuse import fuse
+from dyconvert.surgery.pairing import pair_experts
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trainable import set_trainable
 from dyconvert.verify import Differences, verify
@@ -46,17 +58,25 @@ __all__ = [
     "Exported",
     "Method",
     "ModelError",
+    "Narrowing",
     "Plan",
     "PlanError",
     "PlannedBlock",
     "PlannedConv",
+    "Recipe",
+    "RecipeError",
+    "TrainingError",
     "__version__",
     "collapse",
     "convert",
     "export_onnx",
     "export_torch",
+    "finetune",
     "fuse",
     "load",
+    "load_recipe",
+    "narrow",
+    "pair_experts",
     "plan",
     "save",
     "set_trainable",

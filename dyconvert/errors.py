@@ -1,4 +1,4 @@
-"""What can go wrong, in five types. Each message says what happened, why, and what to do next.
+"""What can go wrong, in a few types. Each message says what happened, why, and what to do next.
 
 Below the types: how messages list many things, and how they quote other errors.
 """
@@ -22,6 +22,14 @@ class CheckpointError(DyconvertError):
 
 class ExportError(DyconvertError):
     """A model can't be exported, or the exported file doesn't compute what the model does."""
+
+
+class RecipeError(DyconvertError):
+    """A recipe has errors, or what it names (data, devices, a run to resume) isn't there or doesn't fit."""
+
+
+class TrainingError(DyconvertError):
+    """Training diverged, or can't go on; the last good checkpoint is kept."""
 
 
 def some(items: list[str], count: int = 5) -> str:

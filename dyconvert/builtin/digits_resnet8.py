@@ -42,16 +42,19 @@ class BasicBlock(nn.Module):
 
 
 class DigitsResNet8(nn.Module):
-    """ResNet-8: `[N, 1, 8, 8]` grey levels from 0 (paper) to 1 (ink), to `[N, num_classes]` logits."""
+    """ResNet-8: `[N, 1, 8, 8]` grey levels from 0 (paper) to 1 (ink), to `[N, num_classes]` logits.
 
-    def __init__(self, num_classes: int = 10):
+    The shipped weights are for a `width` of 16 channels in the first stage; the stages double it.
+    """
+
+    def __init__(self, num_classes: int = 10, width: int = 16):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = BasicBlock(16, 16)
-        self.layer2 = BasicBlock(16, 32, stride=2)
-        self.layer3 = BasicBlock(32, 64, stride=2)
-        self.fc = nn.Linear(64, num_classes)
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = BasicBlock(width, width)
+        self.layer2 = BasicBlock(width, 2 * width, stride=2)
+        self.layer3 = BasicBlock(2 * width, 4 * width, stride=2)
+        self.fc = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

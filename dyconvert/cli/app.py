@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli import bench, collapse, convert, export, inspect, ls, methods, report
+from dyconvert.cli import bench, collapse, convert, export, finetune, inspect, ls, methods, recipes, report
 
 app = typer.Typer(
     name="dyconvert",
@@ -41,9 +41,11 @@ app.command("convert")(convert.convert)
 app.add_typer(bench.app, name="bench")
 app.command("collapse")(collapse.collapse)
 app.command("export")(export.export)
+app.command("finetune")(finetune.finetune)
 app.command("inspect")(inspect.inspect)
 app.command("ls")(ls.ls)
 app.command("methods")(methods.methods)
+app.add_typer(recipes.app, name="recipes")
 app.command("report")(report.report)
 
 

@@ -11,8 +11,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from dyconvert.analysis.flops import parameters
-from dyconvert.analysis.images import ImageSet, read_images
-from dyconvert.cli.options import check_free, loaded, parse_numbers, parse_size
+from dyconvert.analysis.images import ImageSet
+from dyconvert.cli.options import Mean, Std, check_free, images_for, loaded, parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import ModelError
 from dyconvert.exported import written
@@ -31,8 +31,8 @@ def collapse(
         typer.Option(help="A folder of images, with or without subfolders, or `digits`: their mean coefficients."),
     ] = None,
     input_size: Annotated[str | None, typer.Option(help="Such as 3,224,224 or 224.")] = None,
-    mean: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.485,0.456,0.406",
-    std: Annotated[str, typer.Option(help="Of the images' normalisation, by channel.")] = "0.229,0.224,0.225",
+    mean: Mean = None,
+    std: Std = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     trust_code: Annotated[
@@ -57,7 +57,7 @@ def collapse(
         batches: Iterator[Tensor] | str = "initial"
         seen = [0]
         if data is not None:
-            images = read_images(data, example[0].shape[1:], parse_numbers(mean), parse_numbers(std), limit)
+            images = images_for(data, model, example, mean, std, limit)
             batches = _counted(images, batch_size, seen)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

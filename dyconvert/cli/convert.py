@@ -15,10 +15,13 @@ from torch import nn
 
 from dyconvert import builtin, checkpoint, models
 from dyconvert.analysis.flops import macs, parameters
-from dyconvert.cli.options import parse_size
+from dyconvert.cli.narrowing import Options, print_narrowing
+from dyconvert.cli.options import Mean, Std, parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import ModelError
+from dyconvert.narrowing.record import narrowing_of
 from dyconvert.surgery.blocks import check_convertible
+from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.convert import convert as convert_model
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview
@@ -54,6 +57,27 @@ def convert(
     weights: Annotated[
         str, typer.Option(help="default, none (random), a weight set's name, or a FILE (.pth .pt .th .safetensors).")
     ] = "default",
+    width: Annotated[
+        float | None, typer.Option(help="Narrow the model: the share of its channels to keep, such as 0.5.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Narrow the model: the share of its multiply-adds to stay below.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Narrowing: a folder of calibration images, with or without subfolders.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Narrow weights: least-squares (the default with --data), merge (without), or l1."),
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Narrow only: no dynamic convs. The control.")] = False,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Don't narrow modules whose names match, such as 'layer4.*'. Repeatable.")
+    ] = None,
+    round_to: Annotated[int, typer.Option(help="Narrow channel counts are multiples of this.")] = 8,
+    calibration_images: Annotated[int, typer.Option(help="How many images of --data to use, evenly spread.")] = 1000,
+    mean: Mean = None,
+    std: Std = None,
     model_arg: Annotated[
         list[str] | None, typer.Option("--model-arg", help="An argument for the model: name=value. Repeatable.")
     ] = None,
@@ -68,9 +92,12 @@ def convert(
 ) -> None:
     """Convert a pretrained model, check that it computes what it did, and save it.
 
+    With `--width` or `--flops` it becomes narrower as well, and computes something near.
     `dyconvert MODEL ...` does the same.
     """
     size = parse_size(input_size)
+    narrowing = Options(width, flops, data, init, static, tuple(keep or ()), round_to, calibration_images, mean, std)
+    narrowing.check()
     chosen = {
         "method": method,
         "g": g,
@@ -84,6 +111,7 @@ def convert(
     }
     arguments = models.parse_arguments(model_arg or [])
     if dry_run:
+        narrowing.refuse_dry_run()
         _dry_run(model, weights, arguments, size, chosen, as_json)
         return
     progress = Progress(
@@ -99,19 +127,24 @@ def convert(
     with progress:
         task = progress.add_task(f"loading {model}", total=None)
         # What can be refused without the weights is refused before they are loaded.
-        wanted = _destination(model, chosen, output)
+        wanted = output or Path(_name(model, chosen, narrowing))
         checkpoint.check_writable(wanted, force=force)
         static, source = models.create(model, weights, arguments)
         check_convertible(static)
         example = example_for(static, batch=2, size=size or source.input_size)
-        plan = plan_model(static, **chosen, example=example)
-        progress.update(task, description="converting", total=len(plan.converted), completed=0)
-        dynamic = convert_model(
-            static, plan, seed=seed, progress=lambda _, done, total: progress.update(task, completed=done)
-        )
+
+        def tell(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        if narrowing.wanted:
+            dynamic = narrowing.narrow(static, example, seed, tell, {} if narrowing.static else chosen)
+            plan = getattr(dynamic, PLAN_ATTRIBUTE, None)
+        else:
+            plan = plan_model(static, **chosen, example=example)
+            dynamic = convert_model(static, plan, seed=seed, progress=lambda _, *at: tell("converting", *at))
         seconds = time.perf_counter() - started
-        progress.update(task, description="checking that the outputs are the same", total=None)
-        differences = _checked(static, dynamic, example)
+        progress.update(task, description="comparing the outputs", total=None)
+        differences = (verify if narrowing.wanted else _checked)(static, dynamic, example)
         figures = _figures(static, dynamic, example)
         if source.specifier == "builtin:digits-resnet8":
             figures["accuracy"] = [builtin.accuracy(static), builtin.accuracy(dynamic)]
@@ -120,7 +153,8 @@ def convert(
     if as_json:
         result = {
             "model": source.to_json(),
-            "plan": plan.model_dump(mode="json"),
+            "plan": plan and plan.model_dump(mode="json"),
+            **narrowing.as_json(dynamic),
             "difference": {"relative": differences.relative, "absolute": differences.absolute},
             "seconds": seconds,
             "output": str(wanted),
@@ -128,15 +162,16 @@ def convert(
         }
         typer.echo(json.dumps(result, indent=2))
     else:
-        _report(source, plan, differences, figures, seconds, wanted)
+        _report(source, dynamic, plan, differences, figures, seconds, wanted)
 
 
-def _destination(model: str, chosen: dict[str, Any], output: Path | None) -> Path:
+def _name(model: str, chosen: dict[str, Any], narrowing: Options) -> str:
+    """What the directory to save to is called by default."""
     from dyconvert.methods import get_method
 
     method = get_method(chosen["method"], g=chosen["g"], scope=chosen["scope"])
-    name = model.rpartition(":")[2].replace("/", "-")
-    return output or Path(f"{name}-{method.name}-g{method.g}")
+    name = model.rpartition(":")[2].replace("/", "-") + narrowing.suffix
+    return f"{name}-static" if narrowing.static else f"{name}-{method.name}-g{method.g}"
 
 
 def _dry_run(
@@ -176,16 +211,29 @@ def _figures(static: nn.Module, dynamic: nn.Module, example: tuple[Any, ...]) ->
 
 
 def _report(
-    source: "models.Source", plan: Plan, differences: Differences, figures: dict, seconds: float, saved: Path
+    source: "models.Source",
+    model: nn.Module,
+    plan: Plan | None,
+    differences: Differences,
+    figures: dict,
+    seconds: float,
+    saved: Path,
 ) -> None:
     out.print(Text(source.specifier, style="bold"), f"weights: {source.weights or 'random'}")
-    _print_plan(plan)
+    narrowing = narrowing_of(model)
+    if narrowing is not None:
+        print_narrowing(narrowing)
+    if plan is not None:
+        _print_plan(plan)
     _print_figures(figures)
-    out.print(
-        f"\nlargest difference {differences.relative:.1e} relative (allowed {TOLERANCE:g}), "
-        f"{differences.absolute:.1e} absolute"
-    )
-    out.print(f"loaded and converted in {seconds:.1f} s")
+    if narrowing is None:
+        out.print(
+            f"\nlargest difference {differences.relative:.1e} relative (allowed {TOLERANCE:g}), "
+            f"{differences.absolute:.1e} absolute"
+        )
+    else:
+        out.print(f"\nlargest difference {differences.relative:.1e} relative, on random images: it needs fine-tuning")
+    out.print(f"loaded and {'converted' if plan else 'narrowed'} in {seconds:.1f} s")
     out.print(f"saved to {saved}")
     # A source that is code of the user's own runs only where they say so.
     trust = ", trust_code=True" if source.runs_user_code else ""

@@ -11,9 +11,9 @@ from dyconvert import checkpoint, models
 from dyconvert.analysis.correlation import expert_correlation
 from dyconvert.analysis.cost import cost
 from dyconvert.analysis.passing import check_finite, pass_over
-from dyconvert.cli.options import parse_size
+from dyconvert.cli.options import Mean, Std, images_for, parse_size
 from dyconvert.cli.output import count, err, out
-from dyconvert.cli.report import Mean, Std, image_size_for, opened, shown_images
+from dyconvert.cli.report import image_size_for, opened
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.convert import plan as plan_model
@@ -49,7 +49,7 @@ def inspect(
         costs = cost(model, plan, example, static, seconds=0)
         coefficients = None
         if data is not None:
-            images = shown_images(data, model, example, mean, std, limit)
+            images = images_for(data, model, example, mean, std, limit)
             coefficients = pass_over(model, images.batches(50), classes=images.classes, count=len(images)).coefficients
         rows = [_conv(model, name, conv) for name, conv in model.named_modules() if isinstance(conv, DynamicConv)]
     varying = {conv.name: conv for conv in coefficients.convs} if coefficients is not None else {}

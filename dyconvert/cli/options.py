@@ -1,13 +1,21 @@
 """What several commands take."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from torch import nn
 
 from dyconvert import checkpoint, models
+from dyconvert.analysis.images import IMAGENET, ImageSet, read_images
 from dyconvert.errors import ModelError
 from dyconvert.surgery.observe import example_for
+
+# Of images that a command reads.
+Mean = Annotated[
+    str | None, typer.Option(help="Of the images' normalisation, by channel; by default timm's, or ImageNet's.")
+]
+Std = Annotated[str | None, typer.Option(help="Likewise.")]
 
 
 def parse_size(text: str | None) -> tuple[int, ...] | None:
@@ -29,6 +37,25 @@ def parse_numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ModelError(f"{text!r} is no list of numbers such as 0.485,0.456,0.406.") from None
+
+
+def images_for(
+    data: str, model: nn.Module, example: tuple[Any, ...], mean: str | None, std: str | None, limit: int | None
+) -> ImageSet:
+    """The images of `--data` as the model takes them: of the example's size, normalised as asked or as it says.
+
+    Raises:
+        ModelError: there are none, or they can't be what the model takes.
+    """
+    # timm's models say how they were trained.
+    config = getattr(model, "pretrained_cfg", None)
+    config = config if isinstance(config, dict) else {}
+    numbers = (
+        parse_numbers(mean) if mean else config.get("mean", IMAGENET[0]),
+        parse_numbers(std) if std else config.get("std", IMAGENET[1]),
+    )
+    shape = getattr(example[0], "shape", (0,))[1:]
+    return read_images(data, shape, *numbers, limit=limit)
 
 
 def check_free(file: Path, force: bool) -> None:

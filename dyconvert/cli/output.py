@@ -10,11 +10,23 @@ err = Console(stderr=True, highlight=False)
 
 
 def fail(message: str) -> None:
+    first, *others = message.splitlines() or [""]
+    lines = [_filled(f"Error: {first}"), *map(_filled, others)]
+    text = "\n".join(lines).removeprefix("Error:")
+    err.print(Text.assemble(("Error:", "bold red"), text), soft_wrap=True)
+
+
+def _filled(line: str) -> str:
+    indent = " " * (len(line) - len(line.lstrip()))
     # A path is to be copied, so it isn't broken, however long.
-    lines = textwrap.fill(
-        f"Error: {message}", err.width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    return textwrap.fill(
+        line,
+        err.width,
+        subsequent_indent=indent and indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
     )
-    err.print(Text.assemble(("Error:", "bold red"), lines.removeprefix("Error:")), soft_wrap=True)
 
 
 def count(number: float) -> str:

@@ -13,8 +13,8 @@ from rich.text import Text
 from torch import nn
 
 from dyconvert import checkpoint, models
-from dyconvert.analysis.images import IMAGENET, ImageSet, image_files, image_size, read_images
-from dyconvert.cli.options import parse_numbers, parse_size
+from dyconvert.analysis.images import image_files, image_size
+from dyconvert.cli.options import Mean, Std, images_for, parse_size
 from dyconvert.cli.output import err, out
 from dyconvert.errors import ModelError
 from dyconvert.nn import DynamicConv
@@ -22,11 +22,6 @@ from dyconvert.surgery.blocks import STEM, check_convertible
 from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
-
-Mean = Annotated[
-    str | None, typer.Option(help="Of the images' normalisation, by channel; by default timm's, or ImageNet's.")
-]
-Std = Annotated[str | None, typer.Option(help="Likewise.")]
 
 
 def report(
@@ -91,7 +86,7 @@ def report(
         original = opened(against, against_weights, trust_code) if against else original_of(main)
         static = opened(narrow, "default", trust_code) if narrow else None
         example = example_for(main.model, batch=1, size=size or image_size_for(main, data))
-        images = shown_images(data, main.model, example, mean, std, limit)
+        images = images_for(data, main.model, example, mean, std, limit) if data is not None else None
         result = analyse(
             main.model,
             images,
@@ -171,23 +166,6 @@ def image_size_for(main: Opened, data: str | None) -> tuple[int, ...] | None:
     of_data = image_size(image_files(Path(data))[0])
     # A factory doesn't say what it takes, and a conversion without --input-size guesses.
     return of_data if main.size is None or max(of_data) < max(main.size[-2:]) else main.size
-
-
-def shown_images(
-    data: str | None, model: nn.Module, example: tuple[Any, ...], mean: str | None, std: str | None, limit: int | None
-) -> ImageSet | None:
-    """The images of `--data` as the model takes them: of the example's size, normalised as asked or as it says."""
-    if data is None:
-        return None
-    # timm's models say how they were trained.
-    config = getattr(model, "pretrained_cfg", None)
-    config = config if isinstance(config, dict) else {}
-    numbers = (
-        parse_numbers(mean) if mean else config.get("mean", IMAGENET[0]),
-        parse_numbers(std) if std else config.get("std", IMAGENET[1]),
-    )
-    shape = getattr(example[0], "shape", (0,))[1:]
-    return read_images(data, shape, *numbers, limit=limit)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dyconvert.models.from_builtin import builtin_model
 from dyconvert.models.from_factory import factory_model
 from dyconvert.models.from_timm import timm_model
 from dyconvert.models.from_torchvision import torchvision_model
+from dyconvert.models.heads import replace_head
 from dyconvert.models.listing import list_models
 from dyconvert.models.source import LIBRARIES, Source, absolute, as_tuples
 from dyconvert.models.weights import load_state_dict_into, names_file, read_state_dict
@@ -42,7 +44,12 @@ _OF_LIBRARY = {"torchvision": torchvision_model, "timm": timm_model, "builtin": 
 
 
 def create(
-    specifier: str, weights: str = "default", arguments: Mapping[str, Any] | None = None
+    specifier: str,
+    weights: str = "default",
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    num_classes: int | None = None,
+    new_head: bool = False,
 ) -> tuple[nn.Module, Source]:
     """Build a model and give it its weights.
 
@@ -53,15 +60,22 @@ def create(
             "IMAGENET1K_V2", a timm tag), or a file that `read_state_dict` can read. A file named as
             torchvision names its own is that weight set, with the settings that belong to it.
         arguments: passed to the model's builder; lists become tuples, so that JSON can keep them.
+        num_classes: where the model has another number of classes once it has its weights, it gets a new,
+            untrained head; the source says so.
+        new_head: a new, untrained head in any case.
 
     Returns:
         The model, on the CPU and in eval mode, and its source.
 
     Raises:
-        ModelError: unknown model, weights or argument; a failed download; a file that doesn't fit.
+        ModelError: unknown model, weights or argument; a failed download; a file that doesn't fit; a new
+            head is asked for, and there is no telling which layer the old one is.
     """
     arguments = {name: as_tuples(value) for name, value in (arguments or {}).items()}
-    return _make(specifier, weights, arguments, load=True)
+    model, source = _make(specifier, weights, arguments, num_classes, load=True)
+    if new_head:
+        replace_head(model, num_classes, always=True)
+    return model, source
 
 
 def build(source: Source) -> nn.Module:
@@ -72,11 +86,13 @@ def build(source: Source) -> nn.Module:
     Raises:
         ModelError: as in `create`.
     """
-    model, _ = _make(source.specifier, source.weights or "none", source.arguments, load=False)
+    model, _ = _make(source.specifier, source.weights or "none", source.arguments, source.num_classes, load=False)
     return model
 
 
-def _make(specifier: str, weights: str, arguments: dict, load: bool) -> tuple[nn.Module, Source]:
+def _make(
+    specifier: str, weights: str, arguments: dict, num_classes: int | None, load: bool
+) -> tuple[nn.Module, Source]:
     chosen: str | Path = weights
     if names_file(weights):
         chosen = absolute(weights)
@@ -91,4 +107,7 @@ def _make(specifier: str, weights: str, arguments: dict, load: bool) -> tuple[nn
         model, source = _OF_LIBRARY[head](name, chosen, arguments, load)
     else:
         model, source = factory_model(specifier, chosen, arguments, load)
+    if num_classes is not None:
+        replace_head(model, num_classes)
+        source = replace(source, num_classes=num_classes)
     return model.eval(), source

@@ -22,12 +22,14 @@ class Source:
         arguments: those of the model's builder.
         weights: name of the weight set, absolute path of the weights file, or None if there is neither.
         input_size: (C, H, W) in pixels, (C, T, H, W) in pixels and frames for video, None if unknown.
+        num_classes: of the head that replaced the model's own; None where it kept that.
     """
 
     specifier: str
     arguments: dict[str, Any]
     weights: str | None
     input_size: tuple[int, ...] | None
+    num_classes: int | None = None
 
     @property
     def runs_user_code(self) -> bool:
@@ -53,13 +55,16 @@ class Source:
             "arguments": dict(self.arguments),
             "weights": self.weights,
             "input_size": self.input_size and list(self.input_size),
+            **({"num_classes": self.num_classes} if self.num_classes is not None else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Source":
         """Return the source that `to_json` made `data` of."""
         arguments = {name: as_tuples(value) for name, value in data["arguments"].items()}
-        return cls(data["specifier"], arguments, data["weights"], as_tuples(data["input_size"]))
+        return cls(
+            data["specifier"], arguments, data["weights"], as_tuples(data["input_size"]), data.get("num_classes")
+        )
 
 
 def as_tuples(value: Any) -> Any:

@@ -31,6 +31,11 @@ def _timm_name(conv: nn.Module) -> str | None:
     return type(conv).__name__ if type(conv).__module__.startswith("timm.layers.") else None
 
 
+def is_standardised(conv: nn.Module) -> bool:
+    """Whether the conv standardises its weight at each call."""
+    return _timm_name(conv) in _STANDARDISED
+
+
 def unsupported(conv: nn.Module) -> str | None:
     """Why this conv can't become dynamic, or None if it can."""
     if isinstance(conv, torchvision.ops.DeformConv2d):
@@ -55,7 +60,7 @@ def static_weight(conv: nn.Module) -> Tensor:
     Brock et al. 2021, arXiv:2101.08692), the standardised weight is the static kernel.
     """
     weight = conv.weight.detach()
-    if _timm_name(conv) not in _STANDARDISED:
+    if not is_standardised(conv):
         return weight
     gain = (conv.gain.detach() * conv.scale).flatten() if hasattr(conv, "gain") else None
     with torch.no_grad():

@@ -23,7 +23,7 @@ from dyconvert.nn import (
 from dyconvert.nn.padding import TF_SAME
 from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.rewrite import PREDICTOR, SharesPredictor, hand_over, replace_everywhere
-from dyconvert.surgery.watch import arguments_of, predictor_of, watch_coefficients
+from dyconvert.surgery.watch import predictor_of, run_over, watch_coefficients
 
 # Which conv each dynamic conv goes back to.
 STATIC_CLASSES: dict[type[DynamicConv], type[nn.Module]] = {
@@ -128,22 +128,7 @@ def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Ten
 
     names = [name for name, module in runner.named_modules() if isinstance(module, DynamicConv)]
     watch_coefficients(runner, add)
-    number = -1
-    with torch.no_grad():
-        for number, batch in enumerate(batches):
-            args, kwargs = arguments_of(runner, batch)
-            try:
-                runner(*args, **kwargs)
-            except Exception as error:
-                raise ModelError(
-                    f"{type(model).__name__} rejects batch {number} of the data: {type(error).__name__}: {error} "
-                    "A batch is the input, (input, ...), or a dict of the forward's arguments."
-                ) from error
-    if number < 0:
-        raise ModelError(
-            "The data holds no batch, so there are no mean coefficients. An iterator that was used up gives no more: "
-            "pass the loader itself. Or collapse at coefficients='initial'."
-        )
+    run_over(runner, batches)
     means = {name: total / calls[name] for name, total in sums.items() if calls[name]}
     if broken := [name for name, mean in means.items() if not mean.isfinite().all()]:
         raise ModelError(f"The coefficients of {broken[0]} over the data aren't finite. Look for NaN in the images.")

@@ -1,9 +1,10 @@
 """Watching a converted model run over data: its coefficients, whose predictor they are, and how to call it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -43,6 +44,30 @@ def predictor_of(model: nn.Module, conv: str) -> CoefficientPredictor:
                 f"No predictor for {conv} is in this model. Pass the whole converted model, not a part of it."
             )
         name = name.rpartition(".")[0]
+
+
+def run_over(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run the model on each batch, one at a time, without gradients; what is wanted of it is up to hooks.
+
+    Args:
+        batches: as :func:`arguments_of` takes them.
+
+    Raises:
+        ModelError: there is no batch, or the model rejects one.
+    """
+    number = -1
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            args, kwargs = arguments_of(model, batch)
+            try:
+                model(*args, **kwargs)
+            except Exception as error:
+                raise ModelError(
+                    f"{type(model).__name__} rejects batch {number} of the data: {type(error).__name__}: {error} "
+                    "A batch is the input, (input, ...), or a dict of the forward's arguments."
+                ) from error
+    if number < 0:
+        raise ModelError("The data holds no batch. An iterator that was used up gives no more: pass the loader itself.")
 
 
 def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,0 +1,170 @@
+"""dyconvert recipes"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from dyconvert.cli.output import count, err, out
+from dyconvert.errors import RecipeError
+from dyconvert.finetuning import load_recipe
+from dyconvert.finetuning.recipe import json_schema
+from dyconvert.finetuning.shipped import find_recipe, shipped_recipes, shipped_sweeps
+from dyconvert.finetuning.sweep import is_sweep, load_sweep
+
+app = typer.Typer(help="List, show, copy and check recipes for `dyconvert finetune`.", no_args_is_help=True)
+
+_NAME_OR_FILE = typer.Argument(metavar="NAME|FILE", help="A shipped recipe's name, or a YAML file.")
+_OVERRIDES = typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes, such as train.lr=0.01 or convert=null.")
+
+
+@app.command("ls")
+def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the recipes and sweeps that come with dyconvert."""
+    recipes = {name: load_recipe(file).description for name, file in shipped_recipes().items()}
+    sweeps = {name: load_sweep(file).description for name, file in shipped_sweeps().items()}
+    if as_json:
+        typer.echo(json.dumps({"recipes": recipes, "sweeps": sweeps}, indent=2))
+        return
+    for title, found, command in (("recipes", recipes, "finetune"), ("sweeps", sweeps, "recipes sweep")):
+        out.print(Text(f"{title}: dyconvert {command} NAME", style="bold"))
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        for name, description in found.items():
+            table.add_row(name, description)
+        out.print(table)
+        out.print()
+    out.print("`dyconvert recipes show NAME` prints one; `recipes cp NAME FILE` makes it yours.")
+
+
+@app.command("show")
+def show(recipe: Annotated[str, _NAME_OR_FILE]) -> None:
+    """Print a recipe as it stands in its file, with the reasons for its values."""
+    text = find_recipe(recipe).read_text(encoding="utf-8")
+    if out.is_terminal:
+        out.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+    else:
+        typer.echo(text, nl=False)
+
+
+@app.command("cp")
+def cp(
+    recipe: Annotated[str, _NAME_OR_FILE],
+    file: Annotated[Path, typer.Argument(help="Where to; a directory takes it under its own name.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Copy a recipe, with the model's Python file if it has one, to change it."""
+    source = find_recipe(recipe)
+    target = file / source.name if file.is_dir() else file
+    if target.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"{target} should end with .yaml, so that it is taken for a file and not for a name.")
+    if target.exists() and not force:
+        raise RecipeError(f"{target} exists already. Replace it with --force, or choose another name.")
+    if not target.parent.is_dir():
+        raise RecipeError(f"The directory {target.parent} doesn't exist. Make it first.")
+    pairs = [(source, target)]
+    if not is_sweep(source):
+        location = load_recipe(source).model.specifier.rpartition(":")[0]
+        beside = Path(location)
+        if beside.suffix == ".py" and beside.parent == source.resolve().parent:
+            pairs.append((beside, target.parent / beside.name))
+    for original, copy in pairs:
+        if copy != target and copy.exists():
+            out.print(f"kept {copy}")
+            continue
+        shutil.copyfile(original, copy)
+        out.print(f"wrote {copy}", soft_wrap=True)
+    command = "recipes sweep" if is_sweep(source) else "finetune"
+    out.print(f"\nNext: dyconvert {command} {target}", soft_wrap=True)
+
+
+@app.command("validate")
+def validate(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Recipes or sweeps.")]) -> None:
+    """Check recipes: all errors of all of them, each with its path, its line and the nearest valid name."""
+    problems = []
+    for file in files:
+        try:
+            sweep = is_sweep(find_recipe(file))
+            checked = load_sweep(file) if sweep else load_recipe(file)
+            if sweep:
+                checked.recipes()
+        except RecipeError as error:
+            problems.append(str(error))
+        else:
+            out.print(f"{file}: ok", soft_wrap=True)
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of recipes, with which editors complete and check them.
+
+    `dyconvert recipes schema > recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` as the
+    recipe's first line.
+    """
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command("sweep")
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped sweep's name, or a YAML file.")],
+    overrides: Annotated[list[str] | None, _OVERRIDES] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only runs whose names match. Repeatable.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2; by default the sweep's own.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; above one, each with one thread.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the runs; by default runs/NAME.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run, and list them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Run the same recipe with changes and seeds, and print one table.
+
+    Each run's row is saved to sweep.csv as it ends; the same command goes on after a stop.
+    """
+    from dyconvert.finetuning.sweep_runner import Runner
+    from dyconvert.finetuning.sweep_table import markdown, table_rows
+
+    loaded = load_sweep(file, overrides or [])
+    runner = Runner(loaded, output or Path("runs") / loaded.name, only=only or (), seeds=_seeds(seeds))
+    if dry_run:
+        for job in runner.jobs:
+            out.print(f"{job.run} seed {job.seed}: {'done' if runner.is_done(job) else 'to do'}")
+        return
+
+    def report(line: str) -> None:
+        err.print(Text(line))
+
+    failed = runner.run(workers=workers, report=report)
+    rows = runner.rows()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        header, *lines = table_rows(rows, count)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        for line in lines:
+            table.add_row(*line)
+        out.print(table)
+        runner.markdown.write_text(markdown(rows, count), encoding="utf-8")
+        out.print(f"\nsaved to {runner.csv} and {runner.markdown}", soft_wrap=True)
+    if failed:
+        raise RecipeError(
+            f"{len(failed)} of {len(runner.jobs)} runs failed: {'; '.join(failed)}. The same command tries them again."
+        )
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--seeds {text!r} is no list of whole numbers. Write 0,1,2.") from None

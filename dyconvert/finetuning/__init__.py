@@ -1,0 +1,47 @@
+"""Fine-tuning by a recipe. Lightning is imported only when a run starts."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dyconvert.finetuning.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from dyconvert.finetuning.run import Summary
+
+__all__ = ["Recipe", "finetune", "load_recipe"]
+
+
+def finetune(
+    recipe: "Recipe | str | os.PathLike",
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> "Summary":
+    """Convert a model and fine-tune it, as a recipe says.
+
+    Args:
+        recipe: name of a shipped recipe, a YAML file, or a recipe from :func:`load_recipe`.
+        overrides: such as `train.lr=0.01`, where `recipe` is a name or a file.
+        resume: continue the interrupted run in the recipe's output directory.
+        progress: print progress and tables on stderr.
+
+    Returns:
+        The metrics of the original, the converted and the fine-tuned model, and where the result is:
+        `dyconvert.load` reads that directory.
+
+    Raises:
+        RecipeError: the recipe has errors, or its data, devices, or run to resume aren't there or don't fit.
+        ModelError, PlanError: the model can't be built or converted.
+        TrainingError: training diverged.
+    """
+    try:
+        from dyconvert.finetuning import run
+    except ImportError as error:
+        from dyconvert.errors import RecipeError
+
+        raise RecipeError(f"Fine-tuning needs more packages: {error}. Run `pip install 'dyconvert[train]'`.") from error
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    return run.finetune(recipe, resume=resume, progress=progress)

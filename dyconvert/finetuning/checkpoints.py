@@ -1,0 +1,118 @@
+"""Checkpoints to resume from: written in one step, so that the last good one is always whole."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from dyconvert.errors import RecipeError, TrainingError, brief
+from dyconvert.finetuning.guard import DivergenceGuard
+from dyconvert.finetuning.interrupts import Interrupted, Interrupts
+from dyconvert.finetuning.module import FineTuner
+from dyconvert.finetuning.schema import Output
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the old file, onto the disk, and then takes its name."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            with part.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+class Checkpoints(Callback):
+    """Saves what a run needs to go on: every so many steps or minutes, at each epoch's end, and on Ctrl-C.
+
+    Args:
+        file: the checkpoint.
+        guard: looks at the loss before anything is saved over a good checkpoint.
+        interrupts: tells that the user wants to stop.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        output: Output,
+        guard: DivergenceGuard,
+        interrupts: Interrupts,
+        report: Callable[[str], None],
+    ) -> None:
+        self.file, self.output = file, output
+        self.guard, self.interrupts, self.report = guard, interrupts, report
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the epoch's end is near, after the validation
+        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # gradients, of part of a batch, aren't saved
+        stop = self._everywhere(trainer, self.interrupts.requested)
+        if stop or self._everywhere(trainer, self._due(trainer)):
+            self._save(trainer, pl_module)
+        if stop:
+            raise Interrupted
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        self._save(trainer, pl_module)
+        if self._everywhere(trainer, self.interrupts.requested):
+            raise Interrupted
+
+    def _due(self, trainer: Trainer) -> bool:
+        steps, minutes = self.output.checkpoint_steps, self.output.checkpoint_minutes
+        if steps is not None and trainer.global_step - self._saved_step >= steps:
+            return True
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _everywhere(self, trainer: Trainer, wanted: bool) -> bool:
+        """Whether any process wants it: saving needs all of them."""
+        if trainer.world_size == 1:
+            return wanted
+        return trainer.strategy.reduce_boolean_decision(wanted, all=False)
+
+    def _save(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        self.guard.check(trainer, pl_module)
+        try:
+            trainer.save_checkpoint(self.file)
+        except (OSError, RuntimeError) as error:
+            if not self.file.exists():
+                raise TrainingError(
+                    f"{self.file} can't be written: {brief(error)}. Free some space, or set output.directory."
+                ) from error
+            # A run needn't end for it: the disk may have room again later.
+            self.report(f"the checkpoint can't be written, the last good one is kept: {brief(error)}")
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def position(file: Path) -> tuple[int, int, int]:
+    """Where a checkpoint was saved: epoch, batches done in it, optimizer steps.
+
+    Raises:
+        RecipeError: it can't be read.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+        loop = checkpoint["loops"]["fit_loop"]
+        epoch = loop["epoch_progress"]["current"]["processed"]
+        batches = loop["epoch_loop.batch_progress"]
+        done = 0 if batches["is_last_batch"] else batches["current"]["processed"]
+        return epoch, done, checkpoint["global_step"]
+    except Exception as error:
+        raise RecipeError(
+            f"The checkpoint {file} can't be read: {brief(error)}. Remove the directory and start anew."
+        ) from error

@@ -1,0 +1,189 @@
+"""A recipe's data, checked before anything is trained on it."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyconvert.errors import RecipeError, some
+from dyconvert.finetuning.data_sources import CorruptImageError, Images, open_images
+from dyconvert.finetuning.randomness import seed_of
+from dyconvert.finetuning.recipe import Recipe
+
+# Decoded images of at most so many bytes are kept in memory: decoding CIFAR's PNGs takes longer than augmenting them.
+IN_MEMORY = 512 * 2**20
+# Files whose headers are looked at before training where the images themselves don't fit into memory.
+_HEADERS = 200_000
+
+
+@dataclass
+class Part:
+    """The images to train on, or to validate on.
+
+    Attributes:
+        images: all of the source's.
+        chosen: indices of those to use.
+        corrupt: names of those that can't be read and are left out.
+        kept: the decoded images and targets, in the order of `chosen`, if they are kept in memory.
+    """
+
+    images: Images
+    chosen: np.ndarray
+    skip_corrupt: bool
+    corrupt: list[str] = field(default_factory=list)
+    kept: list[tuple[Tensor, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def get(self, position: int) -> tuple[Tensor, Any]:
+        """Image and target; where a file can't be read and corrupt ones are skipped, those of the next.
+
+        Raises:
+            RecipeError: the file can't be read; it is named.
+        """
+        if self.kept is not None:
+            return self.kept[position]
+        for offset in range(len(self)):
+            index = int(self.chosen[(position + offset) % len(self)])
+            try:
+                return self.images[index]
+            except CorruptImageError as error:
+                if not self.skip_corrupt:
+                    raise RecipeError(_unreadable([str(error)])) from error
+                # A process of the loader can't count for the others; it can say which.
+                print(f"left out: {error}", file=sys.stderr)
+        raise RecipeError("Not one image can be read.")
+
+
+def load_part(recipe: Recipe, part: str, num_classes: int, report: Callable[[str], None]) -> Part:
+    """Open and check the images of `part`, "train" or "val".
+
+    Args:
+        num_classes: of the network.
+        report: gets a line where reading takes a while.
+
+    Raises:
+        RecipeError: no images, empty class folders, images that can't be read, labels that the network lacks.
+    """
+    data = recipe.data
+    images = open_images(recipe, part, num_classes)
+    if not len(images):
+        raise RecipeError(f"The {part} data ({data.dataset}) has no images.")
+    limit = data.limit_train if part == "train" else data.limit_val
+    loaded = Part(images, _subset(images, limit, data.subset_seed), data.skip_corrupt)
+    _read(loaded, report)
+    if not len(loaded):
+        raise RecipeError(f"Not one image of the {part} data can be read; the first is {loaded.corrupt[0]}.")
+    return loaded
+
+
+def check_classes(train: Part, val: Part, outputs: int, recipe: Recipe) -> None:
+    """Refuse data whose classes aren't the network's.
+
+    Args:
+        outputs: number of classes of the network.
+
+    Raises:
+        RecipeError: the numbers differ, or the validation data has other classes than the training data.
+    """
+    ours, theirs = train.images.classes, val.images.classes
+    if ours and theirs and ours != theirs:
+        missing, unknown = sorted({*ours} - {*theirs}), sorted({*theirs} - {*ours})
+        raise RecipeError(
+            f"The validation data has other classes than the training data: it lacks {some(missing) or 'none'}, and "
+            f"only it has {some(unknown) or 'none'}. Give both the same classes, in the same order."
+        )
+    count = recipe.data.num_classes or (len(ours) if ours else None)
+    if count is None and train.images.labels is not None:
+        count = int(train.images.labels.max()) + 1
+    if count is None and recipe.data.task == "segmentation":
+        raise RecipeError("data.num_classes is missing: masks don't tell how many classes there are.")
+    if count is not None and count != outputs:
+        raise RecipeError(
+            f"The data has {count} classes, and the network {outputs} outputs. Set model.num_classes={count} for a "
+            "new head, or check data.root."
+        )
+    for part, name in ((train, "training"), (val, "validation")):
+        labels = part.images.labels
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < outputs:
+            raise RecipeError(
+                f"The {name} labels go from {labels.min()} to {labels.max()}, and the network's {outputs} classes "
+                f"from 0 to {outputs - 1}. Correct the labels, or model.num_classes."
+            )
+
+
+def _subset(images: Images, limit: int | None, seed: int) -> np.ndarray:
+    """Indices of `limit` images, as many of each class as there can be, in their order."""
+    everything = np.arange(len(images))
+    if limit is None or limit >= len(images):
+        return everything
+    shuffled = np.random.Generator(np.random.PCG64(seed_of(seed, len(images)))).permutation(everything)
+    if images.labels is None:
+        return np.sort(shuffled[:limit])
+    # By rounds: the first image of each class, then the second, ...
+    rank = np.empty(len(images), dtype=np.int64)
+    for label in np.unique(images.labels):
+        members = shuffled[images.labels[shuffled] == label]
+        rank[members] = np.arange(len(members))
+    order = shuffled[np.argsort(rank[shuffled], kind="stable")]
+    return np.sort(order[:limit])
+
+
+def _read(part: Part, report: Callable[[str], None]) -> None:
+    """Find images that can't be read, and keep the decoded ones where there is room."""
+    fits = _decoded_size(part) <= IN_MEMORY
+    if not fits and len(part) > _HEADERS:
+        return
+    if fits and len(part) > 5000:
+        report(f"reading {len(part):,} images into memory")
+    good, kept = [], []
+    messages = []
+    for index in part.chosen.tolist():
+        try:
+            if fits:
+                kept.append(part.images[index])
+            else:
+                part.images.readable(index)
+            good.append(index)
+        except CorruptImageError as error:
+            messages.append(str(error))
+    if messages and not part.skip_corrupt:
+        raise RecipeError(_unreadable(messages))
+    if messages:
+        report(f"left out {len(messages)} images that can't be read: {some(messages, 3)}")
+    part.corrupt = messages
+    part.chosen = np.array(good, dtype=np.int64)
+    part.kept = _together(kept) if fits else None
+
+
+def _together(kept: list[tuple[Tensor, Any]]) -> list[tuple[Tensor, Any]]:
+    """In one piece of memory where they are of one size: the loader's processes share it."""
+    if len({(image.shape, image.dtype) for image, _ in kept}) != 1:
+        return kept
+    stacked = torch.stack([image for image, _ in kept])
+    return list(zip(stacked.unbind(), (target for _, target in kept), strict=True))
+
+
+def _decoded_size(part: Part) -> float:
+    """Bytes of all the images, decoded, by a few of them."""
+    sizes = []
+    for position in np.unique(np.linspace(0, len(part) - 1, 8).astype(int)):
+        try:
+            image, target = part.images[int(part.chosen[position])]
+        except CorruptImageError:
+            continue
+        sizes.append(image.nbytes + (target.nbytes if isinstance(target, Tensor) else 0))
+    return float(np.mean(sizes)) * len(part) if sizes else 0.0
+
+
+def _unreadable(messages: list[str]) -> str:
+    count = f"{len(messages)} images" if len(messages) > 1 else "An image"
+    return (
+        f"{count} can't be read: {some(messages, 3)}. Replace or remove them, or go on without them: "
+        "data.skip_corrupt=true."
+    )

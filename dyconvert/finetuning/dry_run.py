@@ -1,0 +1,179 @@
+"""What a recipe would do: the model on the meta device, its plan, and the schedule; nothing is trained or written."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from dyconvert import models
+from dyconvert.analysis.flops import macs, parameters
+from dyconvert.errors import RecipeError
+from dyconvert.finetuning.recipe import Recipe
+from dyconvert.models.weights import names_file
+from dyconvert.surgery.blocks import check_convertible
+from dyconvert.surgery.convert import plan as plan_model
+from dyconvert.surgery.convert import preview as preview_model
+from dyconvert.surgery.plan import Plan
+
+
+@dataclass
+class DryRun:
+    """A recipe, resolved.
+
+    Attributes:
+        recipe: complete, with its defaults.
+        plan: of every conv; None where nothing is converted.
+        figures: parameters and MACs of one image, of the "original" and the "converted" model.
+        images: "train" and "val": numbers of images.
+        steps, steps_per_epoch: optimizer steps, of the run and of an epoch.
+    """
+
+    recipe: Recipe
+    plan: Plan | None
+    figures: dict[str, tuple[int, int]]
+    images: dict[str, int]
+    steps: int
+    steps_per_epoch: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "plan": self.plan.model_dump(mode="json") if self.plan else None,
+            "figures": {name: {"parameters": p, "macs": m} for name, (p, m) in self.figures.items()},
+            "images": self.images,
+            "steps": self.steps,
+            "schedule": self._milestones(),
+        }
+
+    def _milestones(self) -> list[dict[str, float | bool | None]]:
+        """The schedule at the start of about ten epochs, after the warm-up, and at the last step."""
+        from dyconvert.finetuning.optim import lr_factor
+        from dyconvert.finetuning.schedules import TemperatureSchedule
+
+        train, dynamic, per = self.recipe.train, self.recipe.dynamic, self.steps_per_epoch
+        factor = lr_factor(train, self.steps, per)
+        temperature = dynamic.temperature and TemperatureSchedule(dynamic.temperature)
+        epochs = max(self.steps // per, 1)
+        steps = {epoch * per for epoch in range(0, epochs, max(epochs // 10, 1))}
+        steps |= {self.steps - 1, min(round(train.warmup_epochs * per), self.steps - 1)}
+        return [
+            {
+                "epoch": step / per,
+                "step": step,
+                "lr": train.lr * factor(step),
+                "temperature": temperature and temperature.at(step / per),
+                "experts_frozen": step / per < dynamic.freeze_experts_epochs,
+            }
+            for step in sorted(steps)
+        ]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.plan is not None:
+            yield self.plan.table()
+            yield ""
+        yield Text(self.recipe.name, style="bold")
+        facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, fact in self._facts():
+            facts.add_row(name, fact)
+        yield facts
+        yield ""
+        figures = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("", *self.figures):
+            figures.add_column(title, justify="right" if title else "left")
+        for index, title in enumerate(("parameters", "MACs, one image")):
+            figures.add_row(title, *(_count(numbers[index]) for numbers in self.figures.values()))
+        yield figures
+        yield ""
+        yield self._schedule()
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        recipe, train = self.recipe, self.recipe.train
+        yield "model", f"{recipe.model.specifier}, weights {recipe.model.weights}"
+        yield "data", f"{recipe.data.dataset}, {self.images['train']:,} images, {self.images['val']:,} to validate"
+        if recipe.pretrain is not None:
+            yield "pretrain", f"the static network, {recipe.pretrain.epochs} epochs from lr {recipe.pretrain.lr:g}"
+        if recipe.narrow is not None:
+            target = (
+                f"width {recipe.narrow.width:g}" if recipe.narrow.width else f"{recipe.narrow.flops:.1%} of the MACs"
+            )
+            yield "narrow", f"to {target} by {recipe.narrow.init}; the figures below are those of the full width"
+        if self.plan is None:
+            yield "convert", "nothing: static fine-tuning"
+        else:
+            yield "convert", f"{self.plan.method.name}, g = {self.plan.method.g}\n{self.plan.summary()}"
+        if recipe.distill is not None:
+            yield "distill", f"from the {recipe.distill.teacher}, weight {recipe.distill.weight:g}"
+        yield (
+            "train",
+            f"{self.steps:,} steps of {train.batch} images; {train.optimizer}, {train.schedule}",
+        )
+        yield "output", str(recipe.directory)
+
+    def _schedule(self) -> Table:
+        rows = self._milestones()
+        frozen = self.plan is not None and any(row["experts_frozen"] for row in rows)
+        annealed = self.plan is not None and self.recipe.dynamic.temperature is not None
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("epoch", "step", "learning rate", *["temperature"] * annealed, *["experts"] * frozen):
+            table.add_column(title, justify="right")
+        for row in rows:
+            cells = [f"{row['epoch']:.1f}", f"{row['step']:,}", f"{row['lr']:.2g}"]
+            cells += [f"{row['temperature']:.1f}"] if annealed else []
+            cells += ["frozen" if row["experts_frozen"] else "train"] if frozen else []
+            table.add_row(*cells)
+        return table
+
+
+def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> DryRun:
+    """Resolve everything that a run needs, without weights, training or writing.
+
+    Args:
+        report: gets a line where reading takes a while.
+
+    Raises:
+        RecipeError: the data or the weights aren't there, or don't fit the recipe.
+        ModelError, PlanError: the model can't be built or converted.
+    """
+    from dyconvert.finetuning.data import check_classes, load_part
+    from dyconvert.finetuning.loading import steps_per_epoch
+    from dyconvert.finetuning.network import count_outputs
+
+    section = recipe.model
+    if names_file(section.weights) and not Path(section.weights).expanduser().is_file():
+        raise RecipeError(f"There is no weights file {section.weights} (model.weights).")
+    source = models.Source(section.specifier, section.arguments, section.weights, None, section.num_classes)
+    model = models.build(source)
+    check_convertible(model)
+    example = (torch.zeros(2, *recipe.input_size),)
+    classes = count_outputs(model, recipe)
+    parts = {part: load_part(recipe, part, classes, report) for part in ("train", "val")}
+    check_classes(parts["train"], parts["val"], classes, recipe)
+    images = {part: len(loaded) for part, loaded in parts.items()}
+    figures = {"original": _figures(model, recipe)}
+    plan = None
+    if recipe.convert is not None:
+        plan = plan_model(model, **recipe.convert.model_dump(), example=example)
+        figures["converted"] = _figures(preview_model(model, plan), recipe)
+    per_epoch = steps_per_epoch(recipe, parts["train"])
+    if not per_epoch:
+        raise RecipeError(f"{images['train']} training images are less than a batch of {recipe.train.batch}.")
+    steps = per_epoch * recipe.train.epochs
+    return DryRun(recipe, plan, figures, images, min(steps, recipe.train.max_steps or steps), per_epoch)
+
+
+def _figures(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    return parameters(model), macs(model, torch.zeros(1, *recipe.input_size))
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"

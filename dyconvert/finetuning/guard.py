@@ -1,0 +1,120 @@
+"""Stops a run that diverges, and says where."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from dyconvert.errors import TrainingError, some
+from dyconvert.finetuning.module import FineTuner, guess_loss
+
+# The checkpoint to resume from, in the output directory.
+CHECKPOINT = "resume.ckpt"
+# A network that guesses has a loss of log(classes); one so many times worse isn't coming back.
+_DIVERGED = 100.0
+# Reading the loss of a GPU waits for the step, so it is read only now and then.
+_EVERY = 20
+# A coefficient that near to 0 or 1 hardly gets a gradient.
+_SATURATED = 0.01
+
+
+class DivergenceGuard(Callback):
+    """Raises TrainingError at a loss that isn't finite, or far beyond guessing."""
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: FineTuner, optimizer: Any) -> None:
+        # Called within the step, before the weights change: what made the loss can still be looked at.
+        loss = pl_module.last_loss
+        if loss is None or (loss.device.type != "cpu" and trainer.global_step % _EVERY):
+            return
+        self.check(trainer, pl_module)
+
+    def check(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        """Look at the last loss.
+
+        Raises:
+            TrainingError: it isn't what a network that learns can have.
+        """
+        loss = pl_module.last_loss
+        if loss is None:
+            return
+        value = loss.item()
+        bad = not math.isfinite(value) or value > _DIVERGED * guess_loss(pl_module.num_classes)
+        if trainer.world_size > 1:  # or the other processes would wait for this one
+            bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
+        if bad:
+            raise TrainingError(_message(value, trainer, pl_module))
+
+
+def _message(value: float, trainer: Trainer, pl_module: FineTuner) -> str:
+    recipe = pl_module.recipe
+    tries = [f"a lower train.lr ({recipe.train.lr:g} now)"]
+    if recipe.train.clip is None:
+        tries.append("train.clip=1")
+    if recipe.train.warmup_epochs < 1:
+        tries.append("train.warmup_epochs=1")
+    if pl_module.predictors():
+        tries.append(f"dynamic.predictor_lr={recipe.dynamic.predictor_lr / 10:g}")
+    if recipe.train.precision == "16-mixed":
+        tries.append("train.precision=bf16-mixed or 32-true")
+    where = _where(pl_module)
+    kept = (
+        f"The last good checkpoint is kept in {recipe.directory}."
+        if (recipe.directory / CHECKPOINT).exists()
+        else "No checkpoint had been saved yet."
+    )
+    return (
+        f"The loss is {value:.3g} at step {trainer.global_step} (epoch {trainer.current_epoch + 1}), and the run was "
+        f"stopped. {where}{kept} Try {', '.join(tries)}."
+    )
+
+
+@torch.no_grad()
+def _where(pl_module: FineTuner) -> str:
+    """What the predictors say on the last images."""
+    found: dict[str, float] = {}
+    broken: list[str] = []
+
+    def look(name: str, activation: str) -> Any:
+        def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+            values = torch.cat([each.flatten() for each in output]).float()
+            if not torch.isfinite(values).all():
+                broken.append(name)
+                return
+            extreme = values > 1 - _SATURATED
+            if activation == "sigmoid":
+                extreme |= values < _SATURATED
+                found[name] = extreme.float().mean().item()
+            else:
+                found[name] = (
+                    torch.cat([each.amax(1).flatten() for each in output]).gt(1 - _SATURATED).float().mean().item()
+                )
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(look(name, module.activation)) for name, module in pl_module.predictors().items()
+    ]
+    try:
+        pl_module.model(pl_module.last_images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    text = ""
+    if found and max(found.values()) > 0.05:
+        name = max(found, key=found.get)
+        text += f"The coefficients of {_layer(name)} are saturated: {100 * found[name]:.0f} % are at 0 or 1. "
+    elif found:
+        text += "No predictor's coefficients are saturated. "
+    if broken:
+        text += f"Those of {some([_layer(name) for name in broken], 3)} are not finite. "
+    bad = [name for name, parameter in pl_module.model.named_parameters() if not torch.isfinite(parameter).all()]
+    if bad:
+        text += f"Weights that are not finite: {some(bad, 3)}. "
+    return text
+
+
+def _layer(predictor: str) -> str:
+    return predictor.removesuffix(".coefficient_predictor")

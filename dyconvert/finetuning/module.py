@@ -1,0 +1,197 @@
+"""The training step: losses, distillation, mixing of images, and the metric, as Lightning runs them."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchvision.transforms import v2
+
+from dyconvert.finetuning.loading import IGNORED
+from dyconvert.finetuning.optim import lr_factor, make_optimizer
+from dyconvert.finetuning.randomness import seed_of
+from dyconvert.finetuning.recipe import Recipe
+from dyconvert.nn import CoefficientPredictor
+
+# What is logged, and by which the best weights are chosen.
+METRIC = "val_metric"
+METRIC_NAMES = {"classification": "top-1", "segmentation": "mIoU"}
+
+
+class FineTuner(LightningModule):
+    """A network and how a recipe trains it.
+
+    Args:
+        model: the network that trains.
+        teacher: the original, where the recipe distills.
+        num_classes: outputs of the network.
+        steps_per_epoch: optimizer steps.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, num_classes: int, steps_per_epoch: int, teacher: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.num_classes = num_classes
+        self.per_epoch = steps_per_epoch
+        self.held = _Held(teacher)
+        data, train = recipe.data, recipe.train
+        self.segmentation = data.task == "segmentation"
+        self.ignored = data.ignore_index if self.segmentation else IGNORED
+        self.register_buffer("mean", torch.tensor(data.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data.std).view(-1, 1, 1), persistent=False)
+        mixes = []
+        if train.mixup:
+            mixes.append(v2.MixUp(alpha=train.mixup, num_classes=num_classes))
+        if train.cutmix:
+            mixes.append(v2.CutMix(alpha=train.cutmix, num_classes=num_classes))
+        self.mixing = v2.RandomChoice(mixes) if mixes else None
+        if self.segmentation:
+            self.metric = MulticlassJaccardIndex(num_classes, ignore_index=data.ignore_index)
+        else:
+            self.metric = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED)
+        # The guard looks at both; a tensor, for reading it from a GPU would wait for the step.
+        self.last_loss: Tensor | None = None
+        self.last_images: Tensor | None = None
+        # Of the epoch's batches so far.
+        self._loss_sum: Tensor | float = 0.0
+        self._loss_count = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        steps = self.recipe.train.epochs * self.per_epoch
+        return min(steps, self.recipe.train.max_steps or steps)
+
+    @property
+    def epochs_done(self) -> float:
+        """How far the run is, in epochs and parts of one."""
+        return self.global_step / self.per_epoch
+
+    def on_fit_start(self) -> None:
+        if self.held.module is not None:
+            self.held.module.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the epoch's batches so far, of all processes: a call is one for every process."""
+        mean = torch.as_tensor(self._loss_sum, device=self.device) / max(self._loss_count, 1)
+        return float(self.trainer.strategy.reduce(mean, reduce_op="mean"))
+
+    def on_train_epoch_start(self) -> None:
+        self._loss_sum, self._loss_count = 0.0, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_loss"] = (float(self._loss_sum), self._loss_count)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._loss_sum, self._loss_count = checkpoint["epoch_loss"]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # For dropout, drop-path and mixing of images: a resumed run draws what an uninterrupted one does.
+        torch.manual_seed(seed_of(self.recipe.train.seed, 1, self.current_epoch, batch_idx, self.global_rank))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images as the network takes them, of uint8 or floats of 0 to 1."""
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype).div_(255)
+        images = (images - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else images
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        images = self.normalized(images)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets)
+        main, *auxiliary = outputs_of(self.model(images))
+        loss = self._cross_entropy(main, targets)
+        distill = self.recipe.distill
+        if distill is not None and self.held.module is not None:
+            with torch.no_grad():
+                taught = next(outputs_of(self.held.module(images)))
+            soft = distillation(main, taught, distill.temperature)
+            loss = (1 - distill.weight) * loss + distill.weight * soft
+        for logits in auxiliary:
+            loss = loss + self.recipe.train.aux_weight * self._cross_entropy(logits, targets)
+        self.last_loss, self.last_images = loss.detach(), images
+        self._loss_sum = self._loss_sum + self.last_loss
+        self._loss_count += 1
+        self.log("loss", self.last_loss, prog_bar=True)
+        return loss
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        # Mixed targets are probabilities, of which none is to be ignored.
+        ignore = self.ignored if not targets.is_floating_point() else IGNORED
+        return F.cross_entropy(
+            logits.float(), targets, label_smoothing=self.recipe.train.label_smoothing, ignore_index=ignore
+        )
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, targets = batch
+        logits = next(outputs_of(self.model(self.normalized(images))))
+        self.metric.update(logits.argmax(1), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log(METRIC, 100 * self.metric.compute(), prog_bar=True)
+        self.metric.reset()
+
+    def on_train_epoch_end(self) -> None:
+        self.log("epoch_loss", self.mean_loss)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        for predictor in list(self.predictors().values())[:1]:
+            self.log("temperature", predictor.temperature)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.model, self.recipe.train, self.recipe.dynamic)
+        factor = lr_factor(self.recipe.train, self.total_steps, self.per_epoch)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def predictors(self) -> dict[str, CoefficientPredictor]:
+        """The network's predictors, by name."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, CoefficientPredictor)}
+
+
+class _Held:
+    """Keeps the teacher from being registered, saved or copied with the network."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict) -> "_Held":
+        return self
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of softened outputs (Hinton et al. 2015, arXiv:1503.02531), mean over images.
+
+    Args:
+        student, teacher: logits `[N, classes, ...]`; of dense ones, the mean is over pixels as well.
+    """
+    student = F.log_softmax(student.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher.float() / temperature, dim=1)
+    positions = student.numel() / student.shape[1]
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * (temperature**2 / positions)
+
+
+def outputs_of(output: Any) -> Iterator[Tensor]:
+    """The logits, then those of auxiliary heads: of a tensor, a dict (segmentation) or a tuple (GoogLeNet)."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    if hasattr(output, "logits") and not isinstance(output, tuple):
+        yield output.logits
+        return
+    values = output.values() if isinstance(output, dict) else output
+    yield from (value for value in values if isinstance(value, Tensor))
+
+
+def guess_loss(num_classes: int) -> float:
+    """The loss of a network that guesses."""
+    return math.log(max(num_classes, 2))

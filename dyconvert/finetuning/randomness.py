@@ -1,0 +1,14 @@
+"""Seeds from what is being done, not from what was done before: so that a run can stop and go on anywhere."""
+
+_MASK = (1 << 64) - 1
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of 63 bits for these numbers, such as (run's seed, epoch, image): splitmix64, chained."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1

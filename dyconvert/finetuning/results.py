@@ -1,0 +1,130 @@
+"""What a run leaves behind: the best, the last and the averaged weights, and the metrics of its epochs."""
+
+import copy
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from dyconvert import checkpoint, models
+from dyconvert.errors import CheckpointError
+from dyconvert.finetuning.module import METRIC, METRIC_NAMES, FineTuner
+from dyconvert.finetuning.schedules import Ema
+
+_KEPT = ("best", "best_epoch", "last", "last_step")
+
+
+class Results(Callback):
+    """Keeps the best weights after each validation, and the last at the end; and says how it goes.
+
+    Attributes:
+        best, best_epoch: the highest metric so far, and its epoch, counted from 1.
+        last, last_step: the newest metric, and after how many steps that was.
+    """
+
+    def __init__(
+        self, directory: Path, source: "models.Source", ema: Ema | None, report: Callable[[str], None]
+    ) -> None:
+        self.directory, self.source, self.ema, self.report = directory, source, ema, report
+        self.best, self.best_epoch = float("-inf"), 0
+        self.last, self.last_step = float("nan"), -1
+        self.seconds = 0.0
+        self._since = time.monotonic()
+        self._epoch_began = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**{key: getattr(self, key) for key in _KEPT}, "seconds": self.elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key, value in state_dict.items():
+            setattr(self, key, value)
+
+    def elapsed(self) -> float:
+        """Seconds of training and validation, earlier tries included."""
+        return self.seconds + time.monotonic() - self._since
+
+    def on_train_start(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        self._since = self._epoch_began = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        value = float(trainer.callback_metrics[METRIC])
+        self.last, self.last_step = value, trainer.global_step
+        module = self.ema.averaged if self.ema is not None else pl_module
+        better = self.consider(trainer, value, module.model, trainer.current_epoch + 1)
+        seconds, self._epoch_began = time.monotonic() - self._epoch_began, time.monotonic()
+        loss = pl_module.mean_loss
+        name = METRIC_NAMES[pl_module.recipe.data.task] + (" (EMA)" if self.ema is not None else "")
+        self.report(
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {loss:.4f}  "
+            f"{name} {value:.2f} %  {seconds:.0f} s{'  best so far' if better else ''}"
+        )
+
+    def consider(self, trainer: Trainer, value: float, model: nn.Module, epoch: int) -> bool:
+        """Save `model` if its metric is the best so far; return whether it is."""
+        if value <= self.best and self.best_epoch:
+            return False
+        self.best, self.best_epoch = value, epoch
+        self._save(trainer, model, self.directory)
+        return True
+
+    def on_train_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        self._save(trainer, pl_module.model, self.directory / "last")
+        if self.ema is not None:
+            self._save(trainer, self.ema.averaged.model, self.directory / "ema")
+
+    def _save(self, trainer: Trainer, model: nn.Module, directory: Path) -> None:
+        model = _whole(trainer, model)
+        if not trainer.is_global_zero:
+            return
+        try:
+            save_network(model, directory, self.source)
+        except CheckpointError as error:
+            # The run can go on; a checkpoint to resume from is kept apart from this.
+            self.report(str(error))
+
+
+def save_network(model: nn.Module, directory: Path, source: "models.Source") -> None:
+    """Save a network, dynamic or static, so that `dyconvert.load` reads it."""
+    checkpoint.save(model, directory, source=source, force=True, static=True)
+
+
+def _whole(trainer: Trainer, model: nn.Module) -> nn.Module:
+    """The model with all of its weights in this process; a copy, where they are sharded."""
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    if not isinstance(trainer.strategy, FSDPStrategy):
+        return model
+    state = trainer.strategy.lightning_module_state_dict()  # in all processes, for it gathers
+    if not trainer.is_global_zero:
+        return model
+    whole = copy.deepcopy(trainer.lightning_module.held_whole)
+    whole.load_state_dict(
+        {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    )
+    return whole
+
+
+def csv_logger(directory: Path, step: int | None) -> CSVLogger:
+    """Lightning's logger, of metrics.csv in `directory`.
+
+    Args:
+        step: of the checkpoint that is resumed from; earlier rows are kept. None for a new run.
+    """
+    file = directory / "metrics.csv"
+    kept = []
+    if step is not None and file.is_file():
+        with file.open(newline="", encoding="utf-8") as stream:
+            kept = [row for row in csv.DictReader(stream) if int(row["step"]) < step]
+    file.unlink(missing_ok=True)
+    logger = CSVLogger(str(directory), name="", version="", flush_logs_every_n_steps=1)
+    if kept:
+        # Lightning's writer starts anew in a directory; these rows are its first.
+        logger.experiment.metrics.extend({key: value for key, value in row.items() if value != ""} for row in kept)
+        logger.save()
+    return logger

@@ -1,0 +1,257 @@
+"""finetune(recipe): everything from the pretrained network to the table at the end."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from dyconvert import checkpoint
+from dyconvert.analysis.flops import macs, parameters
+from dyconvert.cli.output import err
+from dyconvert.errors import RecipeError
+from dyconvert.finetuning.augment import val_transform
+from dyconvert.finetuning.checkpoints import Checkpoints, position
+from dyconvert.finetuning.data import Part, check_classes, load_part
+from dyconvert.finetuning.directory import Run, open_run
+from dyconvert.finetuning.guard import CHECKPOINT, DivergenceGuard
+from dyconvert.finetuning.interrupts import Interrupted, Interrupts
+from dyconvert.finetuning.loading import Prepared, steps_per_epoch, train_loader, val_loader
+from dyconvert.finetuning.module import METRIC, METRIC_NAMES, FineTuner
+from dyconvert.finetuning.network import Networks, count_outputs, create_original, transform
+from dyconvert.finetuning.recipe import Recipe
+from dyconvert.finetuning.results import Results, csv_logger
+from dyconvert.finetuning.schedules import Ema, FrozenExperts, TemperatureSchedule
+from dyconvert.finetuning.summary import Summary
+from dyconvert.finetuning.trainers import check_devices, make_trainer
+
+Report = Callable[[str], None]
+
+# To see how far the predictors' inputs vary from image to image.
+_PAIRING_IMAGES = 500
+
+
+def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Summary:
+    """Convert a model and fine-tune it; `dyconvert.finetune` documents it."""
+    report = _reporter(progress)
+    check_devices(recipe)
+    run = open_run(recipe, resume)
+    if run.finished is not None:
+        report(f"{recipe.directory} holds this run, finished")
+        return run.finished
+    with _quiet():
+        original, source = create_original(recipe)
+        num_classes = count_outputs(original, recipe)
+        train, val = (load_part(recipe, part, num_classes, report) for part in ("train", "val"))
+        check_classes(train, val, num_classes, recipe)
+        if not steps_per_epoch(recipe, train):
+            raise RecipeError(
+                f"The {len(train)} training images don't fill one batch of {recipe.train.batch}. Set train.batch lower."
+            )
+        if recipe.pretrain is not None:
+            # What the conversion refuses is said before the original is trained.
+            transform(original, recipe)
+        if rank_zero_only.rank == 0:
+            run.begin()
+        with Interrupts(report) as interrupts:
+            if recipe.pretrain is not None:
+                original = _pretrained(recipe, original, resume, progress)
+            networks = Networks(original, source, transform(original, recipe, _calibration(recipe, train)), num_classes)
+            return _Session(recipe, run, networks, train, val, interrupts, report, progress).go()
+
+
+@dataclass
+class _Session:
+    """A run with all that it needs in place."""
+
+    recipe: Recipe
+    run: Run
+    networks: Networks
+    train: Part
+    val: Part
+    interrupts: Interrupts
+    report: Report
+    progress: bool
+
+    def go(self) -> Summary:
+        """Evaluate, train, evaluate, and write down what was found."""
+        recipe, run, networks = self.recipe, self.run, self.networks
+        directory = recipe.directory
+        file = directory / CHECKPOINT
+        resumed = file if file.is_file() and run.before is not None else None
+        if run.before is None:
+            run.before = self._before()
+            if self.interrupts.requested:
+                raise KeyboardInterrupt
+            if rank_zero_only.rank == 0:
+                run.keep(run.before)
+        self._say_before(run.before)
+        sizes = self._sizes()
+
+        ema = Ema(recipe.train.ema) if recipe.train.ema is not None else None
+        guard = DivergenceGuard()
+        results = Results(directory, networks.source, ema, self.report)
+        callbacks = [guard, *self._schedules(), *([ema] if ema else []), results]
+        callbacks.append(Checkpoints(file, recipe.output, guard, self.interrupts, self.report))
+        epoch, done, step = position(resumed) if resumed else (0, 0, None)
+        if resumed:
+            self.report(f"resuming at step {step}, in epoch {epoch + 1}")
+        logger = csv_logger(directory, step) if rank_zero_only.rank == 0 else None
+        trainer = make_trainer(recipe, callbacks, logger, self.progress)
+        module = self._module(networks.student, networks.original if recipe.distill else None)
+        networks.student.train()  # Lightning keeps the mode that it finds
+        if recipe.train.compile:
+            networks.student.compile()
+        try:
+            trainer.fit(
+                module,
+                train_loader(recipe, self.train, trainer.global_rank, trainer.world_size, epoch, done),
+                val_loader(recipe, self.val, trainer.global_rank, trainer.world_size),
+                ckpt_path=resumed,
+                weights_only=False,
+            )
+        except Interrupted:
+            self.report(
+                f"Saved at step {trainer.global_step}, in epoch {trainer.current_epoch + 1}. To continue, run the same "
+                "command with --resume (in Python: resume=True)."
+            )
+            raise KeyboardInterrupt from None
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
+            raise KeyboardInterrupt from None
+        finetuned, averaged = self._after(trainer, module, results, ema)
+        summary = Summary(
+            name=recipe.name,
+            directory=str(directory),
+            metric=METRIC_NAMES[recipe.data.task],
+            **run.before,
+            finetuned=finetuned,
+            ema=averaged,
+            best=results.best,
+            best_epoch=results.best_epoch,
+            **sizes,
+            images=(len(self.train), len(self.val)),
+            corrupt=len(self.train.corrupt) + len(self.val.corrupt),
+            epochs=trainer.global_step / module.per_epoch,
+            seconds=results.elapsed(),
+        )
+        if rank_zero_only.rank == 0:
+            summary.save()
+            file.unlink(missing_ok=True)
+        return summary
+
+    def _module(self, model: nn.Module, teacher: nn.Module | None = None) -> FineTuner:
+        return FineTuner(
+            model, self.recipe, self.networks.num_classes, steps_per_epoch(self.recipe, self.train), teacher
+        )
+
+    def evaluate(self, model: nn.Module) -> float:
+        """The metric of a network on the validation data, in percent."""
+        trainer = make_trainer(self.recipe, [], None, False)
+        loader = val_loader(self.recipe, self.val, trainer.global_rank, trainer.world_size)
+        [found] = trainer.validate(self._module(model), loader, verbose=False)
+        return found[METRIC]
+
+    def _before(self) -> dict[str, float | None]:
+        original = self.evaluate(self.networks.original)
+        changed = self.recipe.convert is not None or self.recipe.narrow is not None
+        return {"original": original, "converted": self.evaluate(self.networks.student) if changed else None}
+
+    def _say_before(self, before: dict[str, float | None]) -> None:
+        metric = METRIC_NAMES[self.recipe.data.task]
+        converted = "" if before["converted"] is None else f", converted {before['converted']:.2f} %"
+        self.report(f"before training: {metric} {before['original']:.2f} %{converted}")
+
+    def _after(
+        self, trainer: Trainer, module: FineTuner, results: Results, ema: Ema | None
+    ) -> tuple[float, float | None]:
+        """The metrics of the last weights, and of the averaged ones."""
+        epoch = -(-trainer.global_step // module.per_epoch)
+        validated = results.last if results.last_step == trainer.global_step else None
+        if ema is None:
+            last = validated if validated is not None else self.evaluate(module.model)
+            results.consider(trainer, last, module.model, epoch)
+            return last, None
+        averaged = validated if validated is not None else self.evaluate(ema.averaged.model)
+        results.consider(trainer, averaged, ema.averaged.model, epoch)
+        return self.evaluate(module.model), averaged
+
+    def _schedules(self) -> Iterator[Any]:
+        recipe = self.recipe
+        if recipe.convert is None:
+            return
+        if recipe.dynamic.temperature is not None:
+            yield TemperatureSchedule(recipe.dynamic.temperature)
+        if recipe.dynamic.freeze_experts_epochs:
+            yield FrozenExperts(recipe.dynamic.freeze_experts_epochs)
+
+    def _sizes(self) -> dict[str, Any]:
+        pair = (self.networks.original, self.networks.student)
+        example = torch.zeros(1, *self.recipe.input_size)
+        try:
+            counted = tuple(macs(model, example) for model in pair)
+        except Exception:  # any network trains; not every one can be counted
+            counted = None
+        return {"parameters": tuple(parameters(model) for model in pair), "macs": counted}
+
+
+def _pretrained(recipe: Recipe, original: nn.Module, resume: bool, progress: bool) -> nn.Module:
+    """The static network, trained on the recipe's data first; its run is in `pretrain` below the result."""
+    ours = recipe.pretrain
+    directory = recipe.directory / "pretrain"
+    changes = {
+        "name": "pretrain",
+        "pretrain": None,
+        "convert": None,
+        "narrow": None,
+        "distill": None,
+        "train": recipe.train.model_copy(update={"epochs": ours.epochs, "lr": ours.lr, "ema": None, "max_steps": None}),
+        "output": recipe.output.model_copy(update={"directory": str(directory)}),
+    }
+    finetune(recipe.model_copy(update=changes), resume=resume and directory.exists(), progress=progress)
+    return checkpoint.load(directory / "last", model=original)
+
+
+def _calibration(recipe: Recipe, part: Part) -> Callable[[], Iterator[Tensor]]:
+    """Batches of training images as the network takes them, without augmentation, a sample of all; each call's anew."""
+    wanted = recipe.narrow.calibration_images if recipe.narrow is not None else _PAIRING_IMAGES
+    count = min(wanted, len(part))
+    generator = torch.Generator().manual_seed(recipe.train.seed)
+    positions = torch.randperm(len(part), generator=generator)[:count].tolist()
+    prepared = Prepared(part, val_transform(recipe.data), recipe.train.seed, recipe.data)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, count, 50):
+            images, _ = prepared.collate(prepared.__getitems__([(0, each) for each in positions[start : start + 50]]))
+            yield ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
+
+    return batches
+
+
+def _reporter(progress: bool) -> Report:
+    if not progress or rank_zero_only.rank != 0:
+        return lambda line: None
+    return lambda line: err.print(line, markup=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's remarks about devices, workers and the like, and a trace in torch's generator."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        # The run seeds torch's generator, which is the caller's.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

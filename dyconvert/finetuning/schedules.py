@@ -1,0 +1,70 @@
+"""Lightning callbacks for what only dynamic convs have: temperature, and experts that wait; and the moving average."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dyconvert.finetuning.module import FineTuner
+from dyconvert.finetuning.schema import Temperature
+from dyconvert.nn import DynamicConv
+
+
+class TemperatureSchedule(Callback):
+    """The predictors' temperature falls linearly, step by step, then stays (Chen et al. 2020, section 3.3).
+
+    While it is high the coefficients are nearly equal and every expert learns; as it falls they may differ.
+    """
+
+    def __init__(self, schedule: Temperature) -> None:
+        self.schedule = schedule
+
+    def at(self, epochs: float) -> float:
+        """The temperature after so many epochs."""
+        done = min(epochs / self.schedule.epochs, 1.0)
+        return self.schedule.start + (self.schedule.end - self.schedule.start) * done
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
+        temperature = self.at(pl_module.epochs_done)
+        for predictor in pl_module.predictors().values():
+            predictor.temperature.fill_(temperature)
+
+
+class FrozenExperts(Callback):
+    """At first only the predictors train, of the converted convs.
+
+    Their gradients are dropped rather than not asked for: DDP is built with the parameters that require one.
+    """
+
+    def __init__(self, epochs: float) -> None:
+        self.epochs = epochs
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: FineTuner, optimizer: Any) -> None:
+        if pl_module.epochs_done >= self.epochs:
+            return
+        for module in pl_module.model.modules():
+            if isinstance(module, DynamicConv):
+                for parameter in module.parameters(recurse=False):
+                    parameter.grad = None
+
+
+class Ema(WeightAveraging):
+    """Lightning's moving average, with the temperature of the network itself: an average of it would lag behind."""
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @property
+    def averaged(self) -> FineTuner:
+        """The module with the averaged weights."""
+        return self._average_model.module
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
+        current = pl_module.predictors()
+        for name, predictor in self.averaged.predictors().items():
+            predictor.temperature.copy_(current[name].temperature)
+
+    def on_train_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        """Keep the network's own weights, which Lightning's would replace: both are reported."""

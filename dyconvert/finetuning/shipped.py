@@ -1,0 +1,54 @@
+"""The recipes and sweeps that come with the package."""
+
+import difflib
+import os
+from pathlib import Path
+
+from dyconvert.errors import RecipeError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def recipes_folder() -> Path:
+    """The folder of the shipped recipes: in the package once installed, beside it in a source checkout.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
+        if (folder / "quickstart.yaml").is_file():
+            return folder
+    raise RecipeError(
+        f"The recipes that come with dyconvert are in neither {_PACKAGE} nor its parent; install it anew."
+    )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The shipped recipes' files, by name."""
+    return {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """The shipped sweeps' files, by name."""
+    return {file.stem: file for file in sorted((recipes_folder() / "sweeps").glob("*.yaml"))}
+
+
+def find_recipe(recipe: str | os.PathLike) -> Path:
+    """The file of a recipe, or of a sweep, given by its shipped name or its path.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = Path(os.path.expanduser(recipe))
+    if path.is_file():
+        return path
+    text = str(recipe)
+    if path.suffix in (".yaml", ".yml") or os.sep in text:
+        what = "is a directory" if path.is_dir() else "doesn't exist"
+        raise RecipeError(f"The file {text} {what}. Shipped recipes go by their names: `dyconvert recipes ls`.")
+    known = shipped_recipes() | shipped_sweeps()
+    if text in known:
+        return known[text]
+    near = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise RecipeError(f"There is no recipe {text!r}.{hint} `dyconvert recipes ls` lists them; a file ends with .yaml.")

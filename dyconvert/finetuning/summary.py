@@ -1,0 +1,115 @@
+"""What a run found: a table, and summary.json."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+FILE = "summary.json"
+
+
+@dataclass
+class Summary:
+    """A finished run.
+
+    Attributes:
+        name: of the recipe.
+        directory: where the result is; `dyconvert.load` reads it, and what is in `last` and `ema` below it.
+        metric: "top-1" or "mIoU". All metrics are percentages, of the validation data.
+        original: of the pretrained network (with a new head, if it got one).
+        converted: of the converted (and narrowed) network, before training; None where nothing was.
+        finetuned: of the weights after the last step.
+        ema: of their moving average; None without one.
+        best: of the best epoch, whose weights `directory` holds: the averaged ones where there is an average.
+        best_epoch: counted from 1.
+        parameters, macs: of the original and the fine-tuned network, one image. macs is None where the network
+            can't be counted.
+        images: how many were trained on, and validated on.
+        corrupt: images left out, as they can't be read.
+        seconds: of training and validation, over all the tries of a resumed run.
+    """
+
+    name: str
+    directory: str
+    metric: str
+    original: float
+    converted: float | None
+    finetuned: float
+    ema: float | None
+    best: float
+    best_epoch: int
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+    images: tuple[int, int]
+    corrupt: int
+    epochs: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict that `json` can write."""
+        return asdict(self)
+
+    def save(self) -> None:
+        """Write summary.json into the directory."""
+        write_json(Path(self.directory) / FILE, self.to_json())
+
+    @classmethod
+    def read(cls, directory: Path) -> "Summary | None":
+        """The summary of a finished run in `directory`, if there is one."""
+        try:
+            found = json.loads((directory / FILE).read_text(encoding="utf-8"))
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(f"{self.name}")
+        for name in (f"{self.metric} %", "", "parameters", "MACs"):
+            table.add_column(name, justify="right")
+        sizes = [[_count(n) for n in self.parameters], [_count(n) for n in self.macs or ()] or ["", ""]]
+        before, after = ([parameters, macs] for parameters, macs in zip(*sizes, strict=True))
+        rows = [
+            ("original", self.original, before),
+            ("converted", self.converted, after),
+            ("fine-tuned", self.finetuned, after),
+            ("EMA", self.ema, after),
+        ]
+        for name, value, columns in rows:
+            if value is not None:
+                gain = "" if name == "original" else f"{value - self.original:+.2f}"
+                table.add_row(name, f"{value:.2f}", gain, *columns)
+        yield table
+        note = f"\n{self.epochs:g} epochs in {_duration(self.seconds)}; best {self.best:.2f} in epoch {self.best_epoch}"
+        if self.corrupt:
+            note += f"; {self.corrupt} images left out that can't be read"
+        yield Text(note)
+        others = "last, ema" if self.ema is not None else "last"
+        yield Text(f"saved to {self.directory} (best; below it: {others})")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON, in one step."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

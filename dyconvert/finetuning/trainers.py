@@ -1,0 +1,70 @@
+"""Lightning's Trainer, as a recipe wants it."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+from dyconvert.cli.output import err
+from dyconvert.errors import RecipeError
+from dyconvert.finetuning.checkpoints import AtomicCheckpointIO
+from dyconvert.finetuning.recipe import Recipe
+
+# Reading a loss from a GPU, and writing a row, for every step would be felt.
+_LOG_EVERY = 50
+
+
+def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], logger: Any, progress: bool) -> Trainer:
+    """A Trainer on the recipe's devices. Checkpoints are a callback's."""
+    train = recipe.train
+    callbacks = list(callbacks)
+    if progress and err.is_terminal:
+        callbacks.append(RichProgressBar(refresh_rate=10, leave=False, console_kwargs={"stderr": True}))
+    return Trainer(
+        accelerator=train.accelerator,
+        devices=train.devices,
+        num_nodes=train.nodes,
+        strategy=train.strategy,
+        precision=train.precision,
+        max_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        accumulate_grad_batches=train.accumulate,
+        gradient_clip_val=train.clip,
+        callbacks=callbacks,
+        logger=logger or False,
+        log_every_n_steps=_LOG_EVERY,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(recipe.directory),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress and err.is_terminal,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def check_devices(recipe: Recipe) -> None:
+    """Refuse more devices than there are, and what doesn't go together on several.
+
+    Raises:
+        RecipeError: see above.
+    """
+    train = recipe.train
+    if train.strategy == "fsdp" and train.ema is not None:
+        raise RecipeError(
+            "train.ema can't average weights that train.strategy=fsdp shards. Set one of them to null or ddp."
+        )
+    if not isinstance(train.devices, int):
+        return
+    kind = train.accelerator
+    if kind == "auto":
+        kind = "gpu" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"gpu": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}[kind]
+    if train.devices > there:
+        name = {"gpu": "GPUs", "mps": "MPS devices", "cpu": "CPU cores"}[kind]
+        raise RecipeError(
+            f"train.devices is {train.devices}, and this machine has {there} {name}. Set it to {there} at most."
+        )

@@ -1,0 +1,113 @@
+"""YAML as recipes are written in: plain data, and the line that each value stands on."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dyconvert.errors import RecipeError
+
+Key = tuple[str | int, ...]
+
+
+@dataclass
+class Document:
+    """What a YAML file says.
+
+    Attributes:
+        data: mappings, lists, strings, numbers, booleans and None.
+        lines: the line, from 1, of every key and list item.
+        problems: keys given twice, and the like, each with its path.
+    """
+
+    data: Any
+    lines: dict[Key, int] = field(default_factory=dict)
+    problems: list[tuple[Key, str]] = field(default_factory=list)
+
+    def line(self, key: Key) -> int | None:
+        """The line of `key`, or of the section it would stand in if it were there."""
+        while key and key not in self.lines:
+            key = key[:-1]
+        return self.lines[key] if key else None
+
+
+def read_yaml(path: Path) -> Document:
+    """Read a YAML file that holds one mapping.
+
+    Raises:
+        RecipeError: it can't be read, isn't YAML, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} can't be read: {error}.") from error
+    yaml, loader = _yaml()
+    try:
+        node = yaml.compose(text, loader)
+        document = Document(parse_yaml(text))
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        why = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{path} isn't YAML{where}: {why}.") from error
+    if not isinstance(document.data, dict):
+        what = "nothing" if document.data is None else f"a {type(document.data).__name__}"
+        raise RecipeError(
+            f"{path} holds {what} instead of keys and values. `dyconvert recipes show quickstart` prints an example."
+        )
+    _walk(node, (), document, yaml)
+    return document
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML into what JSON could hold.
+
+    Raises:
+        yaml.YAMLError: it isn't YAML.
+        ValueError: it holds something else than plain data, such as a date.
+    """
+    yaml, loader = _yaml()
+    data = yaml.load(text, loader)
+    try:
+        json.dumps(data)
+    except TypeError as error:
+        raise ValueError(f"{error}; put it into quotes") from None
+    return data
+
+
+def _walk(node: Any, path: Key, document: Document, yaml: Any) -> None:
+    document.lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _walk(item, (*path, index), document, yaml)
+    elif isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                document.problems.append(((*path, key), f"given twice, first on line {seen[key]}"))
+            seen[key] = document.lines[(*path, key)] = line
+            _walk(value, (*path, key), document, yaml)
+
+
+def _yaml() -> tuple[Any, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise RecipeError(f"Recipes need PyYAML: {error}. Run `pip install 'dyconvert[train]'`.") from error
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's numbers and booleans: to version 1.1, 5e-5 is a string and `no` is false."""
+
+        yaml_implicit_resolvers = {
+            first: [pair for pair in pairs if not pair[0].endswith((":float", ":bool"))]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|[0-9]*\.[0-9]+[eE][-+]?[0-9]+)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+    )
+    return yaml, Loader

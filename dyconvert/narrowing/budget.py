@@ -1,0 +1,134 @@
+"""How many channels each group keeps: a width for all of them, or a target of multiply-adds, spent by sensitivity."""
+
+from collections import defaultdict
+
+from torch import Tensor
+
+from dyconvert.errors import ModelError
+from dyconvert.narrowing.choose import unexplained
+from dyconvert.narrowing.graph import Graph, Group
+
+# The least that a group keeps, as a share of its channels.
+_LEAST = 1 / 8
+# A group is narrowed by at least this share of its channels at a time, so that large ones don't take long.
+_STEP = 1 / 32
+
+
+def multiple(size: int, round_to: int) -> int:
+    """What a group's channels are rounded to: `round_to`, or less where that would be coarse for `size` channels."""
+    while round_to > 1 and round_to * 8 > size:
+        round_to //= 2
+    return round_to
+
+
+def rounded(group: Group, channels: float, round_to: int) -> int:
+    """Units of a group that hold about so many channels, rounded to a multiple; at least one."""
+    step = multiple(group.size, round_to)
+    whole = max(step, int(channels / step + 0.5) * step)
+    return min(max(1, round(whole * group.units / group.size)), group.units)
+
+
+def by_width(graph: Graph, width: float, round_to: int) -> dict[str, int]:
+    """Units to keep, by group name: the same share of each."""
+    return {group.name: rounded(group, width * group.size, round_to) for group in graph.free}
+
+
+class Cost:
+    """Multiply-adds of a model's layers, as a function of how many units its groups keep."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._layers = {name: layer.positions * layer.weights for name, layer in graph.layers.items()}
+        # By layer: (group, side, channels there); a depthwise conv's weight shrinks with one side only.
+        self._sides: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
+        self._sizes = {group.name: group.size for group in graph.groups}
+        self._units = {group.name: group.units for group in graph.groups}
+        self._whole: dict[tuple[str, str], int] = defaultdict(int)
+        self.touched: dict[str, set[str]] = defaultdict(set)
+        for group in graph.groups:
+            for member in group.members:
+                if member.name in self._layers and member.side in ("out", "in"):
+                    self._sides[member.name].append((group.name, member.side, len(member.channels)))
+                    self._whole[member.name, member.side] += len(member.channels)
+                    self.touched[group.name].add(member.name)
+
+    @property
+    def whole(self) -> int:
+        return sum(self._layers.values())
+
+    def layer(self, name: str, kept: dict[str, int]) -> float:
+        left = {"out": 0.0, "in": 0.0}
+        for group, side, channels in self._sides[name]:
+            left[side] += channels * kept.get(group, self._units[group]) / self._units[group]
+        cost = float(self._layers[name])
+        for side, channels in left.items():
+            if whole := self._whole.get((name, side)):
+                cost *= channels / whole
+        return cost
+
+    def total(self, kept: dict[str, int]) -> float:
+        return sum(self.layer(name, kept) for name in self._layers)
+
+
+def by_flops(
+    graph: Graph, share: float, similarity: dict[str, Tensor], round_to: int, reserve: float = 0.0
+) -> dict[str, int]:
+    """Units to keep, by group name, so that the multiply-adds are at most `share` of the original's.
+
+    Starting from all, the group is narrowed that loses least for the multiply-adds it saves; its loss is the share
+    of its layers' variance that so many directions don't explain.
+
+    Args:
+        similarity: by group name, `[units, units]`, as :func:`~dyconvert.narrowing.choose.choose` takes it.
+        reserve: the part of `share` that mixing kernels and predicting coefficients will take.
+
+    Raises:
+        ModelError: the target is below what can be reached.
+    """
+    cost = Cost(graph)
+    kept = {group.name: group.units for group in graph.free}
+    least = {group.name: rounded(group, _LEAST * group.size, round_to) for group in graph.free}
+    lowest = cost.total(least) / cost.whole + reserve
+    if share < lowest:
+        raise ModelError(
+            f"A share of {share:g} of the multiply-adds can't be reached: at the narrowest, {lowest:.3f} are left. "
+            f"Ask for {lowest:.3f} to 1, keep less, or give a width."
+        )
+    lost = {group.name: _lost(group, similarity[group.name], graph) for group in graph.free}
+    groups = {group.name: group for group in graph.free}
+    now = cost.total(kept)
+    rates: dict[str, tuple[float, int, float]] = {}
+    while now > (share - reserve) * cost.whole:
+        for name, group in groups.items():
+            if name in rates:
+                continue
+            fewer = _narrower(group, kept[name], least[name], round_to)
+            if fewer is None:
+                rates[name] = (float("inf"), 0, 0.0)
+                continue
+            before = sum(cost.layer(layer, kept) for layer in cost.touched[name])
+            saved = before - sum(cost.layer(layer, kept | {name: fewer}) for layer in cost.touched[name])
+            loss = lost[name][fewer - 1] - lost[name][kept[name] - 1]
+            rates[name] = (max(loss, 1e-9) / max(saved, 1e-9), fewer, saved)
+        best = min(rates, key=lambda name: rates[name][0])
+        _, kept[best], saved = rates[best]
+        now -= saved
+        # What shares a layer with it saves less now.
+        for name in groups:
+            if cost.touched[name] & cost.touched[best]:
+                rates.pop(name, None)
+    return kept
+
+
+def _narrower(group: Group, kept: int, least: int, round_to: int) -> int | None:
+    """The next smaller number of units, or None if there is none."""
+    per_unit = group.size / group.units
+    step = max(multiple(group.size, round_to), int(_STEP * group.size))
+    fewer = rounded(group, kept * per_unit - step, round_to)
+    fewer = min(fewer, kept - 1)
+    return fewer if fewer >= least else (least if least < kept else None)
+
+
+def _lost(group: Group, similarity: Tensor, graph: Graph) -> list[float]:
+    """What is lost when k = 1, 2, ... units are kept, summed over the group's layers."""
+    layers = sum(member.name in graph.layers for member in group.makers)
+    return (unexplained(similarity) * layers).tolist()

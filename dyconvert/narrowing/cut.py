@@ -1,0 +1,163 @@
+"""Carrying a choice of channels out: fewer channels in a copy of the model, selected or merged."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from dyconvert.narrowing.graph import Graph, Group
+from dyconvert.narrowing.layers import ChannelSlice
+from dyconvert.narrowing.record import put
+
+
+@dataclass
+class Choice:
+    """What becomes of a group's channels.
+
+    Attributes:
+        kept: `[k]`: the channels that represent the others, in order.
+        representative: `[size]`: which of the group's channels represents each of them; a kept one, itself.
+    """
+
+    kept: Tensor
+    representative: Tensor
+
+
+def everything(group: Group) -> Choice:
+    return Choice(torch.arange(group.size), torch.arange(group.size))
+
+
+@dataclass
+class Fold:
+    """How the channels in one place become fewer.
+
+    Attributes:
+        kept: `[k]`: numbers of the channels that are left, in order.
+        into: `[C]`: which of those k each of the C channels becomes.
+    """
+
+    kept: Tensor
+    into: Tensor
+
+
+class Folds:
+    """The folds of all places, from the choices of all groups.
+
+    Args:
+        choices: by group name; groups without one keep their channels.
+    """
+
+    def __init__(self, graph: Graph, choices: dict[str, Choice]) -> None:
+        self._represents: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+        self.dims: dict[str, int] = {}
+        for group in graph.groups:
+            choice = choices.get(group.name)
+            if choice is None or len(choice.kept) == group.size:
+                continue
+            for member in group.members:
+                place = self._represents[member.name, member.side]
+                self.dims[member.name] = member.dim
+                # A flattened map has several features of one channel: each goes to its own counterpart.
+                copies: dict[int, list[int]] = defaultdict(list)
+                for channel, position in sorted(zip(member.channels.tolist(), member.positions.tolist(), strict=True)):
+                    copies[position].append(channel)
+                for position, channels in copies.items():
+                    into = copies[int(choice.representative[position])]
+                    place.update(zip(channels, into, strict=True))
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        return list(self._represents)
+
+    def get(self, name: str, side: str, size: int) -> Fold:
+        """The fold of a place that has `size` channels; the identity where nothing becomes fewer."""
+        place = self._represents.get((name, side), {})
+        to = torch.tensor([place.get(channel, channel) for channel in range(size)])
+        kept, into = to.unique(return_inverse=True)
+        return Fold(kept, into)
+
+
+def cut(model: nn.Module, graph: Graph, folds: Folds, *, merge: bool) -> None:
+    """Make the modules of `model` narrower, in place.
+
+    Args:
+        merge: average what becomes one output channel, and add up what reads it. Otherwise the representatives'
+            weights are selected.
+    """
+    for name, side in folds.places:
+        if side == "parameter":
+            _cut_parameter(model, name, folds, merge)
+        elif side == "padding":
+            _cut_padding(model, name, graph, folds)
+        else:
+            module = model.get_submodule(name)
+            _cut_module(module, name, side, graph.cutters[name], folds, merge)
+
+
+def _cut_module(module: nn.Module, name: str, side: str, cutter: object, folds: Folds, merge: bool) -> None:
+    size = cutter.get_out_channels(module) if side == "out" else cutter.get_in_channels(module)
+    fold = folds.get(name, side, size)
+    dropped = sorted(set(range(size)) - set(fold.kept.tolist()))
+    merged = _merged(module, side, fold) if merge else {}
+    modes = {key: p.requires_grad for key, p in module.named_parameters(recurse=False)}
+    (cutter.prune_out_channels if side == "out" else cutter.prune_in_channels)(module, dropped)
+    with torch.no_grad():
+        for key, p in module.named_parameters(recurse=False):
+            p.requires_grad_(modes[key])
+        for key, value in merged.items():
+            getattr(module, key).copy_(value)
+
+
+def _merged(module: nn.Module, side: str, fold: Fold) -> dict[str, Tensor]:
+    """The merged parameters and buffers: outputs averaged, inputs added up."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    if side == "in":
+        dim = 0 if getattr(module, "transposed", False) else 1
+        per_group = tensors["weight"].shape[dim]
+        # Representatives are the same in each group of a grouped conv.
+        into = fold.into[:per_group] if per_group < len(fold.into) else fold.into
+        return {"weight": _summed(tensors["weight"], dim, into)}
+    found = {}
+    for key, t in tensors.items():
+        dim = 1 if key == "weight" and getattr(module, "transposed", False) else 0
+        if t.dim() > dim and t.shape[dim] == len(fold.into):
+            counts = torch.bincount(fold.into).to(t)
+            shape = [-1 if d == dim else 1 for d in range(t.dim())]
+            found[key] = _summed(t, dim, fold.into) / counts.view(shape)
+    return found
+
+
+def _summed(t: Tensor, dim: int, into: Tensor) -> Tensor:
+    shape = list(t.shape)
+    shape[dim] = int(into.max()) + 1
+    return t.detach().new_zeros(shape).index_add_(dim, into.to(t.device), t.detach())
+
+
+def _cut_parameter(model: nn.Module, name: str, folds: Folds, merge: bool) -> None:
+    parent, _, key = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    old = owner._parameters[key]
+    dim = folds.dims[name] % old.dim()
+    fold = folds.get(name, "parameter", old.shape[dim])
+    new = old.detach().index_select(dim, fold.kept.to(old.device))
+    if merge:
+        shape = [-1 if d == dim else 1 for d in range(old.dim())]
+        new = _summed(old, dim, fold.into) / torch.bincount(fold.into).to(old).view(shape)
+    owner._parameters[key] = nn.Parameter(new, old.requires_grad)
+
+
+def _cut_padding(model: nn.Module, name: str, graph: Graph, folds: Folds) -> None:
+    """A shortcut that pads by as many channels as before: what is left of its output is a slice."""
+    padding = graph.paddings[name]
+    size = max(int(m.channels.max()) for g in graph.groups for m in g.members if (m.name, m.side) == (name, "padding"))
+    kept = folds.get(name, "padding", size + 1).kept
+    # It still adds all of `before`; those that are left lie next to what it reads.
+    start = padding.before - int((kept < padding.before).sum())
+    module = model.get_submodule(name)
+    put(model, name, ChannelSlice(module, start, start + len(kept)).train(module.training))
+
+
+def is_layer(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd | nn.Linear)

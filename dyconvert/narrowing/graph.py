@@ -1,0 +1,316 @@
+"""Which channels have to be narrowed together: coupled groups, from torch-pruning's dependency graph.
+
+A group is a set of channels that are the same channels in several layers: those of a conv, of its batch norm and of
+the convs that read them; of all layers that add to one residual stream; of a depthwise conv on both sides. What
+torch-pruning 1.6 doesn't follow is in :mod:`dyconvert.narrowing.adapters`.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from dyconvert.errors import DyconvertError, ModelError, PlanError, brief, some
+from dyconvert.narrowing.adapters import Padding, follow_padding, obstacle, tracing_graph
+from dyconvert.surgery.observe import clear_hooks, on_meta, skeleton
+
+STEM = "the stem"
+OUTPUT = "the model's output"
+
+
+@dataclass
+class Member:
+    """A group's channels in one place.
+
+    Attributes:
+        name: of the module, or of the parameter that belongs to none.
+        side: "out": the module's outputs (and inputs, where they are the same channels: batch norm, depthwise
+            conv); "in": its inputs; "parameter": a parameter of its own, along `dim`; "padding": what a shortcut
+            that pads channels returns.
+        channels: `[m]`, numbers of the channels there.
+        positions: `[m]`, which of the group's channels each of them is.
+    """
+
+    name: str
+    side: str
+    channels: Tensor
+    positions: Tensor
+    dim: int = 0
+
+
+@dataclass
+class Group:
+    """Channels that are narrowed together.
+
+    Attributes:
+        name: the first module that makes them.
+        size: how many there are.
+        members: where they are.
+        unit: `[size]`: which unit each channel is of. A unit is kept or dropped as a whole: one channel as a rule;
+            before and behind a grouped conv, the channels of the same place in each of its groups.
+        kept: why they are all kept, or None.
+    """
+
+    name: str
+    size: int
+    members: list[Member]
+    unit: Tensor
+    kept: str | None = None
+
+    @property
+    def units(self) -> int:
+        return int(self.unit.max()) + 1
+
+    @property
+    def makers(self) -> list[Member]:
+        return [member for member in self.members if member.side == "out"]
+
+
+@dataclass
+class Layer:
+    """A conv or linear, as it was seen in a trial run.
+
+    Attributes:
+        positions: output pixels of one image.
+        weights: elements of its weight; times `positions`, its multiply-adds.
+    """
+
+    name: str
+    positions: int
+    weights: int
+    depthwise: bool = False
+
+
+@dataclass
+class Graph:
+    """The coupled groups of a model, and its layers in the order in which data flows."""
+
+    groups: list[Group]
+    layers: dict[str, Layer]
+    paddings: dict[str, Padding]
+    cutters: dict[str, Any] = field(repr=False)
+
+    @property
+    def free(self) -> list[Group]:
+        return [group for group in self.groups if group.kept is None]
+
+
+def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[str] = ()) -> Graph:
+    """Find the coupled groups of a static model, which is left as it is.
+
+    Args:
+        example: the arguments of the forward.
+        keep: shell patterns over the names of modules whose output channels stay as they are.
+
+    Raises:
+        ModelError: the model rejects the example, or not one group can be narrowed.
+        PlanError: a pattern matches nothing.
+    """
+    try:
+        import torch_pruning
+    except ImportError:
+        raise DyconvertError("Narrowing needs torch-pruning. Install it: pip install 'dyconvert[narrow]'.") from None
+    try:
+        runner, arguments = on_meta(model), tree_map_only(Tensor, _on_meta, example)
+        graph, watch = _traced(torch_pruning, runner, arguments)
+        # Auxiliary heads are part of training only, and read channels that are narrowed.
+        layers = {name for name, m in runner.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+        if (layers - watch.layers.keys()) & _called_in_training(runner, arguments):
+            graph, watch = _traced(torch_pruning, runner, arguments, training=True)
+    except (NotImplementedError, RuntimeError):
+        # Control flow that looks at values needs a real run.
+        runner = skeleton(model, lambda t: t.detach())
+        try:
+            graph, watch = _traced(torch_pruning, runner, example)
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} can't be narrowed: {brief(error)}. Pass an example that its forward takes "
+                "(--input-size)."
+            ) from error
+    except Exception as error:
+        raise ModelError(f"{type(model).__name__} can't be followed by torch-pruning: {brief(error)}.") from error
+    groups, cutters = _groups(graph, watch, runner)
+    _check_disjoint(groups)
+    _keep(groups, keep, [name for name, _ in model.named_modules() if name], watch)
+    found = Graph(groups, watch.layers, watch.paddings, cutters)
+    if not found.free:
+        reasons = sorted({f"{group.kept}" for group in groups})
+        raise ModelError(f"No channels of {type(model).__name__} can be narrowed: {some(reasons)}.")
+    return found
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    t = t.detach().to("meta")
+    # A batch norm can't be trained on one image.
+    return t if t.dim() < 2 or t.shape[0] > 1 else t.expand(2, *t.shape[1:])
+
+
+def _called_in_training(model: nn.Module, arguments: tuple[Any, ...]) -> set[str]:
+    """The layers that a forward in training mode calls; none where it fails, as it may on the meta device."""
+    called: set[str] = set()
+    handles = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model.train()(*arguments)
+    except Exception:
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.eval()
+    return called
+
+
+class _Watch:
+    """What hooks see in the run that is traced."""
+
+    def __init__(self, model: nn.Module, image_channels: int) -> None:
+        self.layers: dict[str, Layer] = {}
+        self.small: set[str] = set()
+        self.paddings: dict[str, Padding] = {}
+        self.stems: set[str] = set()
+        self._shortcuts: dict[Any, tuple[str, nn.Module]] = {}
+        self._image_channels = image_channels
+        self._handles = [m.register_forward_hook(self._hook(name)) for name, m in model.named_modules()]
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            if isinstance(module, _ConvNd | nn.Linear):
+                channels = module.out_channels if isinstance(module, _ConvNd) else module.out_features
+                positions = output.numel() // (channels * output.shape[0])
+                depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+                self.layers.setdefault(name, Layer(name, positions, module.weight.numel(), depthwise))
+                if positions == 1:
+                    self.small.add(name)
+                if isinstance(module, _ConvNd) and module.in_channels == self._image_channels <= 4:
+                    self.stems.add(name)
+            elif next(module.parameters(), None) is None and output.grad_fn is not None:
+                self._shortcuts[output.grad_fn] = name, module
+
+        return hook
+
+    def padding(self, grad_fn: Any, before: int, after: int) -> str | None:
+        """Note that a module without parameters pads channels; its name, or None if it is no such module."""
+        if grad_fn not in self._shortcuts:
+            return None
+        name = self._shortcuts[grad_fn][0]
+        self.paddings[name] = Padding(before, after)
+        return name
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _traced(
+    torch_pruning: Any, runner: nn.Module, arguments: tuple[Any, ...], training: bool = False
+) -> tuple[Any, _Watch]:
+    clear_hooks(runner)
+    runner.requires_grad_(True)
+    tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
+    watch = _Watch(runner, tensors[0].shape[1] if tensors and tensors[0].dim() > 2 else 0)
+    try:
+        with torch.enable_grad():
+            graph = tracing_graph(torch_pruning, training).build_dependency(
+                runner, example_inputs=arguments, forward_fn=lambda model, args: model(*args), verbose=False
+            )
+    finally:
+        watch.remove()
+    follow_padding(graph, watch.padding)
+    return graph, watch
+
+
+def _groups(graph: Any, watch: _Watch, runner: nn.Module) -> tuple[list[Group], dict[str, Any]]:
+    names = {id(m): name for name, m in runner.named_modules()}
+    parameters = {id(p): name for name, p in runner.named_parameters()}
+    dims = {id(p): dim for p, dim in graph.unwrapped_parameters}
+    nodes = {names[id(m)]: node for m, node in graph.module2node.items() if id(m) in names}
+    covered: dict[str, set[int]] = {}
+    groups, cutters = [], {}
+    for name in watch.layers:
+        if name not in nodes:
+            continue  # it doesn't reach the output
+        module = nodes[name].module
+        pruner = graph.get_pruner_of_module(module)
+        rest = sorted(set(range(pruner.get_out_channels(module))) - covered.get(name, set()))
+        if not rest:
+            continue
+        place = {channel: position for position, channel in enumerate(rest)}
+        members, kept = [], None
+        unit = torch.arange(len(rest))
+        for item in graph.get_pruning_group(module, pruner.prune_out_channels, rest):
+            node = item.dep.target
+            kept = kept or obstacle(node, graph)
+            target = node.module
+            side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+            channels, positions = torch.tensor(item.idxs), torch.tensor([place[r] for r in item.root_idxs])
+            if id(target) in parameters:
+                member = Member(parameters[id(target)], "parameter", channels, positions, dims[id(target)])
+            elif id(target) in names:
+                member = Member(names[id(target)], side, channels, positions)
+                cutters[member.name] = graph.get_pruner_of_module(target)
+                if side == "out":
+                    covered.setdefault(member.name, set()).update(item.idxs)
+                    if not node.outputs:
+                        kept = kept or OUTPUT
+                unit = _tie(unit, target, side, channels, positions)
+            elif padded := getattr(node, "dyconvert_padding", None):
+                member = Member(padded, "padding", channels, positions)
+            else:
+                if type(target).__name__ == "_OutputOp":
+                    kept = kept or OUTPUT
+                continue
+            members.append(member)
+        groups.append(Group(name, len(rest), members, unit, kept))
+    return groups, cutters
+
+
+def _tie(unit: Tensor, module: nn.Module, side: str, channels: Tensor, positions: Tensor) -> Tensor:
+    """Units in which a grouped conv or a group norm keeps the same places in each of its groups."""
+    groups = getattr(module, "groups", getattr(module, "num_groups", 1)) or 1
+    whole = getattr(module, "out_channels" if side == "out" else "in_channels", getattr(module, "num_channels", 0))
+    depthwise = isinstance(module, _ConvNd) and module.groups == module.out_channels == module.in_channels
+    if groups == 1 or depthwise or not whole:
+        return unit
+    local = channels % (whole // groups)
+    for place in local.unique():
+        tied = unit[positions[local == place]]
+        unit = torch.where(torch.isin(unit, tied), tied.min(), unit)
+    return unit.unique(return_inverse=True)[1]
+
+
+def _check_disjoint(groups: list[Group]) -> None:
+    """A channel that two groups claim is coupled in a way that wasn't resolved: neither is narrowed."""
+    owners: dict[tuple[str, str, int], Group] = {}
+    for group in groups:
+        for member in group.members:
+            for channel in member.channels.tolist():
+                other = owners.setdefault((member.name, member.side, channel), group)
+                if other is not group:
+                    for each in (group, other):
+                        each.kept = each.kept or f"coupled in several ways at {member.name}"
+
+
+def _keep(groups: list[Group], patterns: Sequence[str], names: list[str], watch: _Watch) -> None:
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise PlanError(f"No module's name matches {pattern!r}. Names look like {', '.join(names[:3])}.")
+    for group in groups:
+        makers = {m.name for m in group.makers if m.name in watch.layers and m.name not in watch.small}
+        if group.kept is None and any(_matches(m.name, pattern) for m in group.makers for pattern in patterns):
+            group.kept = "kept by a pattern"
+        # What a squeeze-excite multiplies by and a depthwise conv filters is still the stem's output alone.
+        others = {name for name in makers - watch.stems if not watch.layers[name].depthwise}
+        if group.kept is None and makers & watch.stems and not others:
+            group.kept = STEM
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
