@@ -291,6 +291,8 @@ def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label
 
 def courses(run: Run) -> list[tuple[str, Any]]:
     """A fine-tuning run's losses, and what it was validated by, over the epochs: `(title, picture)`."""
+    from matplotlib.ticker import MaxNLocator
+
     drawn = []
     for title, words in (("Validation", ("acc", "top1", "top-1", "miou", "metric")), ("Loss", ("loss",))):
         chosen = [c for c in run.courses if any(word in c.name.lower() for word in words) and len(c.values) > 1]
@@ -300,7 +302,10 @@ def courses(run: Run) -> list[tuple[str, Any]]:
             continue
         figure, axes = new(2.7)
         for number, course in enumerate(chosen):
-            axes.plot(course.epochs, course.values, color=COLOUR[SERIES[number]], label=course.name)
+            axes.plot(
+                [epoch + 1 for epoch in course.epochs], course.values, color=COLOUR[SERIES[number]], label=course.name
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.legend(fontsize=7.5)
         drawn.append((title, figure))

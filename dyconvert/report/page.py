@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from dyconvert.analysis.coefficients import ConvCoefficients
+from dyconvert.analysis.findings import UNTRAINED
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.report import coefficient_figures, figures
@@ -117,7 +118,7 @@ def _coefficients(analysis: Analysis) -> list[Drawing]:
         ),
         Drawing("usage", "Which experts are used", coefficient_figures.usage(found), USAGE),
     ]
-    if all(conv.is_constant for conv in found.convs):
+    if all(conv.spread < UNTRAINED for conv in found.convs):
         # As converted: there is nothing that varies to be shown.
         drawn = [drawing for drawing in drawn if drawing.name != "variation"]
     conv = most_by_class(analysis)
