@@ -171,6 +171,20 @@ def test_an_untrained_conversion_is_said_to_be_static(net):
     assert result.correlations[0].model.bands == pytest.approx(result.correlations[0].against.bands)
 
 
+def test_predictors_that_have_learnt_little_are_named(net):
+    model = dyconvert.convert(net, g=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("coefficient_predictor.linear.weight"):
+                parameter += 1e-4 * torch.randn(parameter.shape, generator=generator)
+    result = measured(model)
+    assert all(conv.is_constant and conv.spread > 0 for conv in result.coefficients.convs)
+    [warning] = [f.text for f in result.findings if f.level == "warning"]
+    assert "static in effect" in warning
+    assert "learnt little" in warning
+
+
 def test_a_static_model_has_half_an_analysis(net):
     result = measured(net)
     assert not result.dynamic

@@ -8,6 +8,9 @@ from dyconvert.analysis.coefficients import CONSTANT, UNUSED, Coefficients, Conv
 from dyconvert.analysis.correlation import SAME, LayerCorrelation
 from dyconvert.errors import some
 
+# Below it a coefficient's standard deviation is a matter of rounding.
+UNTRAINED = 1e-6
+
 
 class Finding(BaseModel):
     """One sentence or two; a "warning" is something to look into, a "note" something to know."""
@@ -20,12 +23,20 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
     """Experts that are never used, predictors that are saturated or predict a constant."""
     findings = []
     constant = [conv for conv in found.convs if conv.is_constant]
-    if found.convs and len(constant) == len(found.convs):
+    most = max((conv.spread for conv in found.convs), default=0.0)
+    if found.convs and most < UNTRAINED:
         text = (
             "Every coefficient is the same for all images: the model computes a static network. So it is after a "
             "conversion that wasn't fine-tuned."
         )
         findings.append(Finding(level="note", text=text))
+    elif constant and len(constant) == len(found.convs):
+        text = (
+            f"Coefficients hardly differ from image to image, by {most:.1e} at most: the model is static in effect. "
+            "Its predictors have learnt little: train longer, at a higher learning rate for them, "
+            "or from experts that differ more."
+        )
+        findings.append(Finding(level="warning", text=text))
     elif constant:
         text = (
             f"The coefficients of {_listed(constant)} hardly differ from image to image (by less than {CONSTANT:g}): "

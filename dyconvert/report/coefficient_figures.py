@@ -17,13 +17,13 @@ def ridges(found: Coefficients) -> Any:
         largest = max(total) or 1
         y = [number - 1.35 * (count / largest) ** 0.5 for count in total]
         x = [(i + 0.5) / BINS for i in range(BINS)]
-        axes.fill_between(x, number, y, color=COLOUR["dynamic"], alpha=0.35, linewidth=0, zorder=2 + number)
-        axes.plot(x, y, color=COLOUR["dynamic"], linewidth=1, zorder=2 + number)
+        axes.fill_between(x, number, y, step="mid", color=COLOUR["dynamic"], alpha=0.35, linewidth=0, zorder=2 + number)
+        axes.step(x, y, where="mid", color=COLOUR["dynamic"], linewidth=1, zorder=2 + number)
     axes.set_xlim(low, high)
     axes.set_ylim(len(shown) - 0.6, -1.6)
     axes.set_yticks(range(len(shown)), [_short(conv.name) for conv in shown], fontsize=7.5)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("coefficient (height: square root of the density)")
+    axes.set_xlabel("coefficient")
     return figure
 
 

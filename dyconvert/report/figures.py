@@ -72,6 +72,7 @@ def distribution(layer: LayerCorrelation, name: str) -> Any:
         for sign in (-1, 1):
             axes.axvline(sign * edge, color=COLOUR["muted"], linewidth=0.6, linestyle=(0, (2, 3)))
     axes.set_xlim(-1, 1)
+    axes.set_xticks([-1, -0.5, 0, 0.5, 1])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Pearson's r of two feature maps")
     axes.set_ylabel("share of pairs, %")
@@ -290,6 +291,8 @@ def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label
 
 def courses(run: Run) -> list[tuple[str, Any]]:
     """A fine-tuning run's losses, and what it was validated by, over the epochs: `(title, picture)`."""
+    from matplotlib.ticker import MaxNLocator
+
     drawn = []
     for title, words in (("Validation", ("acc", "top1", "top-1", "miou", "metric")), ("Loss", ("loss",))):
         chosen = [c for c in run.courses if any(word in c.name.lower() for word in words) and len(c.values) > 1]
@@ -299,7 +302,10 @@ def courses(run: Run) -> list[tuple[str, Any]]:
             continue
         figure, axes = new(2.7)
         for number, course in enumerate(chosen):
-            axes.plot(course.epochs, course.values, color=COLOUR[SERIES[number]], label=course.name)
+            axes.plot(
+                [epoch + 1 for epoch in course.epochs], course.values, color=COLOUR[SERIES[number]], label=course.name
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.legend(fontsize=7.5)
         drawn.append((title, figure))

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from dyconvert.analysis.coefficients import ConvCoefficients
+from dyconvert.analysis.findings import UNTRAINED
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.report import coefficient_figures, figures
@@ -88,8 +89,14 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
             Drawing(f"run_{title.lower()}", title, figure, "Over the epochs of fine-tuning.")
             for title, figure in figures.courses(analysis.run)
         ]
+    rows = {"coefficients": len(analysis.coefficients.convs) if analysis.coefficients else 0}
+    rows |= {"variation": rows["coefficients"], "usage": rows["coefficients"], "experts": len(analysis.experts)}
+    rows |= {f"cost_{name}": len(analysis.cost.blocks) for name in ("macs", "parameters", "seconds") if analysis.cost}
+    rows["classes"] = len(analysis.classes)
     for section in found.values():
         for drawing in section:
+            if (count := rows.get(drawing.name, 0)) > figures.ROWS:
+                drawing.caption += f" Shown are {figures.ROWS} of {count}, evenly spread; numbers/ has all of them."
             drawing.label = drawing.label or f"{drawing.title}. {drawing.caption}"
     return found
 
@@ -101,7 +108,7 @@ def _coefficients(analysis: Analysis) -> list[Drawing]:
             "coefficients",
             "Distribution",
             coefficient_figures.ridges(found),
-            "All coefficients of each conv, over all images and output channels.",
+            "All coefficients of each conv, over all images and output channels; as high as the root of their density.",
         ),
         Drawing(
             "variation",
@@ -111,6 +118,9 @@ def _coefficients(analysis: Analysis) -> list[Drawing]:
         ),
         Drawing("usage", "Which experts are used", coefficient_figures.usage(found), USAGE),
     ]
+    if all(conv.spread < UNTRAINED for conv in found.convs):
+        # As converted: there is nothing that varies to be shown.
+        drawn = [drawing for drawing in drawn if drawing.name != "variation"]
     conv = most_by_class(analysis)
     if conv is not None:
         picture = coefficient_figures.class_map(conv, analysis.classes)
