@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dyconvert.finetuning.schema import Dynamic, Train
 from dyconvert.nn import CoefficientPredictor
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
                 {
                     "name": key,
                     "params": [],
-                    "lr": train.lr * (dynamic.predictor_lr if predictor else 1.0),
+                    "lr": _rate(train, dynamic, predictor),
                     "weight_decay": 0.0 if excluded else train.weight_decay,
                 },
             )
@@ -64,9 +64,53 @@ def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
+def _rate(train: Train, dynamic: Dynamic, predictor: bool) -> float:
+    if not predictor:
+        return train.lr
+    return train.lr * dynamic.predictor_lr if dynamic.predictor_adam is None else dynamic.predictor_adam
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each with parameters of its own, as one: for a schedule, a scaler and a checkpoint."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        # The very groups of the parts, so that a schedule's learning rates reach them.
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
 def make_optimizer(model: nn.Module, train: Train, dynamic: Dynamic) -> torch.optim.Optimizer:
     """The recipe's optimizer over the parameters that train."""
     groups = parameter_groups(model, train, dynamic)
+    if dynamic.predictor_adam is None:
+        return _optimizer(groups, train)
+    predictors = [group for group in groups if group["name"].startswith("predictors")]
+    others = [group for group in groups if not group["name"].startswith("predictors")]
+    if not predictors or not others:
+        return torch.optim.AdamW(predictors) if predictors else _optimizer(others, train)
+    return Together(_optimizer(others, train), torch.optim.AdamW(predictors))
+
+
+def _optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov)

@@ -321,6 +321,10 @@ class Dynamic(Section):
     predictor_lr: Amount = 1.0
     """Factor on the learning rate of the predictors."""
 
+    predictor_adam: Rate | None = None
+    """Train the predictors with Adam, at this learning rate at the schedule's peak, whatever train.optimizer is. Their
+    gradients are a hundred times smaller than the experts': with plain SGD short runs leave the coefficients equal."""
+
     temperature: Temperature | None = None
     """null keeps the method's own temperature."""
 
