@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from dyconvert.errors import ModelError, brief
+from dyconvert.errors import ModelError
 from dyconvert.narrowing.choose import by_unit, normalised
 from dyconvert.narrowing.flow import Aim, Listener
 from dyconvert.narrowing.graph import Graph, Group
@@ -116,11 +116,7 @@ def sample(
     positions: Positions,
     progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
-    """Each layer's output at its aim, `[P, C]`, in eval mode.
-
-    Raises:
-        ModelError: the model rejects the images.
-    """
+    """Each layer's output at its aim, `[P, C]`, in eval mode."""
     found: dict[str, list[Tensor]] = {name: [] for name in aims}
     first = 0
 
@@ -134,14 +130,8 @@ def sample(
     for first in range(0, len(images), _BATCH):
         progress(first, len(images))
         batch = images[first : first + _BATCH]
-        try:
-            with Listener(wanted):
-                model(batch)
-        except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__} rejects the calibration images, {list(images.shape[1:])}: {brief(error)}. "
-                "Give images as the model takes them."
-            ) from error
+        with Listener(wanted):
+            model(batch)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -38,12 +38,15 @@ def pivots(similarity: Tensor, count: int) -> Tensor:
 
     Taking unit j leaves the residual R - r r^T, with r = R_j / sqrt(R_jj), and explains sum_i R_ij^2 / R_jj.
     """
-    left = similarity.float().clone()
+    # In single precision where double would take long.
+    left = similarity.double().clone() if len(similarity) <= 1024 else similarity.float().clone()
     squares = left.square().sum(0)
-    floor = 1e-6 * left.diagonal().mean().clamp(min=1e-30)
+    explained = 1e-5 * left.diagonal()  # less is rounding
+    floor = explained.mean().clamp(min=1e-30)
     taken: list[int] = []
     for _ in range(count):
-        gain = squares / left.diagonal().clamp(min=floor)
+        rest = left.diagonal()
+        gain = torch.where(rest > explained, squares / rest.clamp(min=floor), 0.0)
         gain[taken] = -1
         best = int(gain.argmax())
         column = left[best] / left[best, best].clamp(min=floor).sqrt()

@@ -97,6 +97,9 @@ def narrow(
     example = _example(model, example, images)
     keep = (keep,) if isinstance(keep, str) else keep
     original = _runner(model)
+    _check_takes(original, example, "example")
+    if images is not None:
+        _check_takes(original, (images[:1],), "calibration images")
     tell("following the channels", 0, 1)
     graph = channel_groups(model, example, keep)
 
@@ -263,6 +266,17 @@ def _cut(model: nn.Module, graph: Graph, folds: Folds, *, merge: bool) -> None:
         raise ModelError(
             f"{type(model).__name__} can't be narrowed: {brief(error)}. Keep the channels of the module it is about: "
             "keep=[...] (--keep)."
+        ) from error
+
+
+def _check_takes(model: nn.Module, arguments: tuple[Any, ...], what: str) -> None:
+    try:
+        with torch.no_grad():
+            model(*tree_map_only(Tensor, torch.clone, arguments))
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} rejects the {what}: {brief(error)}. Give what its forward takes, at its size and "
+            "normalised as it is used to (--input-size, --data)."
         ) from error
 
 

@@ -1,0 +1,95 @@
+"""CPU latency of narrowed models against the originals: batch 1, 224 px, in turns.
+
+    python benchmarks/narrow.py [--threads 2] [--g 6] [--repeats 40] [--json narrow.json] [MODEL ...]
+
+Each model is timed as it was, narrowed and dynamic, and narrowed and static; medians, with half the distance of the
+quartiles. Weights are random, which changes no time.
+"""
+
+import argparse
+import json
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dyconvert
+from dyconvert import models
+from dyconvert.analysis.flops import macs, parameters
+from dyconvert.analysis.timing import in_turns
+
+# What DyNet's paper has: half of the channels; of MobileNetV2, 129 of 301 M multiply-adds.
+NARROW = {"resnet50": {"width": 0.5}, "resnet18": {"width": 0.5}, "mobilenet_v2": {"flops": 129 / 300.8}}
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    original, _ = models.create(name, "none")
+    images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
+    how = NARROW.get(name, {"width": 0.5}) | {"example": images}
+    contestants = {
+        "original": original,
+        "dynamic": dyconvert.narrow(original, g=arguments.g, method=arguments.method, **how),
+        "static": dyconvert.narrow(original, static=True, **how),
+    }
+    if arguments.fuse:
+        contestants["dynamic"] = dyconvert.fuse(contestants["dynamic"])
+    if arguments.tune:
+        dyconvert.tune(contestants["dynamic"], images)
+    with torch.inference_mode():
+        calls = {key: partial(model.eval(), images) for key, model in contestants.items()}
+        timings = in_turns(calls, arguments.repeats, seconds=arguments.seconds, cpu=arguments.cpu_time)
+    one = images[:1]
+    return {
+        "model": name,
+        **{
+            key: {
+                "ms": 1e3 * timings[key].median,
+                "spread_ms": 1e3 * (timings[key].high - timings[key].low) / 2,
+                "disturbed": timings[key].disturbed,
+                "macs": macs(model, one),
+                "parameters": parameters(model),
+            }
+            for key, model in contestants.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(NARROW))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--g", type=int, default=6)
+    parser.add_argument("--method", default="dynet")
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=60, help="no further round starts after so long")
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1, on a machine that is in use")
+    parser.add_argument("--fuse", action="store_true", help="fold batch norms into the dynamic convs")
+    parser.add_argument("--tune", action="store_true", help="choose kernels by measuring them first")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = []
+    print(f"{'model':14}{'MACs':>7}{'ms before':>12}{'dynamic':>16}{'static':>16}{'times faster':>14}")
+    for name in arguments.models:
+        result = measure(name, arguments)
+        results.append(result)
+        cells = {k: f"{result[k]['ms']:.1f} +- {result[k]['spread_ms']:.1f}" for k in ("original", "dynamic", "static")}
+        share = result["dynamic"]["macs"] / result["original"]["macs"]
+        ratio = result["original"]["ms"] / result["dynamic"]["ms"]
+        print(
+            f"{name:14}{share:7.1%}{cells['original']:>12}{cells['dynamic']:>16}{cells['static']:>16}{ratio:14.2f}",
+            flush=True,
+        )
+    if arguments.json:
+        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        options = {key: value for key, value in vars(arguments).items() if key not in ("json", "models")}
+        arguments.json.write_text(json.dumps(about | {"options": options, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
