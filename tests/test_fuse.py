@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from varied import coefficient_spread, randomised, with_statistics
 
 import dyconvert
+from dyconvert.nn import DynamicConv, kernels
 from dyconvert.surgery.collapse import collapse
 from dyconvert.surgery.fuse import fuse
 
@@ -306,3 +307,31 @@ def test_an_example_is_guessed_for_a_model_whose_stem_is_dynamic():
 
     dynamic = dyconvert.convert(Branching().eval(), include_stem=True)
     assert fuse(dynamic).dyconvert_fused == (("body.0", "body.1"),)
+
+
+@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_experts_in_half_precision(net, method, dtype, tolerance):
+    """A weight has 11 or 8 bits then; rounding is random, so a few convs in a row add up to no more than that."""
+    fused = fuse(with_statistics(randomised(dyconvert.convert(net, method=method))))
+    halved = fuse(fused, bank_dtype=dtype)
+    banks = [m.weight for m in halved.modules() if isinstance(m, DynamicConv)]
+    assert {bank.dtype for bank in banks} == {dtype}
+    assert all(p.dtype == torch.float32 for p in halved.parameters() if all(p is not bank for bank in banks))
+    for batch in (1, 2, 40):
+        assert 0 < dyconvert.verify(fused, halved, images(batch)).relative < tolerance
+    # Every strategy computes with it, and what was exported or collapsed does, too.
+    for strategy in ("groups", "unfold", "features"):
+        with kernels.force(strategy):
+            assert dyconvert.verify(fused, halved, images()).relative < tolerance
+    assert dyconvert.verify(collapse(fused), collapse(halved), images()).relative < tolerance
+    assert next(collapse(halved).parameters()).dtype == torch.float32
+
+
+def test_experts_too_large_for_half_precision_are_refused(net):
+    dynamic = dyconvert.convert(net)
+    dynamic.layer1[0].conv1.weight.data.mul_(1e7)
+    with pytest.raises(dyconvert.ModelError, match=r"layer1\.0\.conv1 doesn't fit into torch.float16"):
+        fuse(dynamic, bank_dtype=torch.float16)
+    with pytest.raises(dyconvert.ModelError, match="isn't half precision"):
+        fuse(dynamic, bank_dtype=torch.int8)

@@ -81,8 +81,8 @@ class DynamicConv(nn.Module):
         if coefficients is None:
             coefficients = self._coefficients(x)
         x, padding = self.padded(x)
-        return self._shifted(
-            dynamic_conv(x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups)
+        return dynamic_conv(
+            x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups, self.shift
         )
 
     def padded(self, x: Tensor) -> tuple[Tensor, Sequence[int] | str]:

@@ -77,15 +77,18 @@ def dynamic_conv(
     padding: Sequence[int] | str,
     dilation: Sequence[int],
     groups: int,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Convolve every image with the kernel that its own coefficients mix.
 
     Args:
         x: `[N, C_in, *spatial]`
-        weight: the bank, `[g * C_out, C_in / groups, *kernel]`, expert by expert.
+        weight: the bank, `[g * C_out, C_in / groups, *kernel]`, expert by expert. It may be of half precision where
+            the input isn't: it is read at half the cost then, and mixed kernels are as exact as it is.
         bias: `[g * C_out]` or None.
         coefficients: `[N, g, 1]` or `[N, g, C_out]`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        shift: `[C_out]` or None: added to every image's output, unmixed.
 
     Returns:
         `[N, C_out, *spatial]`
@@ -95,7 +98,12 @@ def dynamic_conv(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
-    return STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
+    if strategy == "tiled" and not needs_backward(x, weight, bias, coefficients, shift):
+        return _tiled(x, weight, bias, coefficients, geometry, None, shift)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    out = STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
+    return out if shift is None else out + shift.view(-1, *[1] * (x.dim() - 2))
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> str:
@@ -168,11 +176,12 @@ def _tiled(
     coefficients: Tensor,
     geometry: Geometry,
     tile: tiles.Tile | None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     if isinstance(geometry.padding, str):
         x, geometry = _number_the_padding(x, weight.shape[2:], geometry)
     if not needs_backward(x, weight, bias, coefficients):
-        return tiles.forward(x, weight, bias, coefficients, geometry, tile)
+        return tiles.forward(x, weight, bias, coefficients, geometry, tile, shift)
     out = TiledConv.apply(x, weight, coefficients, geometry, tile)
     if bias is not None:
         mixed = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)

@@ -48,10 +48,14 @@ def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> T
         out: memory for `N C_out K` elements that may be used.
 
     Returns:
-        `[N, C_out, K]`, contiguous
+        `[N, C_out, K]`, contiguous, of the coefficients' dtype
     """
     g, channels, elements = bank.shape
     images = coefficients.shape[0]
+    if bank.dtype != coefficients.dtype:
+        # Half precision: the embedding bag adds up in float32, and is the one that is fast in it.
+        mixed = _bags(bank, coefficients.expand(-1, -1, channels).to(bank.dtype))
+        return mixed.to(coefficients.dtype) if out is None else out.copy_(mixed)
     if coefficients.shape[2] == 1:
         if images == 1 and bank.numel() >= _LARGE:
             return torch.mv(bank.flatten(1).t(), coefficients.flatten()).view(1, channels, elements)
@@ -64,6 +68,13 @@ def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> T
         return out
     if images * bank.numel() < _TINY:
         return (bank * coefficients.unsqueeze(3)).sum(1)
+    return _bags(bank, coefficients)
+
+
+def _bags(bank: Tensor, coefficients: Tensor) -> Tensor:
+    """Kernels `[N, C_out, K]` whose rows are weighted sums of the bank's; coefficients `[N, g, C_out]`."""
+    g, channels, elements = bank.shape
+    images = coefficients.shape[0]
     apart = bank.stride(0) // elements if g > 1 else channels
     rows = bank.as_strided(((g - 1) * apart + channels, elements), (elements, 1))
     index = _rows(g, channels, apart)
@@ -73,8 +84,14 @@ def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> T
 
 def _sums(rows: Tensor, index: Tensor, terms: int, weights: Tensor) -> Tensor:
     """Weighted sums of rows, `terms` of `index` in each: the embedding bag, which was made for this."""
-    offsets = torch.arange(0, index.shape[0], terms, dtype=torch.int32)
+    offsets = _offsets(index.shape[0], terms)
     return torch.embedding_bag(rows, index, offsets, False, 0, False, weights.reshape(-1))[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _offsets(count: int, terms: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(0, count, terms, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=256)

@@ -58,6 +58,7 @@ class _Shapes:
     def __init__(self, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, tile: Tile | None) -> None:
         g = coefficients.shape[1]
         self.images = x.shape[0]
+        self.dtype = x.dtype
         self.channels = weight.shape[0] // g
         self.kernel = weight.shape[1:]
         self.last = is_channels_last(weight)
@@ -97,7 +98,7 @@ class _Shapes:
 
     def buffer(self) -> Tensor:
         rows = min(self.tile.images, self.images) * min(self.tile.channels, self.channels)
-        return self.bank.new_empty(rows * self.elements)
+        return self.bank.new_empty(rows * self.elements, dtype=self.dtype)
 
     def rows(self, buffer: Tensor, images: int, channels: int) -> Tensor:
         """The part of the buffer that a tile's kernels take: `[images, channels, K]`."""
@@ -123,15 +124,16 @@ def forward(
     coefficients: Tensor,
     geometry: Geometry,
     tile: Tile | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """A dynamic conv without autograd; arguments as those of a strategy, padding as numbers."""
+    biases = _biases(bias, coefficients, shift)
     if tile is None and weight.is_contiguous():
         if x.shape[0] == 1:
-            return _one(x, weight, bias, coefficients, geometry)
+            return _one(x, weight, biases, coefficients, geometry)
         if _fits(x, weight, coefficients, geometry):
-            return _at_once(x, weight, bias, coefficients, geometry)
+            return _at_once(x, weight, biases, coefficients, geometry)
     shapes = _Shapes(x, weight, coefficients, geometry, tile)
-    biases = None if bias is None else mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)  # [N, C_out]
     if shapes.pointwise:
         out = _pointwise_forward(_at_stride(x, geometry), shapes, coefficients)
         return out if biases is None else out.add_(biases.view(*biases.shape, *[1] * (x.dim() - 2)))
@@ -151,6 +153,14 @@ def forward(
     return out
 
 
+def _biases(bias: Tensor | None, coefficients: Tensor, shift: Tensor | None) -> Tensor | None:
+    """What is added to each image's output channels, `[N, C_out]`."""
+    if bias is None:
+        return None if shift is None else shift.expand(coefficients.shape[0], -1)
+    biases = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)
+    return biases if shift is None else biases + shift
+
+
 def _empty_like(x: Tensor, size: tuple[int, ...]) -> Tensor:
     form = _FORMATS[x.dim()] if is_channels_last(x) else torch.contiguous_format
     return torch.empty(size, dtype=x.dtype, memory_format=form)
@@ -166,34 +176,30 @@ def _fits(x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry) -
     return batch <= _GROUPS and kernels <= _REUSED and x.numel() * size <= _ACTIVATIONS and not is_channels_last(x)
 
 
-def _one(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def _one(x: Tensor, weight: Tensor, biases: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
     """One image: the plain conv. At this size every call counts."""
     g = coefficients.shape[1]
     size = weight.shape
     kernel = mix_fast(weight.view(g, size[0] // g, -1), coefficients).view(-1, *size[1:])
-    if bias is not None:
-        bias = mix_fast(bias.view(g, -1, 1), coefficients).flatten()
-    return CONV[len(size) - 2](x, kernel, bias, *geometry)
+    return CONV[len(size) - 2](x, kernel, None if biases is None else biases.flatten(), *geometry)
 
 
-def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def _at_once(x: Tensor, weight: Tensor, biases: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
     """One tile for everything."""
     batch, g = coefficients.shape[:2]
     size = weight.shape
     rows = size[0] // g
     bank = weight.view(g, rows, -1)
     kernels = mix_fast(bank, coefficients)
-    if bias is not None:
-        bias = mix(bias.view(g, rows), coefficients)
     if geometry.groups == 1 and bank.shape[2] == x.shape[1] and not any(geometry.padding):
         source = _at_stride(x, geometry)
         out = _empty_like(source, (batch, rows, *source.shape[2:]))
         torch.bmm(kernels, source.flatten(2), out=out.flatten(2))
-        return out if bias is None else out.add_(bias.view(batch, rows, *[1] * (x.dim() - 2)))
+        return out if biases is None else out.add_(biases.view(batch, rows, *[1] * (x.dim() - 2)))
     out = CONV[len(size) - 2](
         x.reshape(1, -1, *x.shape[2:]),
         kernels.view(-1, *size[1:]),
-        None if bias is None else bias.flatten(),
+        None if biases is None else biases.flatten(),
         geometry.stride,
         geometry.padding,
         geometry.dilation,

@@ -85,7 +85,7 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     replacements = {}
     for name in convs:
         conv = result.get_submodule(name)
-        replacements[conv] = _static(conv, chosen[name])
+        replacements[conv] = _static(conv, chosen[name], predictors[name].linear.weight.dtype)
     for module in result.modules():
         if isinstance(module, SharesPredictor):
             module.__class__ = module._dyconvert_base
@@ -141,7 +141,7 @@ def _initial(predictor: CoefficientPredictor, conv: DynamicConv) -> Tensor:
     return torch.full((conv.g, 1), predictor.initial_coefficient, dtype=torch.float64)
 
 
-def _static(dynamic: DynamicConv, coefficients: Tensor) -> nn.Module:
+def _static(dynamic: DynamicConv, coefficients: Tensor, dtype: torch.dtype) -> nn.Module:
     cls = STATIC_CLASSES.get(type(dynamic))
     if cls is None:
         raise ModelError(f"collapse() doesn't know which static conv a {type(dynamic).__name__} goes back to.")
@@ -171,16 +171,17 @@ def _static(dynamic: DynamicConv, coefficients: Tensor) -> nn.Module:
         by_group = coefficients.view(dynamic.g, dynamic.groups, 1, -1)
         by_group = by_group.expand(-1, -1, dynamic.in_channels // dynamic.groups, -1)
         per_weight = by_group.flatten(1, 2).view(dynamic.g, dynamic.in_channels, -1, *spatial)
-    static.weight = _mixed(dynamic.weight, per_weight)
+    # The experts of a fused model may be of half precision where the rest isn't.
+    static.weight = _mixed(dynamic.weight, per_weight, dtype)
     if dynamic.bias is not None:
-        static.bias = _mixed(dynamic.bias, coefficients)
+        static.bias = _mixed(dynamic.bias, coefficients, dtype)
     if dynamic.shift is not None:  # of a model whose batch norms were fused
         shift = dynamic.shift.detach().clone()
         static.bias = nn.Parameter(shift if dynamic.bias is None else static.bias.detach() + shift, False)
     return hand_over(dynamic, static, but=_DYNAMIC_ONLY)
 
 
-def _mixed(bank: nn.Parameter, coefficients: Tensor) -> nn.Parameter:
+def _mixed(bank: nn.Parameter, coefficients: Tensor, dtype: torch.dtype) -> nn.Parameter:
     """The mixture of a bank's experts, in the bank's memory format; `coefficients[i]` multiplies expert i."""
     experts = bank.detach().unflatten(0, (len(coefficients), -1)).unbind()
     total: Tensor | None = None
@@ -188,4 +189,4 @@ def _mixed(bank: nn.Parameter, coefficients: Tensor) -> nn.Parameter:
     for expert, eta in zip(experts, coefficients.to(bank.device), strict=True):
         part = expert.double() * eta
         total = part if total is None else total.add_(part)
-    return nn.Parameter(total.to(bank.dtype), requires_grad=bank.requires_grad)
+    return nn.Parameter(total.to(dtype), requires_grad=bank.requires_grad)

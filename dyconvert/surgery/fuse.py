@@ -36,7 +36,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, Froz
 _NORMS_WITH_ACTIVATION = {"BatchNormAct2d", "FrozenBatchNormAct2d"}
 
 
-def fuse(model: nn.Module, example: Any = None) -> nn.Module:
+def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | None = None) -> nn.Module:
     """Fold each batch norm that directly follows a conv, dynamic or static, into that conv.
 
     For inference only: the outputs are equal in eval mode, and there is no batch norm left to train. What is
@@ -48,6 +48,9 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
         example: an input, or the tuple of the forward's arguments. It matters only where the model can't be traced
             as a whole: a trial run then shows whether a conv is called from elsewhere, too. None: common sizes are
             tried; where none fits, such parts keep their batch norms.
+        bank_dtype: `torch.float16` or `torch.bfloat16` keeps the experts in half precision, and the rest of the
+            model as it is: half the memory, and at small batches most of a dynamic conv's cost over a static one is
+            reading the experts. Outputs are then equal to that precision only.
 
     Returns:
         A new model of the same class, with `nn.Identity` in the place of the batch norms that were folded. Its
@@ -55,9 +58,12 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
         a model with :func:`~dyconvert.save`, save it before it is fused.
 
     Raises:
-        ModelError: the model or one of its batch norms is in training mode.
+        ModelError: the model or one of its batch norms is in training mode; `bank_dtype` is no half precision; an
+            expert doesn't fit into it.
     """
     _check_eval(model)
+    if bank_dtype not in (None, torch.float16, torch.bfloat16):
+        raise ModelError(f"bank_dtype={bank_dtype} isn't half precision. Take torch.float16 or torch.bfloat16.")
     pairs = list(_pairs(model, example))
     result = skeleton(model, lambda t: t.detach().clone())
     modules = dict(result.named_modules())
@@ -67,6 +73,10 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
         _fold(conv, norm)
         identities[norm] = _remainder(norm).eval()
     replace_everywhere(result, identities)
+    if bank_dtype is not None:
+        for name, module in result.named_modules():
+            if isinstance(module, DynamicConv) and not isinstance(module, DynamicConvTranspose):
+                module.weight = _halved(name, module.weight, bank_dtype)
     # A plan describes what `convert` makes of the static model, and this is no longer that.
     for key in [key for key in vars(result) if key.startswith("dyconvert_")]:
         delattr(result, key)
@@ -191,6 +201,15 @@ def _fold(conv: nn.Module, norm: nn.Module) -> None:
         if conv.bias is not None:
             shift = shift + conv.bias.detach().double() * scale
         conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+
+
+def _halved(name: str, weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    halved = weight.detach().to(dtype)
+    if not halved.isfinite().all():
+        raise ModelError(
+            f"An expert of {name} doesn't fit into {dtype}. Take torch.bfloat16, which has float32's range."
+        )
+    return nn.Parameter(halved, requires_grad=False)
 
 
 def _scaled(parameter: nn.Parameter, scale: Tensor) -> nn.Parameter:
