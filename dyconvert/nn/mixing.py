@@ -50,7 +50,7 @@ def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> T
     Returns:
         `[N, C_out, K]`, contiguous, of the coefficients' dtype
     """
-    g, channels, elements = bank.shape
+    _, channels, elements = bank.shape
     images = coefficients.shape[0]
     if bank.dtype != coefficients.dtype:
         # Half precision: the embedding bag adds up in float32, and is the one that is fast in it.
