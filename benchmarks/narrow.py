@@ -2,7 +2,8 @@
 
     python benchmarks/narrow.py [--threads 2] [--g 6] [--repeats 40] [--json narrow.json] [MODEL ...]
 
-Each model is timed as it was, narrowed and dynamic, and narrowed and static; medians, with half the distance of the
+Each model is timed as it was; narrowed and dynamic; the same, with batch norms fused and experts in float16
+(``dyconvert.fuse(model, bank_dtype=torch.float16)``); and narrowed and static. Medians, with half the distance of the
 quartiles. Weights are random, which changes no time.
 """
 
@@ -29,15 +30,15 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     original, _ = models.create(name, "none")
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
     how = NARROW.get(name, {"width": 0.5}) | {"example": images}
+    dynamic = dyconvert.narrow(original, g=arguments.g, method=arguments.method, **how).eval()
+    if arguments.tune:
+        dyconvert.tune(dynamic, images)
     contestants = {
         "original": original,
-        "dynamic": dyconvert.narrow(original, g=arguments.g, method=arguments.method, **how),
+        "dynamic": dynamic,
+        "fused": dyconvert.fuse(dynamic, bank_dtype=torch.float16),
         "static": dyconvert.narrow(original, static=True, **how),
     }
-    if arguments.fuse:
-        contestants["dynamic"] = dyconvert.fuse(contestants["dynamic"])
-    if arguments.tune:
-        dyconvert.tune(contestants["dynamic"], images)
     with torch.inference_mode():
         calls = {key: partial(model.eval(), images) for key, model in contestants.items()}
         timings = in_turns(calls, arguments.repeats, seconds=arguments.seconds, cpu=arguments.cpu_time)
@@ -68,23 +69,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=60, help="no further round starts after so long")
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1, on a machine that is in use")
-    parser.add_argument("--fuse", action="store_true", help="fold batch norms into the dynamic convs")
     parser.add_argument("--tune", action="store_true", help="choose kernels by measuring them first")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = []
-    print(f"{'model':14}{'MACs':>7}{'ms before':>12}{'dynamic':>16}{'static':>16}{'times faster':>14}")
+    print(f"{'ms, times faster':18}{'MACs':>7}{'original':>14}{'dynamic':>21}{'fused, float16':>21}{'static':>21}")
     for name in arguments.models:
         result = measure(name, arguments)
         results.append(result)
-        cells = {k: f"{result[k]['ms']:.1f} +- {result[k]['spread_ms']:.1f}" for k in ("original", "dynamic", "static")}
         share = result["dynamic"]["macs"] / result["original"]["macs"]
-        ratio = result["original"]["ms"] / result["dynamic"]["ms"]
-        print(
-            f"{name:14}{share:7.1%}{cells['original']:>12}{cells['dynamic']:>16}{cells['static']:>16}{ratio:14.2f}",
-            flush=True,
-        )
+        before = result["original"]
+        cells = f"{name:18}{share:7.1%}{before['ms']:7.1f} +- {before['spread_ms']:3.1f}"
+        for key in ("dynamic", "fused", "static"):
+            found = result[key]
+            cells += f"{found['ms']:8.1f} +- {found['spread_ms']:3.1f} {before['ms'] / found['ms']:4.2f}x"
+        print(cells, flush=True)
     if arguments.json:
         about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
         options = {key: value for key, value in vars(arguments).items() if key not in ("json", "models")}

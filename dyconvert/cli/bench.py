@@ -101,6 +101,12 @@ def model(
     against: Annotated[
         str | None, typer.Option(help="Compare with this model too: timm:tf_efficientnet_cc_b0_4e.")
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Fold batch norms into the convs first, the original's as well.")
+    ] = False,
+    bank_dtype: Annotated[
+        str | None, typer.Option(help="float16 or bfloat16: keep the experts in half precision. Fuses as well.")
+    ] = None,
     threads: Threads = None,
     train: Training = False,
     repeats: Repeats = 15,
@@ -111,12 +117,17 @@ def model(
     from dyconvert import models
     from dyconvert.analysis import bench
     from dyconvert.surgery.convert import convert
+    from dyconvert.surgery.fuse import fuse as fuse_model
     from dyconvert.surgery.observe import example_for
 
     sizes = _batches(batch)
     _set_threads(threads)
     static, source = models.create(model, "none", {})
     dynamic = convert(static, method=method, g=g, scope=scope, include=include or ())
+    if fuse or bank_dtype:
+        if train:
+            raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
+        dynamic, static = fuse_model(dynamic.eval(), bank_dtype=_half(bank_dtype)), fuse_model(static.eval())
     other = models.create(against, "none", {})[0] if against else None
     read = bench.bandwidth(cpu_time)
     wanted = (size, size) if size else source.input_size
@@ -148,6 +159,12 @@ def _batches(text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ModelError(f"--batch {text!r} is no list of batch sizes. Write 1,8,32.")
     return [int(part) for part in parts]
+
+
+def _half(name: str | None) -> torch.dtype | None:
+    if name not in (None, "float16", "bfloat16"):
+        raise ModelError(f"--bank-dtype {name!r} is no half precision. Write float16 or bfloat16.")
+    return getattr(torch, name) if name else None
 
 
 def _layer(text: str) -> Any:

@@ -1,0 +1,87 @@
+"""dyconvert bench: what it compares, prints and writes. That it is fast, no test can say."""
+
+import json
+
+import pytest
+
+SMALL = ("--layer", "8,8,3,8", "--layer", "8,16,1,8,2", "--batch", "1,2", "--repeats", 2)
+
+
+@pytest.mark.parametrize("mode", ["--inference", "--train"])
+def test_layers_against_the_static_conv_timms_and_mixing_feature_maps(cli, tmp_path, mode):
+    pytest.importorskip("timm")
+    ran = cli("bench", "layers", *SMALL, mode, "--json", tmp_path / "found.json")
+    assert ran.code == 0, ran.said
+    assert "3x3 8 @8" in ran.said
+    assert "1x1/2 8-16 @8" in ran.said
+    assert "timm / condconv:" in ran.said
+    assert "features / condconv:" in ran.said
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    rows = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert [(row["layer"], row["batch"]) for row in rows] == [
+        (layer, batch) for batch in (1, 2) for layer in ("3x3 8 @8", "1x1/2 8-16 @8")
+    ]
+    for row in rows:
+        assert row["training"] is (mode == "--train")
+        assert row["limit"] > row["static"]["median"] > 0
+        assert min(row[name]["median"] for name in ("dynamic", "timm", "features")) > 0
+
+
+def test_without_mixing_feature_maps_and_for_dynets_coefficients(cli):
+    ran = cli("bench", "layers", *SMALL, "--method", "dynet", "--no-features")
+    assert ran.code == 0, ran.said
+    assert "features / dynet" not in ran.said
+    assert "timm: left out" in ran.said  # its conv has no coefficients per channel
+
+
+def test_peak_memory(cli, tmp_path):
+    ran = cli(
+        "bench", "layers", "--layer", "8,8,3,8", "--batch", 1, "--repeats", 1, "--memory", "--json", tmp_path / "m.json"
+    )
+    assert ran.code == 0, ran.said
+    (row,) = json.loads((tmp_path / "m.json").read_text())["results"]
+    assert {"static", "dynamic", "features"} <= row["memory"].keys()
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--fuse",), ("--bank-dtype", "float16"), ("--train",), ("--against", "digits-resnet8")]
+)
+def test_a_model_against_its_original(cli, tmp_path, options):
+    ran = cli(
+        "bench",
+        "model",
+        "digits-resnet8",
+        "--g",
+        2,
+        "--batch",
+        "1,2",
+        "--repeats",
+        2,
+        *options,
+        "--json",
+        tmp_path / "m",
+    )
+    assert ran.code == 0, ran.said
+    rows = json.loads((tmp_path / "m").read_text())["results"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert all(row["dynamic"]["median"] > 0 and row["limit"] > row["static"]["median"] for row in rows)
+    assert all((row["other"] is not None) is ("--against" in options) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("layers", "--batch", "1,two"), "1,8,32"),
+        (("layers", "--layer", "8,8,3"), "C_IN,C_OUT,KERNEL,SIZE"),
+        (("layers", "--layer", "8,8,3,8,1,3"), "groups don't divide"),
+        (("layers", "--threads", "0"), "at least one"),
+        (("layers", "--method", "dinet"), "dynet"),
+        (("model", "digits-resnet8", "--bank-dtype", "int8"), "float16 or bfloat16"),
+        (("model", "digits-resnet8", "--fuse", "--train"), "isn't trained"),
+    ],
+)
+def test_bad_input(cli, arguments, said):
+    ran = cli("bench", *arguments)
+    assert ran.code == 2
+    assert said in ran.said
+    assert not ran.stdout
