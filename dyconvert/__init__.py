@@ -15,8 +15,8 @@ from dyconvert.errors import (
     RecipeError,
     TrainingError,
 )
-from dyconvert.export import export_onnx, export_torch
-from dyconvert.exported import Exported
+from dyconvert.exporting.export import export_onnx, export_torch
+from dyconvert.exporting.exported import Exported
 from dyconvert.finetuning import Recipe, finetune, load_recipe
 from dyconvert.methods import METHODS, Method
 from dyconvert.narrowing.narrow import narrow

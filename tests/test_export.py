@@ -16,8 +16,8 @@ from varied import coefficient_spread, randomised, with_statistics
 
 import dyconvert
 from dyconvert import exported, models
-from dyconvert.export import export_onnx, export_torch
-from dyconvert.exported import ExportError
+from dyconvert.exporting.export import export_onnx, export_torch
+from dyconvert.exporting.exported import ExportError
 from dyconvert.surgery.fuse import fuse
 
 onnx = pytest.importorskip("onnx", reason="needs dyconvert[onnx]")
@@ -379,7 +379,7 @@ def test_without_onnxruntime_it_is_not_checked(net, tmp_path, monkeypatch):
 
 
 def test_the_package_does_not_import_onnx():
-    code = "import sys, dyconvert, dyconvert.export, dyconvert.cli; print([m for m in sys.modules if 'onnx' == m[:4]])"
+    code = "import sys, dyconvert.exporting.export, dyconvert.cli; print([m for m in sys.modules if 'onnx' == m[:4]])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"
 

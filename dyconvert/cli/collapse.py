@@ -15,7 +15,7 @@ from dyconvert.analysis.images import ImageSet
 from dyconvert.cli.options import Mean, Std, check_free, images_for, loaded, parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import ModelError
-from dyconvert.exported import written
+from dyconvert.exporting.exported import written
 from dyconvert.surgery.collapse import collapse as collapse_model
 from dyconvert.verify import verify
 

@@ -11,7 +11,7 @@ import typer
 from dyconvert.cli.options import check_free, loaded, parse_size
 from dyconvert.cli.output import count, err, out
 from dyconvert.errors import DyconvertError
-from dyconvert.export import export_onnx, export_torch
+from dyconvert.exporting.export import export_onnx, export_torch
 from dyconvert.surgery.fuse import fuse as fuse_model
 
 

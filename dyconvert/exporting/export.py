@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dyconvert.errors import ExportError
-from dyconvert.exported import (
+from dyconvert.exporting.exported import (
     Exported,
     check_inputs,
     difference_of_onnx,
@@ -56,7 +56,7 @@ def export_onnx(
             or node prevents it; the file can't be written, or computes something else.
     """
     _require("onnx", "onnxscript")
-    from dyconvert.onnx_conv import prepared, translations
+    from dyconvert.exporting.onnx_conv import prepared, translations
 
     arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
     reference = _on_cpu(model)

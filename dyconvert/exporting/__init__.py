@@ -1,0 +1,1 @@
+"""Files for runtimes: ONNX, and torch.export's."""
