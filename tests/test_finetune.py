@@ -145,7 +145,7 @@ def test_fine_tuning_does_not_touch_the_global_generator(tmp_path):
 
 def test_norms_biases_and_predictors_are_not_decayed_and_predictors_have_a_rate_of_their_own():
     model = dyconvert.convert(tv.mobilenet_v2(num_classes=4), g=2)
-    groups = parameter_groups(model, Train(lr=0.1, weight_decay=1e-4), Dynamic(predictor_lr=0.5))
+    groups = parameter_groups(model, Train(lr=0.1, weight_decay=1e-4), Dynamic(predictor_lr=0.5, expert_lr=1))
     of = {id(parameter): group for group in groups for parameter in group["params"]}
     assert len(of) == len(list(model.parameters()))
     for module in model.modules():

@@ -2,13 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 from finetune_nets import recipe
 from nets import ResidualNet, seeded
 
 import dyconvert
 from dyconvert import CoefficientPredictor, finetune
-from dyconvert.finetuning.optim import make_optimizer
+from dyconvert.finetuning.optim import make_optimizer, parameter_groups
 from dyconvert.finetuning.schema import Dynamic, Train
 
 
@@ -23,18 +24,52 @@ def test_a_schedule_reaches_both_and_a_checkpoint_restores_both():
     model = dyconvert.convert(seeded(ResidualNet), g=2).eval()
     settings = Train(lr=0.01, momentum=0.9), Dynamic(predictor_adam=0.003)
     optimizer = make_optimizer(model, *settings)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.01, 0.003}
+    # g = 2 experts at coefficients of 1/2 learn at twice the rate.
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01, 0.02, 0.003}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     steps(model, optimizer, 2)
     schedule.step()
     again = copy.deepcopy(model)
     restored = make_optimizer(again, *settings)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert {group["lr"] for group in restored.param_groups} == {0.005, 0.0015}
+    assert {group["lr"] for group in restored.param_groups} == {0.005, 0.01, 0.0015}
     steps(model, optimizer, 2)
     steps(again, restored, 2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+def test_while_the_coefficients_stay_sgd_trains_the_mixture_as_the_static_network(method):
+    static = seeded(ResidualNet).double()
+    dynamic = dyconvert.convert(static, method=method, diversity=0.5)
+    train = Train(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for model in (static, dynamic):
+        optimizer = make_optimizer(model.train(), train, Dynamic(predictor_lr=0))
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    trained = dyconvert.collapse(dynamic.eval()).state_dict()
+    assert trained.keys() == static.state_dict().keys()
+    for name, value in static.state_dict().items():
+        # Five steps of float64, each rounded otherwise.
+        torch.testing.assert_close(trained[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "factor"),
+    [("dynet", "sgd", 2 / 3), ("dyconv", "sgd", 4), ("dynet", "adamw", 1 / 3), ("dyconv", "adamw", 1)],
+)
+def test_the_experts_rate_and_decay(method, optimizer, factor):
+    model = dyconvert.convert(seeded(ResidualNet), method=method)
+    groups = parameter_groups(model, Train(lr=0.1, weight_decay=0.01, optimizer=optimizer), Dynamic())
+    (experts,) = (group for group in groups if group["name"] == "experts")
+    assert experts["lr"] == pytest.approx(0.1 * factor)
+    assert experts["lr"] * experts["weight_decay"] == pytest.approx(0.1 * 0.01)
+    (own,) = (g for g in parameter_groups(model, Train(lr=0.1), Dynamic(expert_lr=1)) if g["name"] == "experts")
+    assert own["lr"] == 0.1
 
 
 def test_adam_moves_the_predictors_where_sgd_leaves_them(tmp_path):

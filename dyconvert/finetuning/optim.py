@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert.finetuning.schema import Dynamic, Train
-from dyconvert.nn import CoefficientPredictor
+from dyconvert.nn import CoefficientPredictor, DynamicConv
 
 # Norms of torch and of timm, whose classes needn't derive from torch's.
 _NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "FrozenBatchNorm")
@@ -20,9 +20,13 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
     Norms, biases and predictors aren't decayed, unless `train.decay_exclude` says otherwise: decay pulls a
     predictor's logits to zero, where all experts weigh the same.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     seen: set[int] = set()
+    coefficients = {m.g: m.initial_coefficient for m in model.modules() if isinstance(m, CoefficientPredictor)}
     for module, kind in _kinds(model):
+        factor = 1.0
+        if kind == "expert":
+            factor = expert_lr(module.g, coefficients[module.g], train, dynamic)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
@@ -32,41 +36,50 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
                 or (kind == "norm" and "norm" in train.decay_exclude)
                 or (name.endswith("bias") and "bias" in train.decay_exclude)
             )
-            predictor = kind == "predictor"
-            key = f"{'predictors' if predictor else 'weights'}{', not decayed' if excluded else ''}"
+            which = {"predictor": "predictors", "expert": "experts"}.get(kind, "weights")
             group = groups.setdefault(
-                key,
+                (which, factor, excluded),
                 {
-                    "name": key,
+                    "name": f"{which}{', not decayed' if excluded else ''}",
                     "params": [],
-                    "lr": _rate(train, dynamic, predictor),
-                    "weight_decay": 0.0 if excluded else train.weight_decay,
+                    "lr": factor * train.lr if kind != "predictor" else _predictor_lr(train, dynamic),
+                    # What a step takes off a weight is its rate times its decay: the same for all.
+                    "weight_decay": 0.0 if excluded or not factor else train.weight_decay / factor,
                 },
             )
             group["params"].append(parameter)
     return list(groups.values())
 
 
+def expert_lr(g: int, coefficient: float, train: Train, dynamic: Dynamic) -> float:
+    r"""The factor on the experts' learning rate at which their mixture learns as the static conv does.
+
+    With equal coefficients c, the gradient of each expert is c times the mixed kernel's G. A step of SGD moves each by
+    -lr c G, so the mixture :math:`\sum_i c W_i` by -lr g c^2 G; a step of Adam, whose length doesn't depend on
+    the gradient's, moves it g c times as far as a static weight. So the factor is 1 / (g c^2), or 1 / (g c): 2/3
+    for DyNet with g = 6, and 4 for Dynamic Convolution with g = 4, which learn that much too fast or too slowly without.
+    """
+    if dynamic.expert_lr is not None:
+        return dynamic.expert_lr
+    return 1 / (g * coefficient) if train.optimizer == "adamw" else 1 / (g * coefficient**2)
+
+
 def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
     predictors = {
         id(part) for module in model.modules() if isinstance(module, CoefficientPredictor) for part in module.modules()
     }
-    return [
-        (
-            module,
-            "predictor"
-            if id(module) in predictors
-            else "norm"
-            if any(mark in type(module).__name__ for mark in _NORMS)
-            else "weight",
-        )
-        for module in model.modules()
-    ]
+
+    def kind(module: nn.Module) -> str:
+        if id(module) in predictors:
+            return "predictor"
+        if isinstance(module, DynamicConv):
+            return "expert"
+        return "norm" if any(mark in type(module).__name__ for mark in _NORMS) else "weight"
+
+    return [(module, kind(module)) for module in model.modules()]
 
 
-def _rate(train: Train, dynamic: Dynamic, predictor: bool) -> float:
-    if not predictor:
-        return train.lr
+def _predictor_lr(train: Train, dynamic: Dynamic) -> float:
     return train.lr * dynamic.predictor_lr if dynamic.predictor_adam is None else dynamic.predictor_adam
 
 

@@ -321,6 +321,11 @@ class Dynamic(Section):
     predictor_lr: Amount = 1.0
     """Factor on the learning rate of the predictors."""
 
+    expert_lr: Amount | None = None
+    """Factor on the learning rate of the experts. null: 1 / (g c^2) with SGD, 1 / (g c) with AdamW, where c is the
+    coefficient that all start at (0.5, or 1/g): while the coefficients stay there, the mixed kernel then learns exactly
+    as the static conv's does."""
+
     predictor_adam: Rate | None = None
     """Train the predictors with Adam, at this learning rate at the schedule's peak, whatever train.optimizer is. Their
     gradients are a hundred times smaller than the experts': with plain SGD short runs leave the coefficients equal."""
