@@ -57,7 +57,7 @@ def expert_lr(g: int, coefficient: float, train: Train, dynamic: Dynamic) -> flo
     With equal coefficients c, the gradient of each expert is c times the mixed kernel's G. A step of SGD moves each by
     -lr c G, so the mixture :math:`\sum_i c W_i` by -lr g c^2 G; a step of Adam, whose length doesn't depend on
     the gradient's, moves it g c times as far as a static weight. So the factor is 1 / (g c^2), or 1 / (g c): 2/3
-    for DyNet with g = 6, and 4 for Dynamic Convolution with g = 4, which learn that much too fast or too slowly without.
+    for DyNet with g = 6, and 4 for Dynamic Convolution with g = 4, which learn too fast and too slowly without it.
     """
     if dynamic.expert_lr is not None:
         return dynamic.expert_lr
