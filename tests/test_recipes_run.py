@@ -26,9 +26,6 @@ TINY = [
     "train.accelerator=cpu",
 ]
 NARROWED = ["narrow.calibration_images=8"]
-# These take longer: up to two hundred million parameters, or channels to be chosen by the multiply-adds they save.
-LARGE = {"dy-resnet50", "dy-shufflenetv2", "segmentation-fcn-resnet50"}
-NAMES = [pytest.param(name, marks=pytest.mark.sweep) if name in LARGE else name for name in shipped_recipes()]
 DRY = ["quickstart", "cifar10-resnet20", "dy-mobilenetv3-small", "dyconv-mobilenetv2"]
 
 
@@ -47,7 +44,7 @@ def tiny(name, directory):
     return load_recipe(name, changes)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", list(shipped_recipes()))
 def test_two_steps_of_every_shipped_recipe(name, tmp_path):
     recipe = tiny(name, tmp_path / "out")
     summary = dyconvert.finetune(recipe, progress=False)
