@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -31,9 +32,10 @@ class Timing(NamedTuple):
 def in_turns(
     calls: dict[str, Callable[[], object]], repeats: int = 15, seconds: float = 4.0, cpu: bool = False
 ) -> dict[str, Timing]:
-    """Time the calls A B C A B C ..., so that what slows the machine down meets all of them.
+    """Time the calls in turns, so that what slows the machine down meets all of them.
 
-    Runs that were interrupted for another process count only if there are too few others.
+    Each round has an order of its own, for what a call finds in the cache, the call before it has left there. Runs
+    that were interrupted for another process count only if there are too few others.
 
     Args:
         repeats: rounds of all the calls, after one that isn't timed.
@@ -45,11 +47,18 @@ def in_turns(
         call()
     clock = time.process_time if cpu else time.perf_counter
     runs: dict[str, list[tuple[float, bool]]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle  # not the global generator
     began = time.perf_counter()
     for number in range(repeats):
         if number >= 3 and time.perf_counter() - began > seconds:
             break
-        for name, call in calls.items():
+        last = order[-1]
+        shuffle(order)
+        if order[0] == last:  # nothing runs twice in a row
+            order.reverse()
+        for name in order:
+            call = calls[name]
             switches = _interruptions()
             start = clock()
             call()

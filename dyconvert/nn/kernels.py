@@ -94,8 +94,9 @@ def dynamic_conv(
         `[N, C_out, *spatial]`
     """
     geometry = Geometry(stride, padding, dilation, groups)
-    # Autocast doesn't know the meta device.
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    # At a batch of one each question asked here is felt, so the cheap ones are asked first.
+    device = "cpu" if x.is_cpu else x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
     if strategy == "tiled" and not needs_backward(x, weight, bias, coefficients, shift):
@@ -115,9 +116,10 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
     if not _observed():
         if tuned and (found := tuned.get(key(x, weight, bias, coefficients, geometry))):
             return found
-        kept = needs_backward(x, weight, bias, coefficients) and _kernels_are_small(x, weight, coefficients)
-        if x.device.type == "cpu" and x.dtype in _TILED_DTYPES and not kept:
-            return "tiled"
+        if x.is_cpu and x.dtype in _TILED_DTYPES:
+            kept = needs_backward(x, weight, bias, coefficients) and _kernels_are_small(x, weight, coefficients)
+            if not kept:
+                return "tiled"
     if not single and weight.shape[2:].numel() == 1 and geometry.groups == 1:
         return "unfold"  # 1 x 1: one batched matmul
     return "groups"
