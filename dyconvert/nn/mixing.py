@@ -14,6 +14,8 @@ from torch import Tensor
 _LONG = 2048
 # Elements of a bank from which on a matrix-vector product reads it faster than a matmul.
 _LARGE = 2**18
+# And with several threads, from which on an embedding bag does, whose work they share better.
+_SHARED = 2**20
 # Elements of all the banks that N images would read up to which the fewest calls are the fastest.
 _TINY = 2**15
 
@@ -58,6 +60,8 @@ def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> T
         return mixed.to(coefficients.dtype) if out is None else out.copy_(mixed)
     if coefficients.shape[2] == 1:
         if images == 1 and bank.numel() >= _LARGE:
+            if bank.numel() >= _SHARED and torch.get_num_threads() > 1:
+                return _bags(bank, coefficients.expand(-1, -1, channels))
             return torch.mv(bank.flatten(1).t(), coefficients.flatten()).view(1, channels, elements)
         if out is not None:
             out = out.view(images, -1)

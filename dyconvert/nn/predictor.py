@@ -67,13 +67,14 @@ class CoefficientPredictor(nn.Module):
         if self.hidden is not None:
             z = self.hidden(z).relu()
         z = self.linear(z) / self.temperature  # [N, g * sum(outputs)]
-        coefficients = []
+        if self.activation == "sigmoid":
+            z = z.sigmoid()
+        parts = []
         start = 0
         for channels in self.outputs:
-            logits = z.narrow(1, start, self.g * channels).unflatten(1, (self.g, channels))
-            coefficients.append(logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(1))
+            parts.append(z.narrow(1, start, self.g * channels).unflatten(1, (self.g, channels)))
             start += self.g * channels
-        return tuple(coefficients)
+        return tuple(parts if self.activation == "sigmoid" else [part.softmax(1) for part in parts])
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, outputs={self.outputs}, g={self.g}, activation={self.activation}"
