@@ -147,9 +147,10 @@ def sweep(
         typer.echo(json.dumps(rows, indent=2))
     else:
         header, *lines = table_rows(rows, count)
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+            # On a narrow terminal the runs' names are broken, and never the numbers.
+            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
         for line in lines:
             table.add_row(*line)
         out.print(table)

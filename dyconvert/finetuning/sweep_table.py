@@ -23,7 +23,7 @@ def table_rows(rows: Iterable[dict[str, Any]], count: Callable[[float], str]) ->
     one_original = all(len(values) == 1 for values in shared.values())
     metrics = [*([] if one_original else ["original"]), "converted", "finetuned"]
     metrics += ["ema"] if any(row["ema"] is not None for row in rows) else []
-    table = [["run", *(_TITLES[metric] for metric in metrics), "seeds", "parameters", "MACs", "s a run"]]
+    table = [["run", *(_TITLES[metric] for metric in metrics), "seeds", "parameters", "MACs", "seconds"]]
     if rows and one_original:
         values = [value for (value,) in shared.values()]
         # The same for every seed, unless the static network was trained first.
