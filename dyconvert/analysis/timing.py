@@ -87,17 +87,29 @@ def bandwidth(cpu: bool = False) -> float:
     return data.numel() * data.element_size() / timing.median
 
 
+# Not getrusage, where there is another way: on Linux its peak is inherited from the process that started this one.
+_PEAK = """
+def peak():
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource, sys
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return size // 1024 if sys.platform == "darwin" else size
+
+before = peak()
+run()
+print(json.dumps(peak() - before))
+"""
+
+
 def peak_memory(code: str, threads: int) -> int:
     """Bytes by which `run()`, as `code` defines it, raises the process's peak memory.
 
     A process of its own measures it: its peak is no other's, and no memory lies ready from what ran before.
     """
-    script = (
-        f"import json, resource, torch\ntorch.set_num_threads({threads})\n{code}\n"
-        "def peak():\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak()\nrun()\nprint(json.dumps(peak() - before))\n"
-    )
+    script = f"import json, torch\ntorch.set_num_threads({threads})\n{code}\n{_PEAK}"
     # Freed memory goes back at once, so that the peak is of what is in use.
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
