@@ -6,6 +6,7 @@ import pytest
 import torch
 from finetune_nets import recipe
 from nets import ResidualNet, seeded
+from torchvision.models import resnet18
 
 import dyconvert
 from dyconvert import CoefficientPredictor, finetune
@@ -70,6 +71,17 @@ def test_the_experts_rate_and_decay(method, optimizer, factor):
     assert experts["lr"] * experts["weight_decay"] == pytest.approx(0.1 * 0.01)
     (own,) = (g for g in parameter_groups(model, Train(lr=0.1), Dynamic(expert_lr=1)) if g["name"] == "experts")
     assert own["lr"] == 0.1
+
+
+def test_adam_takes_a_predictors_hidden_layer_at_a_tenth_of_its_last_ones_rate():
+    model = dyconvert.convert(resnet18(num_classes=4), g=2)
+    optimizer = make_optimizer(model, Train(lr=0.5), Dynamic(predictor_adam=0.01))
+    rate = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    predictors = [module for module in model.modules() if isinstance(module, CoefficientPredictor)]
+    assert predictors
+    for predictor in predictors:
+        assert rate[id(predictor.linear.weight)] == rate[id(predictor.linear.bias)] == 0.01
+        assert rate[id(predictor.hidden.weight)] == rate[id(predictor.hidden.bias)] == pytest.approx(0.001)
 
 
 def test_adam_moves_the_predictors_where_sgd_leaves_them(tmp_path):

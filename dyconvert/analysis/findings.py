@@ -40,7 +40,8 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
     elif constant:
         text = (
             f"The coefficients of {_listed(constant)} hardly differ from image to image (by less than {CONSTANT:g}): "
-            "static in effect. Look whether the predictor was frozen, is saturated, or learnt too slowly."
+            "static in effect. Look whether the predictor was frozen, is saturated, learnt too slowly, or so fast that "
+            "no hidden unit is left alive."
         )
         findings.append(Finding(level="warning", text=text))
     for conv in found.convs:
@@ -96,7 +97,7 @@ def of_correlations(found: list[LayerCorrelation]) -> list[Finding]:
                 f"{layer.layer}: the mean correlation of two feature maps, |r|, is {ours:.3f}, against {theirs:.3f} in "
                 f"the original: they repeat one another {word}."
             )
-            if abs(ours - theirs) < 5e-4:
+            if f"{ours:.3f}" == f"{theirs:.3f}":
                 text = f"{layer.layer}: feature maps correlate as in the original, |r| = {ours:.3f} in the mean."
             findings.append(Finding(level="note", text=text))
     return findings

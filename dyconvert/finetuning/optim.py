@@ -10,6 +10,18 @@ from torch import Tensor, nn
 from dyconvert.finetuning.schema import Dynamic, Train
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 
+# Adam's rate for a predictor's hidden layer, beside that of its last one. That starts at zero; the hidden layer starts
+# at random weights of about 0.1, and reads what is never negative: at the full rate all of its units were soon dead.
+_HIDDEN = 0.1
+
+_NAMES = {
+    "predictor": "predictors",
+    "hidden": "predictors, hidden",
+    "expert": "experts",
+    "norm": "weights",
+    "weight": "weights",
+}
+
 # Norms of torch and of timm, whose classes needn't derive from torch's.
 _NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "FrozenBatchNorm")
 
@@ -32,17 +44,19 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
                 continue
             seen.add(id(parameter))
             excluded = (
-                (kind == "predictor" and "predictor" in train.decay_exclude)
+                (kind in ("predictor", "hidden") and "predictor" in train.decay_exclude)
                 or (kind == "norm" and "norm" in train.decay_exclude)
                 or (name.endswith("bias") and "bias" in train.decay_exclude)
             )
-            which = {"predictor": "predictors", "expert": "experts"}.get(kind, "weights")
+            which = {"predictor": "predictors", "hidden": "predictors, hidden", "expert": "experts"}.get(
+                kind, "weights"
+            )
             group = groups.setdefault(
                 (which, factor, excluded),
                 {
                     "name": f"{which}{', not decayed' if excluded else ''}",
                     "params": [],
-                    "lr": factor * train.lr if kind != "predictor" else _predictor_lr(train, dynamic),
+                    "lr": _predictor_lr(kind, train, dynamic) if "predictors" in which else factor * train.lr,
                     # What a step takes off a weight is its rate times its decay: the same for all.
                     "weight_decay": 0.0 if excluded or not factor else train.weight_decay / factor,
                 },
@@ -69,9 +83,11 @@ def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
         id(part) for module in model.modules() if isinstance(module, CoefficientPredictor) for part in module.modules()
     }
 
+    hidden = {id(module.hidden) for module in model.modules() if isinstance(module, CoefficientPredictor)}
+
     def kind(module: nn.Module) -> str:
         if id(module) in predictors:
-            return "predictor"
+            return "hidden" if id(module) in hidden else "predictor"
         if isinstance(module, DynamicConv):
             return "expert"
         return "norm" if any(mark in type(module).__name__ for mark in _NORMS) else "weight"
@@ -79,8 +95,10 @@ def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(module, kind(module)) for module in model.modules()]
 
 
-def _predictor_lr(train: Train, dynamic: Dynamic) -> float:
-    return train.lr * dynamic.predictor_lr if dynamic.predictor_adam is None else dynamic.predictor_adam
+def _predictor_lr(kind: str, train: Train, dynamic: Dynamic) -> float:
+    if dynamic.predictor_adam is None:
+        return train.lr * dynamic.predictor_lr
+    return dynamic.predictor_adam * (_HIDDEN if kind == "hidden" else 1)
 
 
 class Together(torch.optim.Optimizer):

@@ -56,6 +56,7 @@ def variation(found: Coefficients) -> Any:
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.14)
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("standard deviation over the images")
     return figure
 
