@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from varied import coefficient_spread, randomised, with_statistics
 
 import dyconvert
-from dyconvert import exported, models
+from dyconvert import models
+from dyconvert.exporting import exported
 from dyconvert.exporting.export import export_onnx, export_torch
 from dyconvert.exporting.exported import ExportError
 from dyconvert.surgery.fuse import fuse
@@ -347,7 +348,7 @@ def test_overflow_in_float16_is_said(net, tmp_path):
 
 
 def test_large_models_keep_their_weights_beside_the_file(net, tmp_path, monkeypatch):
-    from dyconvert import export
+    from dyconvert.exporting import export
 
     model = randomised(dyconvert.convert(net))
     monkeypatch.setattr(export, "LARGEST_FILE", 0)
