@@ -92,13 +92,14 @@ def of_correlations(found: list[LayerCorrelation]) -> list[Finding]:
             findings.append(Finding(level="warning", text=text))
         if layer.against is not None:
             ours, theirs = layer.model.mean_absolute, layer.against.mean_absolute
-            word = "less" if ours < theirs else "more"
-            text = (
-                f"{layer.layer}: the mean correlation of two feature maps, |r|, is {ours:.3f}, against {theirs:.3f} in "
-                f"the original: they repeat one another {word}."
-            )
             if f"{ours:.3f}" == f"{theirs:.3f}":
                 text = f"{layer.layer}: feature maps correlate as in the original, |r| = {ours:.3f} in the mean."
+            else:
+                word = "less" if ours < theirs else "more"
+                text = (
+                    f"{layer.layer}: the mean correlation of two feature maps, |r|, is {ours:.3f}, against "
+                    f"{theirs:.3f} in the original: they repeat one another {word}."
+                )
             findings.append(Finding(level="note", text=text))
     return findings
 

@@ -121,13 +121,15 @@ def model(
     from dyconvert.surgery.observe import example_for
 
     sizes = _batches(batch)
+    half = _half(bank_dtype)
+    fuse = fuse or half is not None
+    if fuse and train:
+        raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
     _set_threads(threads)
     static, source = models.create(model, "none", {})
     dynamic = convert(static, method=method, g=g, scope=scope, include=include or ())
-    if fuse or bank_dtype:
-        if train:
-            raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
-        dynamic, static = fuse_model(dynamic.eval(), bank_dtype=_half(bank_dtype)), fuse_model(static.eval())
+    if fuse:
+        dynamic, static = fuse_model(dynamic.eval(), bank_dtype=half), fuse_model(static.eval())
     other = models.create(against, "none", {})[0] if against else None
     read = bench.bandwidth(cpu_time)
     wanted = (size, size) if size else source.input_size

@@ -14,13 +14,7 @@ from dyconvert.nn import CoefficientPredictor, DynamicConv
 # at random weights of about 0.1, and reads what is never negative: at the full rate all of its units were soon dead.
 _HIDDEN = 0.1
 
-_NAMES = {
-    "predictor": "predictors",
-    "hidden": "predictors, hidden",
-    "expert": "experts",
-    "norm": "weights",
-    "weight": "weights",
-}
+_PREDICTORS = ("predictors", "predictors, hidden")
 
 # Norms of torch and of timm, whose classes needn't derive from torch's.
 _NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "FrozenBatchNorm")
@@ -36,29 +30,31 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
     seen: set[int] = set()
     coefficients = {m.g: m.initial_coefficient for m in model.modules() if isinstance(m, CoefficientPredictor)}
     for module, kind in _kinds(model):
-        factor = 1.0
-        if kind == "expert":
+        rate, decay = train.lr, train.weight_decay
+        if kind == "experts":
             factor = expert_lr(module.g, coefficients[module.g], train, dynamic)
+            # What a step takes off a weight is its rate times its decay: the same as of the others.
+            rate, decay = factor * rate, decay / factor if factor else 0.0
+        elif kind in _PREDICTORS:
+            rate = _predictor_lr(kind, train, dynamic)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
             excluded = (
-                (kind in ("predictor", "hidden") and "predictor" in train.decay_exclude)
-                or (kind == "norm" and "norm" in train.decay_exclude)
+                (kind in _PREDICTORS and "predictor" in train.decay_exclude)
+                or (kind == "norms" and "norm" in train.decay_exclude)
                 or (name.endswith("bias") and "bias" in train.decay_exclude)
             )
-            which = {"predictor": "predictors", "hidden": "predictors, hidden", "expert": "experts"}.get(
-                kind, "weights"
-            )
+            # Norms' rate is the other weights' own, so they share their groups.
+            which = "weights" if kind == "norms" else kind
             group = groups.setdefault(
-                (which, factor, excluded),
+                (which, rate, excluded),
                 {
                     "name": f"{which}{', not decayed' if excluded else ''}",
                     "params": [],
-                    "lr": _predictor_lr(kind, train, dynamic) if "predictors" in which else factor * train.lr,
-                    # What a step takes off a weight is its rate times its decay: the same for all.
-                    "weight_decay": 0.0 if excluded or not factor else train.weight_decay / factor,
+                    "lr": rate,
+                    "weight_decay": 0.0 if excluded else decay,
                 },
             )
             group["params"].append(parameter)
@@ -79,18 +75,20 @@ def expert_lr(g: int, coefficient: float, train: Train, dynamic: Dynamic) -> flo
 
 
 def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    predictors = {
-        id(part) for module in model.modules() if isinstance(module, CoefficientPredictor) for part in module.modules()
-    }
-
-    hidden = {id(module.hidden) for module in model.modules() if isinstance(module, CoefficientPredictor)}
+    """Each module, and what its own parameters are: the names of the groups, and "norms"."""
+    parts = {}
+    for predictor in model.modules():
+        if isinstance(predictor, CoefficientPredictor):
+            parts |= {id(part): "predictors" for part in predictor.modules()}
+            if predictor.hidden is not None:
+                parts[id(predictor.hidden)] = "predictors, hidden"
 
     def kind(module: nn.Module) -> str:
-        if id(module) in predictors:
-            return "hidden" if id(module) in hidden else "predictor"
+        if id(module) in parts:
+            return parts[id(module)]
         if isinstance(module, DynamicConv):
-            return "expert"
-        return "norm" if any(mark in type(module).__name__ for mark in _NORMS) else "weight"
+            return "experts"
+        return "norms" if any(mark in type(module).__name__ for mark in _NORMS) else "weights"
 
     return [(module, kind(module)) for module in model.modules()]
 
@@ -98,7 +96,7 @@ def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def _predictor_lr(kind: str, train: Train, dynamic: Dynamic) -> float:
     if dynamic.predictor_adam is None:
         return train.lr * dynamic.predictor_lr
-    return dynamic.predictor_adam * (_HIDDEN if kind == "hidden" else 1)
+    return dynamic.predictor_adam * (_HIDDEN if kind == "predictors, hidden" else 1)
 
 
 class Together(torch.optim.Optimizer):

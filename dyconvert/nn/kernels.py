@@ -94,7 +94,7 @@ def dynamic_conv(
         `[N, C_out, *spatial]`
     """
     geometry = Geometry(stride, padding, dilation, groups)
-    # At a batch of one each question asked here is felt, so the cheap ones are asked first.
+    # At a batch of one each question asked here is felt, and a device's type takes longer to read than all others.
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
