@@ -1,6 +1,7 @@
 """CPU latency of narrowed models against the originals: batch 1, 224 px, in turns.
 
-    python benchmarks/narrow.py [--threads 2] [--g 6] [--repeats 40] [--json narrow.json] [MODEL ...]
+    python benchmarks/narrow.py [--threads 2] [--g 6] [--repeats 40] [--compile] [--channels-last] [--json narrow.json]
+        [MODEL ...]
 
 Each model is timed as it was; narrowed and dynamic; the same, with batch norms fused and experts in float16
 (``dyconvert.fuse(model, bank_dtype=torch.float16)``); and narrowed and static. Medians, with half the distance of the
@@ -39,10 +40,17 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "fused": dyconvert.fuse(dynamic, bank_dtype=torch.float16),
         "static": dyconvert.narrow(original, static=True, **how),
     }
+    if arguments.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+        for network in contestants.values():
+            network.to(memory_format=torch.channels_last)
+    calculated = {key: macs(network, images[:1]) for key, network in contestants.items()}
+    if arguments.compile:
+        for network in contestants.values():
+            network.compile(dynamic=False)
     with torch.inference_mode():
         calls = {key: partial(model.eval(), images) for key, model in contestants.items()}
         timings = in_turns(calls, arguments.repeats, seconds=arguments.seconds, cpu=arguments.cpu_time)
-    one = images[:1]
     return {
         "model": name,
         **{
@@ -50,7 +58,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 "ms": 1e3 * timings[key].median,
                 "spread_ms": 1e3 * (timings[key].high - timings[key].low) / 2,
                 "disturbed": timings[key].disturbed,
-                "macs": macs(model, one),
+                "macs": calculated[key],
                 "parameters": parameters(model),
             }
             for key, model in contestants.items()
@@ -70,6 +78,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="no further round starts after so long")
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1, on a machine that is in use")
     parser.add_argument("--tune", action="store_true", help="choose kernels by measuring them first")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all of them: a minute each")
+    parser.add_argument("--channels-last", action="store_true", help="weights and images in that format")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

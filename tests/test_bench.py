@@ -49,7 +49,15 @@ def test_peak_memory(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--fuse",), ("--bank-dtype", "float16"), ("--train",), ("--against", "digits-resnet8")]
+    "options",
+    [
+        (),
+        ("--fuse",),
+        ("--bank-dtype", "float16"),
+        ("--channels-last",),
+        ("--train",),
+        ("--against", "digits-resnet8"),
+    ],
 )
 def test_a_model_against_its_original(cli, tmp_path, options):
     ran = cli(
@@ -89,4 +97,22 @@ def test_bad_input(cli, arguments, said):
     ran = cli("bench", *arguments)
     assert ran.code == 2
     assert said in ran.said
+    assert not ran.stdout
+
+
+def test_a_compiled_model_against_its_compiled_original(cli, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **options: compiled.append((network, options)))
+    ran = cli("bench", "model", "digits-resnet8", "--g", 2, "--batch", "1", "--repeats", 2, "--compile")
+    assert ran.code == 0, ran.said
+    # Both, or the comparison isn't one; for the sizes that are timed, which a dynamic batch would slow.
+    assert [type(network).__name__ for network, _ in compiled] == [type(compiled[0][0]).__name__] * 2
+    assert [options for _, options in compiled] == [{"dynamic": False}] * 2
+
+
+def test_compiling_without_a_compiler(cli, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    ran = cli("bench", "model", "digits-resnet8", "--g", 2, "--batch", "1", "--repeats", 2, "--compile")
+    assert ran.code == 2
+    assert "C++ compiler" in ran.said
     assert not ran.stdout

@@ -74,10 +74,11 @@ def test_compiling_a_training_step() -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="inductor needs a C++ compiler")
-def test_compiling_with_inductor() -> None:
-    dynamic = trained(seeded(FlatNet), g=2, example=image())
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_compiling_with_inductor(memory_format: torch.memory_format) -> None:
+    dynamic = trained(seeded(FlatNet), g=2, example=image()).to(memory_format=memory_format)
     compiled = torch.compile(dynamic, fullgraph=True)
-    for batch in (2, 5):
-        x = image(batch)
+    for batch in (1, 2, 5):  # a single image has a way of its own
+        x = image(batch).contiguous(memory_format=memory_format)
         # float32, with operations fused in another order.
         assert apart(compiled(x), dynamic(x)) < 1e-4

@@ -107,6 +107,10 @@ def model(
     bank_dtype: Annotated[
         str | None, typer.Option(help="float16 or bfloat16: keep the experts in half precision. Fuses as well.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile all that is compared: about a minute each.")
+    ] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Weights and images in that format.")] = False,
     threads: Threads = None,
     train: Training = False,
     repeats: Repeats = 15,
@@ -131,21 +135,36 @@ def model(
     if fuse:
         dynamic, static = fuse_model(dynamic.eval(), bank_dtype=half), fuse_model(static.eval())
     other = models.create(against, "none", {})[0] if against else None
-    read = bench.bandwidth(cpu_time)
     wanted = (size, size) if size else source.input_size
-    results = [
-        bench.bench_model(
-            static,
-            dynamic,
-            example_for(static, batch=count, size=wanted),
-            other=other,
-            training=train,
-            repeats=repeats,
-            cpu=cpu_time,
-            read=read,
-        )
-        for count in sizes
-    ]
+    examples = [example_for(static, batch=count, size=wanted) for count in sizes]
+    networks = [network for network in (static, dynamic, other) if network is not None]
+    if channels_last:
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
+        examples = [tuple(map(_channels_last, example)) for example in examples]
+    if compiled:
+        for network in networks:
+            network.compile(dynamic=False)
+    read = bench.bandwidth(cpu_time)
+    try:
+        results = [
+            bench.bench_model(
+                static,
+                dynamic,
+                example,
+                other=other,
+                training=train,
+                repeats=repeats,
+                cpu=cpu_time,
+                read=read,
+            )
+            for example in examples
+        ]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise ModelError(
+            f"torch.compile failed: {reason}\nOn a CPU it needs a C++ compiler, g++ or clang++. Leave out --compile."
+        ) from None
     table = _table("batch", "static ms", method, "+-", "limit", *([against] if against else []))
     for r in results:
         base = r.static.median
@@ -161,6 +180,11 @@ def _batches(text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ModelError(f"--batch {text!r} is no list of batch sizes. Write 1,8,32.")
     return [int(part) for part in parts]
+
+
+def _channels_last(argument: Any) -> Any:
+    images = isinstance(argument, torch.Tensor) and argument.dim() == 4
+    return argument.contiguous(memory_format=torch.channels_last) if images else argument
 
 
 def _half(name: str | None) -> torch.dtype | None:

@@ -33,12 +33,24 @@ def mix(bank: Tensor, coefficients: Tensor) -> Tensor:
         `[N, C_out, ...]`
     """
     g, channels = bank.shape[:2]
+    if _one_loop(coefficients):
+        eta = coefficients.view(g, -1, *[1] * (bank.dim() - 2))
+        return (eta * bank).sum(0, keepdim=True)
     flat = bank.reshape(g, channels, -1)
     if coefficients.shape[2] == 1:
         mixed = coefficients.flatten(1) @ flat.flatten(1)  # [N, g] @ [g, C_out K]
     else:
         mixed = torch.einsum("ngt,gtk->ntk", coefficients, flat)
     return mixed.view(-1, *bank.shape[1:])
+
+
+def _one_loop(coefficients: Tensor) -> bool:
+    """Whether a compiler makes one loop of a product and a sum: at memory bandwidth, and in the bank's own memory
+    format, which a matmul would first copy to another."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    images = coefficients.shape[0]
+    return isinstance(images, int) and images == 1
 
 
 def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
