@@ -15,9 +15,10 @@ from torch import Tensor
 from dyconvert.nn.mixing import bank_gradient, coefficient_gradient, mix, mix_fast
 from dyconvert.nn.strategies import CONV, Geometry
 
-# Buffers up to this size are reused by the C library's allocator; fresh memory from the system costs more to touch
-# than a kernel costs to mix. Beyond it the work is split into tiles.
-_REUSED = 20 * 2**20
+# Buffers up to this size are reused by the C library's allocator, also with the conv's own copy and a backward's
+# gradient beside them; fresh memory from the system costs more to touch than a kernel costs to mix. Beyond it the
+# work is split into tiles.
+_REUSED = 12 * 2**20
 # Of a tile's kernels: what stays in a core's share of the outer caches. Half and twice of it measure the same.
 _BYTES = 4 * 2**20
 # Of a tile's input, which a conv copies into an order of its own, as it does its output.
