@@ -67,18 +67,19 @@ def layers(
                 )
             )
     columns = ["layer", "batch", "static ms", method, "+-", "timm", "features", "limit"]
-    if memory:
-        columns += ["MB", "timm", "features"]
     table = _table(*columns)
+    peaks = _table("peak memory, MB", "batch", method, "timm", "features")
     for r in results:
         base = r.static.median
         cells = [r.layer, str(r.batch), f"{base * 1e3:.2f}", *_ratio(r.dynamic, base)]
         cells += [_ratio(other, base)[0] for other in (r.timm, r.features)] + [f"{r.limit / base:.2f}"]
-        if memory:
-            cells += [f"{r.memory[n] / 1e6:.0f}" if n in r.memory else "-" for n in ("dynamic", "timm", "features")]
         table.add_row(*cells)
+        found = [f"{r.memory[n] / 1e6:.0f}" if n in r.memory else "-" for n in ("dynamic", "timm", "features")]
+        peaks.add_row(r.layer, str(r.batch), *found)
     out.print(table)
     out.print(f"Times over the static conv's; {_conditions(train, read, cpu_time)}")
+    if memory:
+        out.print(peaks)
     for name in ("timm", "features"):
         against = [getattr(r, name).median / r.dynamic.median for r in results if getattr(r, name) is not None]
         if against:

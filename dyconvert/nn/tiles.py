@@ -25,8 +25,10 @@ _BYTES = 4 * 2**20
 _ACTIVATIONS = 16 * 2**20
 # Images that one grouped conv takes: with more it falls behind.
 _GROUPS = 32
-# Fewer images or channels at a time, and calls cost more than the cache saves.
-_IMAGES = 4
+# Fewer images (where their maps are large; where their kernels are) or channels at a time, and calls cost more than
+# the cache saves.
+_IMAGES_OF_MAPS = 4
+_IMAGES_OF_KERNELS = 8
 _CHANNELS = 64
 
 
@@ -42,7 +44,7 @@ class Tile(NamedTuple):
 
 def _even(images: int, most: int) -> int:
     """About `most` images a tile, in tiles of one size."""
-    tiles = -(-images // min(max(most, _IMAGES), images))
+    tiles = -(-images // min(most, images))
     return -(-images // tiles)
 
 
@@ -67,21 +69,20 @@ class _Shapes:
         self.elements = self.bank.shape[2]
         self.groups = geometry.groups
         self.pointwise = self.groups == 1 and self.elements == x.shape[1] and not any(geometry.padding)
-        self.tile = tile or self._choose_tile(x, coefficients)
+        self.tile = tile or self._choose_tile(x)
 
-    def _choose_tile(self, x: Tensor, coefficients: Tensor) -> Tile:
+    def _choose_tile(self, x: Tensor) -> Tile:
         size = x.element_size()
         images = self.images
         if not self.pointwise:
-            images = _even(images, min(_GROUPS, _ACTIVATIONS * images // (x.numel() * size)))
+            most = max(_ACTIVATIONS * images // (x.numel() * size), _IMAGES_OF_MAPS)
+            images = _even(images, min(_GROUPS, most))
         kernel = self.channels * self.elements * size
         if images * kernel <= _BYTES or (
             self.images <= _GROUPS and images == self.images and images * kernel <= _REUSED
         ):
             return Tile(images, self.channels)
-        # Coefficients per channel are mixed by matmuls over the images, of which there should be more.
-        least = _IMAGES * 2 if coefficients.shape[2] > 1 else _IMAGES
-        images = _even(images, max(least, _BYTES // kernel))
+        images = _even(images, max(_BYTES // kernel, _IMAGES_OF_KERNELS))
         if images * kernel <= _BYTES or self.groups > 1:
             return Tile(images, self.channels)
         blocks = max(_BYTES // (images * self.elements * size) // _CHANNELS, 1)
