@@ -110,9 +110,10 @@ def test_a_compiled_model_against_its_compiled_original(cli, monkeypatch):
     assert [options for _, options in compiled] == [{"dynamic": False}] * 2
 
 
-def test_compiling_without_a_compiler(cli, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    ran = cli("bench", "model", "digits-resnet8", "--g", 2, "--batch", "1", "--repeats", 2, "--compile")
+def test_compiling_without_a_compiler(cli):
+    # Not monkeypatch, which would leave the option undone: the configuration has its own way back.
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        ran = cli("bench", "model", "digits-resnet8", "--g", 2, "--batch", "1", "--repeats", 2, "--compile")
     assert ran.code == 2
     assert "C++ compiler" in ran.said
     assert not ran.stdout
