@@ -19,6 +19,7 @@ import torch
 
 import dyconvert
 from dyconvert import models
+from dyconvert.analysis.bench import prepare
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.analysis.timing import in_turns
 
@@ -40,14 +41,10 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "fused": dyconvert.fuse(dynamic, bank_dtype=torch.float16),
         "static": dyconvert.narrow(original, static=True, **how),
     }
-    if arguments.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-        for network in contestants.values():
-            network.to(memory_format=torch.channels_last)
     calculated = {key: macs(network, images[:1]) for key, network in contestants.items()}
-    if arguments.compile:
-        for network in contestants.values():
-            network.compile(dynamic=False)
+    [(images,)] = prepare(
+        contestants.values(), [(images,)], channels_last=arguments.channels_last, compiled=arguments.compile
+    )
     with torch.inference_mode():
         calls = {key: partial(model.eval(), images) for key, model in contestants.items()}
         timings = in_turns(calls, arguments.repeats, seconds=arguments.seconds, cpu=arguments.cpu_time)

@@ -1,7 +1,7 @@
 """How long dynamic convs and whole models take, against what they replace and what else there is."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -228,6 +228,29 @@ def bench_model(
     batch = next(a.shape[0] for a in arguments if isinstance(a, Tensor))
     limit = found["static"].median + added * (3 if training else 1) / read
     return ModelResult(batch, training, found["static"], found["dynamic"], limit, found.get("other"))
+
+
+def prepare(
+    networks: Iterable[nn.Module], examples: Iterable[tuple[Any, ...]], *, channels_last: bool, compiled: bool
+) -> list[tuple[Any, ...]]:
+    """Put networks, in place, and their arguments into channels-last format, and have the networks compiled.
+
+    Compiled for the sizes that are timed: a dynamic batch would slow all of them.
+    """
+    networks, examples = list(networks), list(examples)
+    if channels_last:
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
+        examples = [tuple(map(_channels_last, example)) for example in examples]
+    if compiled:
+        for network in networks:
+            network.compile(dynamic=False)
+    return examples
+
+
+def _channels_last(argument: Any) -> Any:
+    images = isinstance(argument, Tensor) and argument.dim() == 4
+    return argument.contiguous(memory_format=torch.channels_last) if images else argument
 
 
 def model_call(model: nn.Module, arguments: Sequence[Any], training: bool) -> Callable[[], Any]:

@@ -68,17 +68,18 @@ def layers(
             )
     columns = ["layer", "batch", "static ms", method, "+-", "timm", "features", "limit"]
     table = _table(*columns)
-    peaks = _table("peak memory, MB", "batch", method, "timm", "features")
     for r in results:
         base = r.static.median
         cells = [r.layer, str(r.batch), f"{base * 1e3:.2f}", *_ratio(r.dynamic, base)]
         cells += [_ratio(other, base)[0] for other in (r.timm, r.features)] + [f"{r.limit / base:.2f}"]
         table.add_row(*cells)
-        found = [f"{r.memory[n] / 1e6:.0f}" if n in r.memory else "-" for n in ("dynamic", "timm", "features")]
-        peaks.add_row(r.layer, str(r.batch), *found)
     out.print(table)
     out.print(f"Times over the static conv's; {_conditions(train, read, cpu_time)}")
     if memory:
+        peaks = _table("peak memory, MB", "batch", method, "timm", "features")
+        for r in results:
+            found = [f"{r.memory[n] / 1e6:.0f}" if n in r.memory else "-" for n in ("dynamic", "timm", "features")]
+            peaks.add_row(r.layer, str(r.batch), *found)
         out.print(peaks)
     for name in ("timm", "features"):
         against = [getattr(r, name).median / r.dynamic.median for r in results if getattr(r, name) is not None]
@@ -139,13 +140,7 @@ def model(
     wanted = (size, size) if size else source.input_size
     examples = [example_for(static, batch=count, size=wanted) for count in sizes]
     networks = [network for network in (static, dynamic, other) if network is not None]
-    if channels_last:
-        for network in networks:
-            network.to(memory_format=torch.channels_last)
-        examples = [tuple(map(_channels_last, example)) for example in examples]
-    if compiled:
-        for network in networks:
-            network.compile(dynamic=False)
+    examples = bench.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
     read = bench.bandwidth(cpu_time)
     try:
         results = [
@@ -181,11 +176,6 @@ def _batches(text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ModelError(f"--batch {text!r} is no list of batch sizes. Write 1,8,32.")
     return [int(part) for part in parts]
-
-
-def _channels_last(argument: Any) -> Any:
-    images = isinstance(argument, torch.Tensor) and argument.dim() == 4
-    return argument.contiguous(memory_format=torch.channels_last) if images else argument
 
 
 def _half(name: str | None) -> torch.dtype | None:

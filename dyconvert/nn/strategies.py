@@ -49,12 +49,6 @@ def groups(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor,
     return out.unflatten(1, (batch, -1)).squeeze(0)
 
 
-def single(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
-    """A batch of one: its kernel, then the plain conv."""
-    kernel, mixed_bias = mixed(x, weight, bias, coefficients)
-    return CONV[x.dim() - 2](x, kernel.squeeze(0), None if mixed_bias is None else mixed_bias.squeeze(0), *geometry)
-
-
 def unfold(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
     """One batched matmul of the kernels with the unfolded input.
 
