@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyconvert.errors import DyconvertError
-from dyconvert.nn import strategies, tiles
+from dyconvert.nn import native, strategies, tiles
 from dyconvert.nn.backward import TiledConv
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
@@ -20,10 +20,16 @@ Strategy = Callable[[Tensor, Tensor, Tensor | None, Tensor, Geometry], Tensor]
 
 def tiled(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
     """A few images and output channels at a time, for CPUs; keeps no image's kernel for backward."""
-    return _tiled(x, weight, bias, coefficients, geometry, None)
+    return _tiled(x, weight, bias, coefficients, geometry)
+
+
+def compiled(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """The compiled kernels, where they were built and know the conv; else tiles."""
+    return _compiled(x, weight, bias, coefficients, geometry)
 
 
 STRATEGIES: dict[str, Strategy] = {
+    "native": compiled,
     "tiled": tiled,
     "groups": strategies.groups,
     "unfold": strategies.unfold,
@@ -99,8 +105,8 @@ def dynamic_conv(
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
-    if strategy == "tiled" and not needs_backward(x, weight, bias, coefficients, shift):
-        return _tiled(x, weight, bias, coefficients, geometry, None, shift)
+    if strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift):
+        return _WITH_SHIFT[strategy](x, weight, bias, coefficients, geometry, shift)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     out = STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
@@ -119,7 +125,7 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
         if x.is_cpu and x.dtype in _TILED_DTYPES:
             kept = needs_backward(x, weight, bias, coefficients) and _kernels_are_small(x, weight, coefficients)
             if not kept:
-                return "tiled"
+                return "native"
     if not single and weight.shape[2:].numel() == 1 and geometry.groups == 1:
         return "unfold"  # 1 x 1: one batched matmul
     return "groups"
@@ -177,11 +183,10 @@ def _tiled(
     bias: Tensor | None,
     coefficients: Tensor,
     geometry: Geometry,
-    tile: tiles.Tile | None,
     shift: Tensor | None = None,
+    tile: tiles.Tile | None = None,
 ) -> Tensor:
-    if isinstance(geometry.padding, str):
-        x, geometry = _number_the_padding(x, weight.shape[2:], geometry)
+    x, geometry = _number_the_padding(x, weight.shape[2:], geometry)
     if not needs_backward(x, weight, bias, coefficients):
         return tiles.forward(x, weight, bias, coefficients, geometry, tile, shift)
     out = TiledConv.apply(x, weight, coefficients, geometry, tile)
@@ -191,8 +196,30 @@ def _tiled(
     return out
 
 
+def _compiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+) -> Tensor:
+    if not needs_backward(x, weight, bias, coefficients):
+        padded, numbered = _number_the_padding(x, weight.shape[2:], geometry)
+        plan = native.plan(padded, weight, bias, coefficients, numbered)
+        if plan is not None:
+            return native.forward(plan, padded, weight, bias, coefficients, shift)
+    return _tiled(x, weight, bias, coefficients, geometry, shift)
+
+
+# Strategies that take half-precision banks, and the shift, by themselves, where no backward follows.
+_WITH_SHIFT = {"native": _compiled, "tiled": _tiled}
+
+
 def _number_the_padding(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:
     """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
+    if not isinstance(geometry.padding, str):
+        return x, geometry
     # (before, after) of the last dimension first
     amounts = amounts_of_padding(kernel_size, geometry.padding, geometry.dilation)
     if any(before != after for before, after in zip(amounts[::2], amounts[1::2], strict=True)):

@@ -1,0 +1,154 @@
+"""The compiled kernels of `csrc/`: where they are, what they can do, and calling them.
+
+They are plain C functions in a library that is built when dyconvert is installed, if there is a C++ compiler. They
+link against nothing of torch's: memory is handed over by address, and torch's own threads through the function
+`torch_parallel_for` of its stable C interface, so that one build serves every torch that has it (2.10 on).
+"""
+
+import ctypes
+import functools
+import math
+import os
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dyconvert.nn.strategies import Geometry
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as `csrc/native.cpp` numbers them
+# Tensors with memory of their own, unlike what a subclass may be.
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None: not built, not for this processor or torch, or switched off by
+    `DYCONVERT_NATIVE=0` in the environment."""
+    path = Path(__file__).with_name("_native.so")
+    if os.environ.get("DYCONVERT_NATIVE") == "0" or not path.exists() or _parallel_for() is None:
+        return None
+    if platform.machine().lower() in ("x86_64", "amd64") and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        return None  # it is compiled for AVX2
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+@functools.cache
+def _parallel_for() -> int | None:
+    folder = Path(torch.__file__).parent / "lib"
+    for path in (*folder.glob("libtorch_cpu.so"), *folder.glob("libtorch_cpu.dylib")):
+        function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+class Plan(NamedTuple):
+    """How a dynamic conv is asked for."""
+
+    shape: ctypes.Array  # the `Shape` of `csrc/problem.h`
+    size: tuple[int, ...]  # the output's
+    memory_format: torch.memory_format
+
+
+def plan(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Plan | None:
+    """How :func:`forward` is to compute a dynamic conv; None if it can't.
+
+    Arguments are those of a strategy, padding as numbers.
+    """
+    dtype, bank_dtype = x.dtype, weight.dtype
+    last = not weight.is_contiguous()
+    if (
+        library() is None
+        or x.dim() != 4
+        or not x.is_cpu
+        or dtype not in (torch.float32, torch.float64)
+        or coefficients.dtype != dtype
+        or (bank_dtype != dtype and (dtype != torch.float32 or bank_dtype not in _TYPES))
+        or bank_dtype == torch.float64 != dtype
+        or (bias is not None and (bias.dtype != bank_dtype or not bias.is_contiguous()))
+        or (last and not weight.is_contiguous(memory_format=torch.channels_last))
+        or not all(type(t) in _PLAIN for t in (x, weight, coefficients))
+    ):
+        return None
+    return _plan(
+        x.shape,
+        x.stride(),
+        weight.shape,
+        last,
+        coefficients.shape,
+        coefficients.stride(),
+        tuple(geometry.stride),
+        tuple(geometry.padding),
+        tuple(geometry.dilation),
+        geometry.groups,
+        torch.get_num_threads(),
+    )
+
+
+def forward(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """A dynamic conv without autograd, as :func:`plan` found for these arguments."""
+    out = torch.empty(plan.size, dtype=x.dtype, memory_format=plan.memory_format)
+    if shift is not None:
+        shift = shift.to(x.dtype)
+    tensors = (x, weight, coefficients, bias, shift, out)
+    pointers = (ctypes.c_void_p * 7)(_parallel_for(), *(None if t is None else t.data_ptr() for t in tensors))
+    if library().dyconvert_conv(plan.shape, pointers, _TYPES[x.dtype], _TYPES[weight.dtype]):
+        raise MemoryError(f"There is no memory to convolve {tuple(x.shape)} with. Take a smaller batch.")
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    bank: tuple[int, ...],
+    bank_last: bool,
+    coefficients: tuple[int, ...],
+    coefficient_strides: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    threads: int,
+) -> Plan | None:
+    images, in_channels, *size = shape
+    g = coefficients[1]
+    channels = bank[0] // g
+    out = [
+        (length + 2 * pad - step * (kernel - 1) - 1) // jump + 1
+        for length, pad, step, kernel, jump in zip(size, padding, dilation, bank[2:], stride, strict=True)
+    ]
+    sizes = (in_channels, *size, images)
+    if min(*out, *sizes) < 1 or min(padding) < 0 or in_channels != bank[1] * groups or channels % groups:
+        return None  # torch says best what doesn't fit
+    if (
+        in_channels
+        * math.prod(length + 2 * max(pad, jump) for length, pad, jump in zip(size, padding, stride, strict=True))
+        >= 2**31
+    ):
+        return None  # `csrc` counts an image's elements in 32 bits
+    last = strides[1] == 1 and in_channels > 1 and strides[3] > 1
+    fields = [
+        *(images, in_channels, *size, channels, *out, g, groups, *bank[2:]),
+        *(*stride, *padding, *dilation, *strides),
+        *((1, channels) if last else (out[0] * out[1], 1)),
+        bank_last,
+        *coefficient_strides[:2],
+        coefficient_strides[2] if coefficients[2] > 1 else 0,
+        threads,
+    ]
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return Plan((ctypes.c_int64 * len(fields))(*fields), (images, channels, *out), memory_format)
