@@ -186,7 +186,7 @@ def _tiled(
     shift: Tensor | None = None,
     tile: tiles.Tile | None = None,
 ) -> Tensor:
-    x, geometry = _number_the_padding(x, weight.shape[2:], geometry)
+    x, geometry = _number_the_padding(x, weight, geometry)
     if not needs_backward(x, weight, bias, coefficients):
         return tiles.forward(x, weight, bias, coefficients, geometry, tile, shift)
     out = TiledConv.apply(x, weight, coefficients, geometry, tile)
@@ -205,10 +205,10 @@ def _compiled(
     shift: Tensor | None = None,
 ) -> Tensor:
     if not needs_backward(x, weight, bias, coefficients):
-        padded, numbered = _number_the_padding(x, weight.shape[2:], geometry)
-        plan = native.plan(padded, weight, bias, coefficients, numbered)
+        x, geometry = _number_the_padding(x, weight, geometry)
+        plan = native.plan(x, weight, bias, coefficients, geometry)
         if plan is not None:
-            return native.forward(plan, padded, weight, bias, coefficients, shift)
+            return native.forward(plan, x, weight, bias, coefficients, shift)
     return _tiled(x, weight, bias, coefficients, geometry, shift)
 
 
@@ -216,10 +216,11 @@ def _compiled(
 _WITH_SHIFT = {"native": _compiled, "tiled": _tiled}
 
 
-def _number_the_padding(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:
+def _number_the_padding(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
     """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
     if not isinstance(geometry.padding, str):
         return x, geometry
+    kernel_size = weight.shape[2:]
     # (before, after) of the last dimension first
     amounts = amounts_of_padding(kernel_size, geometry.padding, geometry.dilation)
     if any(before != after for before, after in zip(amounts[::2], amounts[1::2], strict=True)):

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
     shape: ctypes.Array  # the `Shape` of `csrc/problem.h`
     size: tuple[int, ...]  # the output's
-    memory_format: torch.memory_format
+    channels_last: bool  # the output's memory format
 
 
 def plan(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Plan | None:
@@ -100,7 +100,10 @@ def forward(
     shift: Tensor | None = None,
 ) -> Tensor:
     """A dynamic conv without autograd, as :func:`plan` found for these arguments."""
-    out = torch.empty(plan.size, dtype=x.dtype, memory_format=plan.memory_format)
+    if plan.channels_last:
+        out = torch.empty(plan.size, dtype=x.dtype, memory_format=torch.channels_last)
+    else:
+        out = x.new_empty(plan.size)
     if shift is not None:
         shift = shift.to(x.dtype)
     tensors = (x, weight, coefficients, bias, shift, out)
@@ -150,5 +153,4 @@ def _plan(
         coefficient_strides[2] if coefficients[2] > 1 else 0,
         threads,
     ]
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return Plan((ctypes.c_int64 * len(fields))(*fields), (images, channels, *out), memory_format)
+    return Plan((ctypes.c_int64 * len(fields))(*fields), (images, channels, *out), last)

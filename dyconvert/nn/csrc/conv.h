@@ -10,9 +10,10 @@ namespace dyconvert {
 
 // Elements of a row of a kernel at a time, so that what they read of the input stays in the innermost cache.
 constexpr i64 kDepth = 256;
-// Output channels at a time: the most, and the elements of their kernels, which stay in a core's own cache.
-constexpr i64 kRows = 32;
-constexpr i64 kKernel = 80 * 1024;
+// Output channels at a time: the more, the fewer times the input is read; but the elements of their kernels should
+// stay in a core's own cache.
+constexpr i64 kRows = 64, kFewRows = 16;
+constexpr i64 kKernel = 40 * 1024;
 // Elements of kernels that are mixed at a time, for as many images as that is: what stays in the outer caches.
 constexpr i64 kKernels = 512 * 1024;
 // Elements of planes at a time: what stays in the outermost cache.
@@ -20,7 +21,7 @@ constexpr i64 kPlanes = 1024 * 1024;
 
 // A bank's output channels in blocks, of one size as far as possible, as many as the threads can share evenly.
 inline i64 rows_together(const Shape& s, i64 images) {
-  const i64 channels = s.group_out(), most = max<i64>(8, min(kRows, kKernel / s.elements() / 4 * 4));
+  const i64 channels = s.group_out(), most = max(kFewRows, min(kRows, kKernel / s.elements()));
   i64 blocks = divided_up(channels, most);
   const i64 others = s.groups * images;
   if (others < 4 * s.threads) blocks = rounded_up(blocks * others, s.threads) / others;
@@ -50,7 +51,8 @@ class Conv {
       const i64 count = min(images_, shape_.images - first);
       const T* x = problem_.scratch;
       layout_.lay_out_images(problem_.x + first * shape_.x_image, count, problem_.scratch, problem_.parallel_for);
-      parallel(problem_.parallel_for, shape_.groups * blocks * count, 1, [&](i64 begin, i64 end) {
+      const i64 grain = grain_of(rows_ * shape_.elements() * shape_.pixels());
+      parallel(problem_.parallel_for, shape_.groups * blocks * count, grain, [&](i64 begin, i64 end) {
         while (begin < end) {
           const i64 block = begin / count, n = begin % count, images = min(count - n, end - begin);
           const i64 row = block % blocks * rows_;
@@ -80,21 +82,26 @@ class Conv {
 
   // One image's kernel [rows, K] times the input's channels from `channel` on.
   void multiply_image(const T* kernel, i64 rows, const T* x, i64 channel, const T* bias, T* out) {
-    alignas(64) T sums[kRows * kTogether * kLanes<T>];
+    alignas(64) T sums[(kRows * kStrip + 1) * kLanes<T>];
     const Pixels<T>& pixels = layout_.pixels;
-    for (i64 v = 0; v < pixels.vectors();) {
-      const int together = vectors_together(pixels.vectors() - v);
-      const i64 width = together * kLanes<T>;
-      pixels.prefetch(rows, v, together, out);
-      const T* from[kTogether];
-      layout_.locate(x, channel, v, together, from);
-      const int32_t* offsets = layout_.offsets(together);
-      for (i64 k = 0; k < shape_.elements(); k += kDepth)
-        multiply(kernel + k, lda_, rows, from, together, offsets + k, min(kDepth, shape_.elements() - k), sums, width,
-                 k > 0);
-      pixels.write(sums, width, rows, v, together, bias, out);
-      v += together;
+    for (i64 first = 0; first < pixels.vectors(); first += kStrip) {
+      const i64 strip = min(kStrip, pixels.vectors() - first);
+      pixels.prefetch(rows, first, strip, out);
+      for (i64 v = 0; v < strip;) {
+        const int together = vectors_together(strip - v);
+        multiply_vectors(kernel, rows, x, channel, first + v, together, sums + v * kLanes<T>, strip * kLanes<T>);
+        v += together;
+      }
+      pixels.write(sums, rows, first, strip, bias, out);
     }
+  }
+
+  void multiply_vectors(const T* kernel, i64 rows, const T* x, i64 channel, i64 v, int together, T* sums, i64 ld) {
+    const T* from[kTogether];
+    layout_.locate(x, channel, v, together, from);
+    const int32_t* offsets = layout_.offsets(together);
+    for (i64 k = 0; k < shape_.elements(); k += kDepth)
+      multiply(kernel + k, lda_, rows, from, together, offsets + k, min(kDepth, shape_.elements() - k), sums, ld, k > 0);
   }
 
   const Problem<T, B>& problem_;

@@ -15,7 +15,8 @@ class Depthwise {
 
   void run() {
     const i64 blocks = divided_up(shape_.in_channels, kChannels);
-    parallel(problem_.parallel_for, shape_.images * blocks, 1, [&](i64 begin, i64 end) {
+    const i64 grain = grain_of(kChannels * shape_.group_out() * shape_.taps() * shape_.pixels());
+    parallel(problem_.parallel_for, shape_.images * blocks, grain, [&](i64 begin, i64 end) {
       static thread_local Buffer<T> kernels, planes;
       const i64 together = planes_.channels_together();
       T* kernel = kernels.of(kChannels * shape_.group_out() * shape_.taps());
@@ -55,13 +56,13 @@ class Depthwise {
                                                  multiply_tile<T, 1, 7>, multiply_tile<T, 1, 8>};
     constexpr i64 most = 8;
     const Pixels<T>& pixels = planes_.pixels;
-    alignas(64) T sums[most * kLanes<T>];
+    alignas(64) T sums[(most + 1) * kLanes<T>];
     for (i64 left = pixels.vectors(), v = 0; left > 0;) {
       const i64 now = divided_up(left, divided_up(left, most));  // tiles of about one size
       const T* from[most];
       planes_.locate(plane, 0, v, now, from);
       kTiles[now - 1](kernel, 0, from, planes_.offsets(now), shape_.taps(), sums, now * kLanes<T>, false);
-      pixels.write(sums, now * kLanes<T>, 1, v, now, &bias, out);
+      pixels.write(sums, 1, v, now, &bias, out);
       v += now;
       left -= now;
     }

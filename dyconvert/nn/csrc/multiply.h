@@ -38,6 +38,8 @@ inline int vectors_together(i64 left) { return left >= 5 || left == 3 ? 3 : left
 
 // The most vectors of pixels that `multiply` takes.
 constexpr int kTogether = 3;
+// Vectors of pixels that are written at a time: output channels lie far apart, and going from one to the next is dear.
+constexpr i64 kStrip = 12;
 
 // a[rows, length] times x[length, vectors], as `multiply_tile` says.
 template <typename T>

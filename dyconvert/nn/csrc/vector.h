@@ -72,6 +72,10 @@ class Buffer {
 using Body = void (*)(i64 begin, i64 end, void* context);
 using ParallelFor = int32_t (*)(i64 begin, i64 end, i64 grain, Body body, void* context);
 
+// How many pieces of work a thread is to take at least, each of so many multiplications: waking a thread takes as long
+// as some ten thousands.
+inline i64 grain_of(i64 multiplications) { return max<i64>(1, 65536 / max<i64>(1, multiplications)); }
+
 template <typename F>
 void parallel(ParallelFor parallel_for, i64 count, i64 grain, const F& body) {
   const int32_t failed = parallel_for(
