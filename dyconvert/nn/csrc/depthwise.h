@@ -1,30 +1,42 @@
-// Convs of one input channel per group. There is nothing to share between output channels, so each is done by itself,
-// its plane laid out in the innermost cache.
+// Convs of one input channel per group, and the gradients of their inputs. There is nothing to share between channels,
+// so each is done by itself, its plane laid out in the innermost cache.
 #pragma once
 #include "mix.h"
-#include "multiply.h"
+#include "parts.h"
 #include "planes.h"
 
 namespace dyconvert {
 
-template <typename T, typename B>
+template <typename T, typename B, bool gradient>
 class Depthwise {
  public:
   explicit Depthwise(const Problem<T, B>& problem)
-      : problem_(problem), shape_(problem.shape), planes_(shape_) {}
+      : problem_(problem), shape_(problem.shape), seen_(gradient ? shape_of_gradient(shape_) : shape_), planes_(seen_) {
+    if constexpr (gradient)
+      parts_ = parts_of_gradient<T>(shape_, planes_, shape_.taps());
+    else
+      parts_ = parts_of_conv<T>(shape_, planes_);
+  }
 
   void run() {
-    const i64 blocks = divided_up(shape_.in_channels, kChannels);
-    const i64 grain = grain_of(kChannels * shape_.group_out() * shape_.taps() * shape_.pixels());
-    parallel(problem_.parallel_for, shape_.images * blocks, grain, [&](i64 begin, i64 end) {
+    const Shape& s = shape_;
+    const i64 blocks = divided_up(s.in_channels, kChannels), each = s.group_out();
+    const i64 grain = grain_of(kChannels * each * s.taps() * s.pixels());
+    parallel(problem_.parallel_for, s.images * blocks, grain, [&](i64 begin, i64 end) {
       static thread_local Buffer<T> kernels, planes;
-      const i64 together = planes_.channels_together();
-      T* kernel = kernels.of(kChannels * shape_.group_out() * shape_.taps());
+      const i64 together = gradient ? each : planes_.channels_together();
+      T* kernel = kernels.of(kChannels * each * s.taps());
       T* plane = planes.of(planes_.plane * together + kLanes<T>);
       planes_.clear(plane, together);
       for (; begin < end; begin++) {
-        const i64 first = begin % blocks * kChannels;
-        convolve(begin / blocks, first, min(kChannels, shape_.in_channels - first), kernel, plane);
+        const i64 image = begin / blocks, first = begin % blocks * kChannels;
+        const i64 channels = min(kChannels, s.in_channels - first);
+        mix(problem_, image, 1, first * each, channels * each, 0, s.taps(), s.taps(), kernel);
+        for (i64 c = 0; c < channels; c++)
+          if constexpr (gradient)
+            gradient_of_channel(image, first + c, kernel + c * each * s.taps(), plane);
+          else
+            convolve_channel(image, first, c, channels, kernel + c * each * s.taps(), plane);
       }
     });
   }
@@ -33,36 +45,45 @@ class Depthwise {
   // Input channels whose kernels are mixed at once.
   static constexpr i64 kChannels = 16;
 
-  // `channels` input channels of an image, from `first` on.
-  void convolve(i64 image, i64 first, i64 channels, T* kernels, T* planes) {
+  // The output channels of the input channel first + c.
+  void convolve_channel(i64 image, i64 first, i64 c, i64 channels, const T* kernels, T* planes) {
     const Shape& s = shape_;
     const i64 each = s.group_out(), together = planes_.channels_together();
-    mix(problem_, image, 1, first * each, channels * each, s.taps(), kernels);
-    for (i64 c = 0; c < channels; c++) {
-      if (c % together == 0)
-        planes_.lay_out(problem_.x + image * s.x_image + (first + c) * s.x_channel, min(together, channels - c), planes);
-      for (i64 m = 0; m < each; m++) {
-        const i64 channel = (first + c) * each + m;
-        T* out = problem_.out + image * s.out_channels * s.pixels() + channel * s.out_channel;
-        one_channel(planes + c % together * planes_.plane, kernels + (c * each + m) * s.taps(),
-                    added(problem_, image, channel), out);
-      }
+    if (c % together == 0)
+      planes_.lay_out(problem_.x + image * s.x_image + (first + c) * s.x_channel, min(together, channels - c), planes);
+    for (i64 m = 0; m < each; m++) {
+      const i64 channel = (first + c) * each + m;
+      multiply_plane(parts_[0], planes + c % together * planes_.plane, kernels + m * s.taps(),
+                     added(problem_, image, channel),
+                     problem_.out + image * s.out_channels * s.pixels() + channel * s.out_channel);
     }
   }
 
-  void one_channel(const T* plane, const T* kernel, T bias, T* out) {
+  // kernels: of the output channels that the input channel has.
+  void gradient_of_channel(i64 image, i64 channel, const T* kernels, T* planes) {
+    const Shape& s = shape_;
+    const i64 each = s.group_out();
+    for (i64 m = 0; m < each; m++)
+      planes_.lay_out(problem_.x + image * seen_.x_image + (channel * each + m) * seen_.x_channel, 1,
+                      planes + m * planes_.plane);
+    for (const Part<T>& part : parts_)
+      multiply_plane(part, planes, kernels, T(0),
+                     problem_.out + (image * s.in_channels + channel) * s.height * s.width + part.at);
+  }
+
+  void multiply_plane(const Part<T>& part, const T* planes, const T* kernel, T bias, T* out) {
     static constexpr MultiplyTile<T> kTiles[] = {multiply_tile<T, 1, 1>, multiply_tile<T, 1, 2>, multiply_tile<T, 1, 3>,
                                                  multiply_tile<T, 1, 4>, multiply_tile<T, 1, 5>, multiply_tile<T, 1, 6>,
                                                  multiply_tile<T, 1, 7>, multiply_tile<T, 1, 8>};
     constexpr i64 most = 8;
-    const Pixels<T>& pixels = planes_.pixels;
     alignas(64) T sums[(most + 1) * kLanes<T>];
-    for (i64 left = pixels.vectors(), v = 0; left > 0;) {
+    for (i64 left = part.pixels.vectors(), v = 0; left > 0;) {
       const i64 now = divided_up(left, divided_up(left, most));  // tiles of about one size
       const T* from[most];
-      planes_.locate(plane, 0, v, now, from);
-      kTiles[now - 1](kernel, 0, from, planes_.offsets(now), shape_.taps(), sums, now * kLanes<T>, false);
-      pixels.write(sums, 1, v, now, &bias, out);
+      planes_.locate(planes, 0, part.pixels, v, now, from);
+      kTiles[now - 1](kernel, 0, part.steps.data(), from, part.offsets[0].data(), part.elements(), sums,
+                      now * kLanes<T>, false);
+      part.pixels.write(sums, 1, v, now, &bias, out);
       v += now;
       left -= now;
     }
@@ -70,7 +91,9 @@ class Depthwise {
 
   const Problem<T, B>& problem_;
   const Shape& shape_;
+  const Shape seen_;  // what is laid out, and convolved
   const Planes<T> planes_;
+  std::vector<Part<T>> parts_;
 };
 
 }  // namespace dyconvert

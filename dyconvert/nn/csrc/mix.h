@@ -35,26 +35,30 @@ inline void mix_row(T* a, const B* bank, i64 expert, i64 length, const T* eta, i
 // Elements of a row that the experts have in the innermost cache while it is mixed for one image after the other.
 constexpr i64 kMixedLength = 512;
 
-// The kernels of `rows` output channels from `channel` on, for `images` images from `image` on: a[images, rows, lda].
+// Elements [k, k + length) of the kernels of `rows` output channels from `channel` on, for `images` images from `image`
+// on: a[images, rows, lda].
 template <typename T, typename B>
-void mix(const Problem<T, B>& problem, i64 image, i64 images, i64 channel, i64 rows, i64 lda, T* a) {
+void mix(const Problem<T, B>& problem, i64 image, i64 images, i64 channel, i64 rows, i64 k, i64 length, i64 lda, T* a) {
   const Shape& s = problem.shape;
   const i64 elements = s.elements(), expert = s.out_channels * elements;
   const T* eta = problem.eta + image * s.eta_image + channel * s.eta_channel;
-  const B* bank = problem.bank + channel * elements;
+  const B* bank = problem.bank + channel * elements + k;
   static thread_local Buffer<T> coefficients;
   T* own = coefficients.of(images * s.g);
   auto take = [&](i64 row) {
     for (i64 n = 0; n < images; n++)
       for (i64 i = 0; i < s.g; i++) own[n * s.g + i] = eta[n * s.eta_image + i * s.eta_expert + row * s.eta_channel];
   };
-  const bool joined = !s.eta_channel && lda == elements;  // rows one behind the other, mixed alike
-  const i64 length = joined ? rows * elements : elements, count = joined ? 1 : rows;
-  for (i64 row = 0; row < count; row++) {
+  if (!s.eta_channel && length == elements && lda == elements) {  // rows one behind the other, mixed alike
+    length *= rows;
+    lda *= rows;
+    rows = 1;
+  }
+  for (i64 row = 0; row < rows; row++) {
     if (!row || s.eta_channel) take(row);
-    for (i64 k = 0; k < length; k += kMixedLength)
+    for (i64 at = 0; at < length; at += kMixedLength)
       for (i64 n = 0; n < images; n++)
-        mix_row(a + (n * rows + row) * lda + k, bank + row * elements + k, expert, min(kMixedLength, length - k),
+        mix_row(a + (n * rows + row) * lda + at, bank + row * elements + at, expert, min(kMixedLength, length - at),
                 own + n * s.g, s.g);
   }
 }

@@ -4,24 +4,24 @@
 
 namespace dyconvert {
 
-// out[m, j] = sum_k a[m, k] * x[j][offsets[k]], added to what is there if `add`. M rows, J vectors of pixels:
+// out[m, j] = sum_k a[m * lda + steps[k]] * x[j][offsets[k]], added to what is there if `add`. M rows, J vectors:
 // M * J sums, J vectors of x and one weight are what sixteen registers hold.
 template <typename T, int M, int J>
-void multiply_tile(const T* __restrict a, i64 lda, const T* const* x, const int32_t* __restrict offsets, i64 length,
-                   T* __restrict out, i64 ldo, bool add) {
+void multiply_tile(const T* __restrict a, i64 lda, const int32_t* __restrict steps, const T* const* x,
+                   const int32_t* __restrict offsets, i64 length, T* __restrict out, i64 ldo, bool add) {
   Vector<T> sums[M][J];
   const T* from[J];
   for (int j = 0; j < J; j++) from[j] = x[j];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < J; j++) sums[m][j] = add ? load(out + m * ldo + j * kLanes<T>) : Vector<T>{};
   for (i64 k = 0; k < length; k++) {
-    const i64 offset = offsets[k];
+    const i64 step = steps[k], offset = offsets[k];
     Vector<T> pixels[J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; j++) pixels[j] = load(from[j] + offset);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const T weight = a[m * lda + k];
+      const T weight = a[m * lda + step];
 #pragma GCC unroll 8
       for (int j = 0; j < J; j++) sums[m][j] += weight * pixels[j];
     }
@@ -31,7 +31,7 @@ void multiply_tile(const T* __restrict a, i64 lda, const T* const* x, const int3
 }
 
 template <typename T>
-using MultiplyTile = void (*)(const T*, i64, const T* const*, const int32_t*, i64, T*, i64, bool);
+using MultiplyTile = void (*)(const T*, i64, const int32_t*, const T* const*, const int32_t*, i64, T*, i64, bool);
 
 // Vectors of pixels that are taken together, of `left`: threes fill the registers best, and ones worst.
 inline int vectors_together(i64 left) { return left >= 5 || left == 3 ? 3 : left >= 2 ? 2 : 1; }
@@ -43,8 +43,8 @@ constexpr i64 kStrip = 12;
 
 // a[rows, length] times x[length, vectors], as `multiply_tile` says.
 template <typename T>
-void multiply(const T* a, i64 lda, i64 rows, const T* const* x, int vectors, const int32_t* offsets, i64 length, T* out,
-              i64 ldo, bool add) {
+void multiply(const T* a, i64 lda, i64 rows, const int32_t* steps, const T* const* x, int vectors,
+              const int32_t* offsets, i64 length, T* out, i64 ldo, bool add) {
   static constexpr MultiplyTile<T> kTiles[3][8] = {
       {multiply_tile<T, 1, 1>, multiply_tile<T, 2, 1>, multiply_tile<T, 3, 1>, multiply_tile<T, 4, 1>,
        multiply_tile<T, 5, 1>, multiply_tile<T, 6, 1>, multiply_tile<T, 7, 1>, multiply_tile<T, 8, 1>},
@@ -55,7 +55,7 @@ void multiply(const T* a, i64 lda, i64 rows, const T* const* x, int vectors, con
   const i64 most = vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
   for (i64 left = rows, m = 0; left > 0;) {
     const i64 now = divided_up(left, divided_up(left, most));  // tiles of about one size
-    kTiles[vectors - 1][now - 1](a + m * lda, lda, x, offsets, length, out + m * ldo, ldo, add);
+    kTiles[vectors - 1][now - 1](a + m * lda, lda, steps, x, offsets, length, out + m * ldo, ldo, add);
     m += now;
     left -= now;
   }

@@ -19,39 +19,49 @@ Problem<T, B> problem_of(const Shape& shape, void* const* pointers) {
           nullptr};
 }
 
-template <typename T, typename B, template <typename> class Layout>
-void run(Conv<T, B, Layout> conv, Problem<T, B>& problem) {
+template <typename T, typename B, template <typename> class Layout, bool gradient>
+void run(Conv<T, B, Layout, gradient> conv, Problem<T, B>& problem) {
   static thread_local Buffer<T> scratch;
   problem.scratch = scratch.of(conv.scratch_elements());
   conv.run();
 }
 
-template <typename T, typename B>
-void convolve(const Shape& shape, void* const* pointers) {
-  Problem<T, B> problem = problem_of<T, B>(shape, pointers);
-  if (shape.group_in() == 1)
-    Depthwise<T, B>(problem).run();
-  else if (shape.taps() == 1 && !shape.padding_y && !shape.padding_x)
-    run(Conv<T, B, Panels>(problem), problem);
+template <typename T, typename B, bool gradient>
+void convolve(Problem<T, B> problem) {
+  const Shape& s = problem.shape;
+  if (s.group_in() == 1)
+    Depthwise<T, B, gradient>(problem).run();
+  else if (s.taps() == 1 && !s.padding_y && !s.padding_x)
+    run(Conv<T, B, Panels, gradient>(problem), problem);
   else
-    run(Conv<T, B, Planes>(problem), problem);
+    run(Conv<T, B, Planes, gradient>(problem), problem);
 }
 
 enum Type { kFloat32, kFloat64, kFloat16, kBFloat16 };  // as `native.py` numbers them
 
 }  // namespace
 
-// Returns 0, or 1 if there was no memory.
-extern "C" int dyconvert_conv(const Shape* shape, void* const* pointers, int dtype, int bank_dtype) try {
-  if (dtype == kFloat64)
-    convolve<double, double>(*shape, pointers);
-  else if (bank_dtype == kFloat16)
-    convolve<float, Float16>(*shape, pointers);
-  else if (bank_dtype == kBFloat16)
-    convolve<float, BFloat16>(*shape, pointers);
-  else
-    convolve<float, float>(*shape, pointers);
-  return 0;
-} catch (...) {
-  return 1;
+// All return 0, or 1 if there was no memory.
+#define DYCONVERT_CALL(...)     \
+  try {                         \
+    __VA_ARGS__;                \
+    return 0;                   \
+  } catch (...) {               \
+    return 1;                   \
+  }
+
+extern "C" {
+
+int dyconvert_conv(const Shape* shape, void* const* pointers, int dtype, int bank_dtype) {
+  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, false>(problem_of<double, double>(*shape, pointers));
+                 else if (bank_dtype == kFloat16) convolve<float, Float16, false>(problem_of<float, Float16>(*shape, pointers));
+                 else if (bank_dtype == kBFloat16) convolve<float, BFloat16, false>(problem_of<float, BFloat16>(*shape, pointers));
+                 else convolve<float, float, false>(problem_of<float, float>(*shape, pointers)))
+}
+
+// The gradient of the input: the problem's x is the output's gradient, its out the input's, both contiguous.
+int dyconvert_input_gradient(const Shape* shape, void* const* pointers, int dtype) {
+  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, true>(problem_of<double, double>(*shape, pointers));
+                 else convolve<float, float, true>(problem_of<float, float>(*shape, pointers)))
+}
 }

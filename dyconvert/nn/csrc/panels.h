@@ -12,13 +12,10 @@ class Panels {
   explicit Panels(const Shape& s)
       : shape_(s),
         planes_(s),
-        image(s.in_channels * planes_.pixels.vectors() * kLanes<T>),
-        pixels(planes_.pixels),
+        pixels_({s.out_height, s.out_width, s.pixels(), s.out_width, 1}, s.out_width),
+        image(s.in_channels * pixels_.vectors() * kLanes<T>),
         in_place_(s.x_column == 1 && s.stride_x == 1 && s.stride_y == 1 && s.x_row == s.width &&
-                  s.pixels() >= kLanes<T>) {
-    for (int together = 1; together <= kTogether; together++)
-      for (i64 c = 0; c < s.group_in(); c++) offsets_[together - 1].push_back(c * together * kLanes<T>);
-  }
+                  s.pixels() >= kLanes<T>) {}
 
   i64 scratch_elements(i64 images) const { return images * image; }
 
@@ -44,37 +41,39 @@ class Panels {
     });
   }
 
-  void locate(const T* panels, i64 channel, i64 vector, int together, const T** from) const {
+  void locate(const T* panels, i64 channel, const Pixels<T>&, i64 vector, int together, const T** from) const {
     const T* panel = panels + vector * kLanes<T> * shape_.in_channels + channel * together * kLanes<T>;
     for (int j = 0; j < together; j++) from[j] = panel + j * kLanes<T>;
   }
-  const int32_t* offsets(int together) const { return offsets_[together - 1].data(); }
+
+  i64 offset(i64 channel, i64, i64, int together) const { return channel * together * kLanes<T>; }
+
+  i64 pitch() const { return shape_.out_width; }
 
  private:
   // Channels that are gathered at once.
   static constexpr i64 kChannels = 16;
 
   void gather(const T* planes, i64 plane, i64 first, i64 channels, T* panels) const {
-    for (i64 v = 0; v < pixels.vectors();) {
-      const int together = vectors_together(min(kStrip - v % kStrip, pixels.vectors() - v));
+    for (i64 v = 0; v < pixels_.vectors();) {
+      const int together = vectors_together(min(kStrip - v % kStrip, pixels_.vectors() - v));
       T* panel = panels + v * kLanes<T> * shape_.in_channels + first * together * kLanes<T>;
       for (i64 c = 0; c < channels; c++)
         for (int j = 0; j < together; j++, panel += kLanes<T>)
-          store(panel, load(planes + c * plane + pixels.start(v + j)));
+          store(panel, load(planes + c * plane + pixels_.start(v + j)));
       v += together;
     }
   }
 
-  const Shape& shape_;
+  const Shape shape_;
   const Planes<T> planes_;
+  const Pixels<T> pixels_;
 
  public:
   const i64 image;  // elements from image to image
-  const Pixels<T>& pixels;
 
  private:
   const bool in_place_;
-  std::vector<int32_t> offsets_[kTogether];
 };
 
 }  // namespace dyconvert

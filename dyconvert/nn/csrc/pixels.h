@@ -4,19 +4,26 @@
 
 namespace dyconvert {
 
+// Where pixels are written to.
+struct Grid {
+  i64 height, width;
+  i64 channel, row, column;  // strides
+};
+
 template <typename T>
 class Pixels {
  public:
   // pitch: elements from one row of what is read to the next, where a pixel of the output is an element.
-  Pixels(const Shape& shape, i64 pitch) : shape_(shape) {
-    const i64 height = shape.out_height, width = shape.out_width;
-    // Rows that lie without a gap are as one.
-    if (pitch == width)
-      arrange_rows(1, height * width, pitch);
-    else if (height * divided_up(width, kLanes<T>) <= divided_up((height - 1) * pitch + width, kLanes<T>))
-      arrange_rows(height, width, pitch);
-    else
-      arrange_plane(pitch);
+  Pixels(const Grid& grid, i64 pitch) : grid_(grid), pitch_(pitch) {
+    const i64 height = grid.height, width = grid.width, last = (height - 1) * pitch + width;
+    if (pitch == width && last >= kLanes<T>)  // without gaps; the last vector ends with the plane
+      for (i64 at = 0; at < last; at += kLanes<T>) add(min(at, last - kLanes<T>), false);
+    else if (height * divided_up(width, kLanes<T>) > divided_up(last, kLanes<T>))  // the plane from end to end
+      for (i64 at = 0; at < last; at += kLanes<T>) add(at, false);
+    else  // each row by itself; its last vector ends with it
+      for (i64 y = 0; y < height; y++)
+        for (i64 x = 0; x < width; x += kLanes<T>) add(y * pitch + max<i64>(0, min(x, width - kLanes<T>)), true);
+    runs_of_.push_back(runs_.size());
   }
 
   i64 vectors() const { return start_.size(); }
@@ -26,71 +33,61 @@ class Pixels {
   // Write `vectors` vectors of results of `rows` output channels, from the vector `first` on.
   // sums: [rows, vectors], and a vector more that may be read.
   void write(const T* sums, i64 rows, i64 first, i64 vectors, const T* added, T* out) const {
-    const Shape& s = shape_;
+    const i64 end_of_plane = grid_.row == grid_.width ? grid_.height * grid_.width : 0;
     const Run* begin = runs_.data() + runs_of_[first];
     const Run* end = runs_.data() + runs_of_[first + vectors];
     const i64 base = first * kLanes<T>;
     for (i64 m = 0; m < rows; m++, sums += vectors * kLanes<T>) {
-      T* row = out + m * s.out_channel;
+      T* plane = out + m * grid_.channel;
       for (const Run* run = begin; run < end; run++) {
         const T* from = sums + run->lane - base;
-        if (s.out_pixel == 1 && run->pixel + kLanes<T> <= s.pixels())
-          store(row + run->pixel, load(from) + added[m]);  // what is too much is written over by the next run
+        // What is too much is written over by the next run.
+        if (grid_.column == 1 && (run->count == kLanes<T> || run->at + kLanes<T> <= end_of_plane))
+          store(plane + run->at, load(from) + added[m]);
         else
-          for (i64 i = 0; i < run->count; i++) row[(run->pixel + i) * s.out_pixel] = from[i] + added[m];
+          for (i64 i = 0; i < run->count; i++) plane[run->at + i * grid_.column] = from[i] + added[m];
       }
     }
   }
 
   // Fetch what `write` is going to write to: of a line, it writes only a part.
   void prefetch(i64 rows, i64 first, i64 vectors, T* out) const {
-    const i64 begin = runs_[runs_of_[first]].pixel * shape_.out_pixel;
+    const i64 begin = runs_[runs_of_[first]].at;
     const Run& last = runs_[runs_of_[first + vectors] - 1];
-    const i64 end = (last.pixel + last.count - 1) * shape_.out_pixel;
+    const i64 end = last.at + (last.count - 1) * grid_.column;
     for (i64 m = 0; m < rows; m++) {
-      __builtin_prefetch(out + m * shape_.out_channel + begin, 1);
-      __builtin_prefetch(out + m * shape_.out_channel + end, 1);
+      __builtin_prefetch(out + m * grid_.channel + begin, 1);
+      __builtin_prefetch(out + m * grid_.channel + end, 1);
     }
   }
 
  private:
-  // Lanes [lane, lane + count), counted from the first vector on, are pixels [pixel, pixel + count) of the output.
+  // Lanes [lane, lane + count), counted from the first vector on, are pixels of one row, the first of them at `at`.
   struct Run {
-    int32_t lane, pixel, count;
+    int32_t lane, at, count;
   };
 
-  void add_vector(i64 start) {
+  // A vector that starts at `start` in what is read. What it has that lies between rows, or in another row where rows
+  // are by themselves, is dropped.
+  void add(i64 start, bool one_row) {
+    const i64 lane = start_.size() * kLanes<T>;
+    const bool joined = pitch_ == grid_.width && grid_.row == grid_.width * grid_.column;
     start_.push_back(start);
     runs_of_.push_back(runs_.size());
-  }
-
-  // Each row by itself. Its last vector ends with it, and does some pixels again.
-  void arrange_rows(i64 rows, i64 length, i64 pitch) {
-    runs_of_.assign(1, 0);
-    for (i64 row = 0; row < rows; row++)
-      for (i64 x = 0; x < length; x += kLanes<T>) {
-        const i64 from = max<i64>(0, min(x, length - kLanes<T>));
-        const i64 lane = start_.size() * kLanes<T>;
-        runs_.push_back({int32_t(lane), int32_t(row * length + from), int32_t(min(length, kLanes<T>))});
-        add_vector(row * pitch + from);
-      }
-  }
-
-  // The plane from end to end; what lies between rows is computed and dropped.
-  void arrange_plane(i64 pitch) {
-    const i64 height = shape_.out_height, width = shape_.out_width;
-    runs_of_.assign(1, 0);
-    for (i64 lane = 0; lane < (height - 1) * pitch + width; lane += kLanes<T>) {
-      for (i64 at = lane; at < lane + kLanes<T>;) {
-        const i64 y = at / pitch, x = at % pitch, end = min(y * pitch + width, lane + kLanes<T>);
-        if (y < height && at < end) runs_.push_back({int32_t(at), int32_t(y * width + x), int32_t(end - at)});
-        at = max(at + 1, x < width ? end : min((y + 1) * pitch, lane + kLanes<T>));
-      }
-      add_vector(lane);
+    for (i64 at = start; at < start + kLanes<T>;) {
+      const i64 y = at / pitch_, x = at % pitch_;
+      if (y >= grid_.height) return;
+      const i64 row_end = joined ? grid_.height * grid_.width : y * pitch_ + grid_.width;
+      const i64 end = min(row_end, start + kLanes<T>);
+      if (x < grid_.width)
+        runs_.push_back({int32_t(lane + at - start), int32_t(y * grid_.row + x * grid_.column), int32_t(end - at)});
+      if (one_row) return;
+      at = joined ? start + kLanes<T> : (y + 1) * pitch_;
     }
   }
 
-  const Shape& shape_;
+  const Grid grid_;
+  const i64 pitch_;
   std::vector<int32_t> start_, runs_of_;
   std::vector<Run> runs_;
 };

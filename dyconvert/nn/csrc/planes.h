@@ -40,8 +40,7 @@ class Planes {
         pitch_(s.out_width + (s.kernel_width - 1) * s.dilation_x / s.stride_x),
         phase_(pitch_ * (s.out_height + (s.kernel_height - 1) * s.dilation_y / s.stride_y)),
         plane(phases_y_ * phases_x_ * phase_),
-        image(s.in_channels * plane),
-        pixels(s, pitch_) {}
+        image(s.in_channels * plane) {}
 
   // Elements that the planes of `images` take, with what the last vector reads beyond them.
   i64 scratch_elements(i64 images) const { return images * image + kLanes<T>; }
@@ -61,10 +60,17 @@ class Planes {
   }
 
   // Where `together` vectors of pixels from `vector` on are, for the channels from `channel` on.
-  void locate(const T* planes, i64 channel, i64 vector, int together, const T** from) const {
+  void locate(const T* planes, i64 channel, const Pixels<T>& pixels, i64 vector, int together, const T** from) const {
     for (int j = 0; j < together; j++) from[j] = planes + channel * plane + pixels.start(vector + j);
   }
-  const int32_t* offsets(int) const { return offsets_.data(); }
+
+  // How far from there a channel is read where the kernel is at (y, x) of the padded input.
+  i64 offset(i64 channel, i64 y, i64 x, int) const {
+    const i64 phase = y % shape_.stride_y * phases_x_ + x % shape_.stride_x;
+    return channel * plane + phase * phase_ + y / shape_.stride_y * pitch_ + x / shape_.stride_x;
+  }
+
+  i64 pitch() const { return pitch_; }
 
   // Channels that are laid out at once. With channels last, a line of the cache has several channels of one pixel.
   i64 channels_together() const {
@@ -73,7 +79,10 @@ class Planes {
 
   // Zeros around a plane: those that no image writes stay from one to the next.
   void clear(T* to, i64 channels) const {
-    if (shape_.taps() > 1 || shape_.padding_y || shape_.padding_x) memset(to, 0, channels * plane * sizeof(T));
+    const Shape& s = shape_;
+    const bool covered = s.taps() == 1 && !s.padding_y && !s.padding_x &&
+                         s.height > (s.out_height - 1) * s.stride_y && s.width > (s.out_width - 1) * s.stride_x;
+    if (!covered) memset(to, 0, channels * plane * sizeof(T));
   }
 
   // The input's channels in their planes, which are clear.
@@ -107,29 +116,11 @@ class Planes {
   }
 
  private:
-  // For each element of an output channel's kernel, in the bank's order: where in the planes it reads.
-  std::vector<int32_t> find_offsets() const {
-    const Shape& s = shape_;
-    const i64 taps = s.taps(), channels = s.group_in();
-    std::vector<int32_t> found(channels * taps);
-    for (i64 tap = 0; tap < taps; tap++) {
-      const i64 y = tap / s.kernel_width * s.dilation_y, x = tap % s.kernel_width * s.dilation_x;
-      const i64 phase = y % s.stride_y * phases_x_ + x % s.stride_x;
-      const i64 from = phase * phase_ + y / s.stride_y * pitch_ + x / s.stride_x;
-      for (i64 c = 0; c < channels; c++) found[s.bank_last ? tap * channels + c : c * taps + tap] = c * plane + from;
-    }
-    return found;
-  }
-
-  const Shape& shape_;
+  const Shape shape_;
   i64 phases_y_, phases_x_, pitch_, phase_;
 
  public:
   const i64 plane, image;  // elements of a channel's plane, and from image to image
-  const Pixels<T> pixels;
-
- private:
-  const std::vector<int32_t> offsets_ = find_offsets();
 };
 
 }  // namespace dyconvert

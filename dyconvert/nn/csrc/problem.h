@@ -34,7 +34,7 @@ struct Problem {
   const B* bias;   // [g, C_out] or null
   const T* shift;  // [C_out] or null
   T* out;          // [N, C_out, oH, oW]
-  T* scratch;      // of `scratch_elements`
+  T* scratch;      // of `scratch_elements()` of what computes it
 };
 
 }  // namespace dyconvert
