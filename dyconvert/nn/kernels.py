@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import native, strategies, tiles
-from dyconvert.nn.backward import TiledConv
+from dyconvert.nn.backward import NativeConv, TiledConv
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
@@ -189,11 +189,7 @@ def _tiled(
     x, geometry = _number_the_padding(x, weight, geometry)
     if not needs_backward(x, weight, bias, coefficients):
         return tiles.forward(x, weight, bias, coefficients, geometry, tile, shift)
-    out = TiledConv.apply(x, weight, coefficients, geometry, tile)
-    if bias is not None:
-        mixed = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)
-        out = out + mixed.view(*mixed.shape, *[1] * (x.dim() - 2))
-    return out
+    return _add_bias(TiledConv.apply(x, weight, coefficients, geometry, tile), bias, coefficients)
 
 
 def _compiled(
@@ -204,12 +200,20 @@ def _compiled(
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> Tensor:
-    if not needs_backward(x, weight, bias, coefficients):
-        x, geometry = _number_the_padding(x, weight, geometry)
-        plan = native.plan(x, weight, bias, coefficients, geometry)
-        if plan is not None:
-            return native.forward(plan, x, weight, bias, coefficients, shift)
+    x, geometry = _number_the_padding(x, weight, geometry)
+    plan = native.plan(x, weight, bias, coefficients, geometry)
+    if plan is not None and not needs_backward(x, weight, bias, coefficients):
+        return native.forward(plan, x, weight, bias, coefficients, shift)
+    if plan is not None and plan.differentiable and weight.dtype == x.dtype:
+        return _add_bias(NativeConv.apply(x, weight, coefficients, geometry, plan), bias, coefficients)
     return _tiled(x, weight, bias, coefficients, geometry, shift)
+
+
+def _add_bias(out: Tensor, bias: Tensor | None, coefficients: Tensor) -> Tensor:
+    if bias is None:
+        return out
+    mixed = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)
+    return out + mixed.view(*mixed.shape, *[1] * (out.dim() - 2))
 
 
 # Strategies that take half-precision banks, and the shift, by themselves, where no backward follows.

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
     shape: ctypes.Array  # the `Shape` of `csrc/problem.h`
     size: tuple[int, ...]  # the output's
     channels_last: bool  # the output's memory format
+    differentiable: bool  # whether :func:`backward` knows it
 
 
 def plan(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Plan | None:
@@ -106,11 +108,36 @@ def forward(
         out = x.new_empty(plan.size)
     if shift is not None:
         shift = shift.to(x.dtype)
-    tensors = (x, weight, coefficients, bias, shift, out)
-    pointers = (ctypes.c_void_p * 7)(_parallel_for(), *(None if t is None else t.data_ptr() for t in tensors))
-    if library().dyconvert_conv(plan.shape, pointers, _TYPES[x.dtype], _TYPES[weight.dtype]):
-        raise MemoryError(f"There is no memory to convolve {tuple(x.shape)} with. Take a smaller batch.")
+    _call(
+        library().dyconvert_conv,
+        plan,
+        (x, weight, coefficients, bias, shift, out),
+        (_TYPES[x.dtype], _TYPES[weight.dtype]),
+    )
     return out
+
+
+def backward(
+    plan: Plan, grad: Tensor, x: Tensor, weight: Tensor, coefficients: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight` and `coefficients`, those that are needed, where the plan is differentiable."""
+    needs_x, needs_bank, needs_eta = needs
+    grad = grad.contiguous()
+    dtype = (_TYPES[x.dtype],)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    if needs_x:
+        _call(library().dyconvert_input_gradient, plan, (grad, weight, coefficients, None, None, grad_x), dtype)
+    grad_bank = torch.empty_like(weight) if needs_bank else None
+    grad_eta = torch.empty_like(coefficients, memory_format=torch.contiguous_format) if needs_eta else None
+    if needs_bank or needs_eta:
+        _call(library().dyconvert_bank_gradient, plan, (grad, x, weight, coefficients, grad_bank, grad_eta), dtype)
+    return grad_x, grad_bank, grad_eta
+
+
+def _call(function: Callable[..., int], plan: Plan, tensors: tuple[Tensor | None, ...], types: tuple[int, ...]) -> None:
+    pointers = (ctypes.c_void_p * 7)(_parallel_for(), *(None if t is None else t.data_ptr() for t in tensors))
+    if function(plan.shape, pointers, *types):
+        raise MemoryError(f"There is no memory for a dynamic conv of {plan.size[0]} images. Take a smaller batch.")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -153,4 +180,6 @@ def _plan(
         coefficient_strides[2] if coefficients[2] > 1 else 0,
         threads,
     ]
-    return Plan((ctypes.c_int64 * len(fields))(*fields), (images, channels, *out), last)
+    return Plan(
+        (ctypes.c_int64 * len(fields))(*fields), (images, channels, *out), last, not last and not bank_last and g <= 64
+    )

@@ -1,6 +1,8 @@
 // Dynamic convs on a CPU, called by `native.py` through the plain C functions at the end of this file.
+#include "bank_gradient.h"
 #include "conv.h"
 #include "depthwise.h"
+#include "depthwise_bank_gradient.h"
 
 namespace {
 
@@ -37,6 +39,22 @@ void convolve(Problem<T, B> problem) {
     run(Conv<T, B, Planes, gradient>(problem), problem);
 }
 
+template <typename T>
+void bank_gradient(const Shape& shape, void* const* pointers) {
+  const Gradients<T> to{shape,
+                        reinterpret_cast<ParallelFor>(pointers[0]),
+                        static_cast<const T*>(pointers[1]),
+                        static_cast<const T*>(pointers[2]),
+                        static_cast<const T*>(pointers[3]),
+                        static_cast<const T*>(pointers[4]),
+                        static_cast<T*>(pointers[5]),
+                        static_cast<T*>(pointers[6])};
+  if (shape.group_in() == 1)
+    DepthwiseBankGradient<T>(to).run();
+  else
+    BankGradient<T>(to).run();
+}
+
 enum Type { kFloat32, kFloat64, kFloat16, kBFloat16 };  // as `native.py` numbers them
 
 }  // namespace
@@ -63,5 +81,10 @@ int dyconvert_conv(const Shape* shape, void* const* pointers, int dtype, int ban
 int dyconvert_input_gradient(const Shape* shape, void* const* pointers, int dtype) {
   DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, true>(problem_of<double, double>(*shape, pointers));
                  else convolve<float, float, true>(problem_of<float, float>(*shape, pointers)))
+}
+
+// The gradients of the bank and the coefficients, from the output's, the input, the bank and the coefficients.
+int dyconvert_bank_gradient(const Shape* shape, void* const* pointers, int dtype) {
+  DYCONVERT_CALL(dtype == kFloat64 ? bank_gradient<double>(*shape, pointers) : bank_gradient<float>(*shape, pointers))
 }
 }

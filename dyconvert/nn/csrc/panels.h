@@ -14,8 +14,7 @@ class Panels {
         planes_(s),
         pixels_({s.out_height, s.out_width, s.pixels(), s.out_width, 1}, s.out_width),
         image(s.in_channels * pixels_.vectors() * kLanes<T>),
-        in_place_(s.x_column == 1 && s.stride_x == 1 && s.stride_y == 1 && s.x_row == s.width &&
-                  s.pixels() >= kLanes<T>) {}
+        in_place_(planes_.in_place() && s.pixels() >= kLanes<T>) {}
 
   i64 scratch_elements(i64 images) const { return images * image; }
 

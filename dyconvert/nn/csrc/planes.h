@@ -77,12 +77,19 @@ class Planes {
     return shape_.x_channel == 1 && shape_.in_channels > 1 ? 64 / static_cast<i64>(sizeof(T)) : 1;
   }
 
+  // Whether the input's planes are already what they are to be.
+  bool in_place() const {
+    const Shape& s = shape_;
+    return s.taps() == 1 && !s.padding_y && !s.padding_x && s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 &&
+           s.x_row == s.width && s.x_channel == plane;
+  }
+
   // Zeros around a plane: those that no image writes stay from one to the next.
   void clear(T* to, i64 channels) const {
     const Shape& s = shape_;
     const bool covered = s.taps() == 1 && !s.padding_y && !s.padding_x &&
                          s.height > (s.out_height - 1) * s.stride_y && s.width > (s.out_width - 1) * s.stride_x;
-    if (!covered) memset(to, 0, channels * plane * sizeof(T));
+    if (!covered) std::fill(to, to + channels * plane, T(0));
   }
 
   // The input's channels in their planes, which are clear.
