@@ -24,7 +24,8 @@ def tiled(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, 
 
 
 def compiled(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
-    """The compiled kernels, where they were built and know the conv; else tiles."""
+    """The compiled kernels, where they were built and know the conv; else tiles, or for training with kernels that
+    are small, one grouped conv."""
     return _compiled(x, weight, bias, coefficients, geometry)
 
 
@@ -123,18 +124,10 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
         if tuned and (found := tuned.get(key(x, weight, bias, coefficients, geometry))):
             return found
         if x.is_cpu and x.dtype in _TILED_DTYPES:
-            kept = needs_backward(x, weight, bias, coefficients) and _kernels_are_small(x, weight, coefficients)
-            if not kept:
-                return "native"
+            return "native"
     if not single and weight.shape[2:].numel() == 1 and geometry.groups == 1:
         return "unfold"  # 1 x 1: one batched matmul
     return "groups"
-
-
-def _kernels_are_small(x: Tensor, weight: Tensor, coefficients: Tensor) -> bool:
-    """Whether keeping the kernels for backward costs little beside the input, which is kept anyway."""
-    batch, g, per = coefficients.shape
-    return per == 1 and 4 * batch * weight.numel() <= g * x.numel()
 
 
 # Tiles add up the bank's gradient part by part, for which half precision is too coarse.
@@ -206,7 +199,15 @@ def _compiled(
         return native.forward(plan, x, weight, bias, coefficients, shift)
     if plan is not None and plan.differentiable and weight.dtype == x.dtype:
         return _add_bias(NativeConv.apply(x, weight, coefficients, geometry, plan), bias, coefficients)
+    if needs_backward(x, weight, bias, coefficients) and _kernels_are_small(x, weight, coefficients):
+        return strategies.groups(x, weight, bias, coefficients, geometry)
     return _tiled(x, weight, bias, coefficients, geometry, shift)
+
+
+def _kernels_are_small(x: Tensor, weight: Tensor, coefficients: Tensor) -> bool:
+    """Whether keeping the kernels for backward costs little beside the input, which is kept anyway."""
+    batch, g, per = coefficients.shape
+    return per == 1 and 4 * batch * weight.numel() <= g * x.numel()
 
 
 def _add_bias(out: Tensor, bias: Tensor | None, coefficients: Tensor) -> Tensor:

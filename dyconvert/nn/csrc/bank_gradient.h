@@ -12,19 +12,22 @@ template <typename T>
 class BankGradient {
  public:
   explicit BankGradient(const Gradients<T>& to)
-      : to_(to), shape_(to.shape), planes_(shape_), ldc_(rounded_up(shape_.in_channels, kLanes<T>) + kLanes<T>) {
+      : to_(to), shape_(to.shape), planes_(shape_) {
     const Shape& s = shape_;
-    image_ = planes_.plane * ldc_;
+    const i64 panels = divided_up(s.group_in(), kTogether * kLanes<T>);
+    width_ = rounded_up(divided_up(s.group_in(), panels), kLanes<T>);
+    group_ = panels * planes_.plane * width_;
+    image_ = s.groups * group_;
     images_ = max<i64>(1, min(s.images, kElements / image_));
     rows_ = min(s.group_out(), s.taps() == 1 ? kPointwiseRows : kRows);
-    lanes_ = min(rounded_up(s.group_in(), kLanes<T>), (s.taps() == 1 ? 4 : 1) * kTogether * kLanes<T>);
+    lanes_ = min(panels, s.taps() == 1 ? kPointwisePanels : 1) * width_;
     const i64 blocks = s.groups * divided_up(s.group_out(), rows_), chunks = divided_up(s.group_in(), lanes_);
     ranges_ = min(chunks, divided_up(4 * s.threads, blocks));
     parts_ = min(images_, divided_up(4 * s.threads, blocks * ranges_));
     for (i64 y = 0; y < s.out_height; y++)
       for (i64 x = 0; x < s.out_width; x++) {
         steps_.push_back(steps_.size());
-        offsets_.push_back((y * planes_.pitch() + x) * ldc_);
+        offsets_.push_back((y * planes_.pitch() + x) * width_);
       }
   }
 
@@ -59,27 +62,31 @@ class BankGradient {
  private:
   // Output channels at a time, and for 1 x 1 convs, whose rows are short.
   static constexpr i64 kRows = 16, kPointwiseRows = 48;
+  // Panels at a time for 1 x 1 convs, likewise.
+  static constexpr i64 kPointwisePanels = 4;
   // Pixels at a time, so that what they read of the input stays in the innermost cache.
   static constexpr i64 kPixels = 256;
   // Elements of the input that are laid out at a time: what stays in the outermost cache.
   static constexpr i64 kElements = 1024 * 1024;
 
-  // Planes with their channels last: a pixel's channels make vectors.
+  // Panels of a few channels, pixel by pixel: [groups, panels, plane, width].
   void lay_out(const T* x, i64 images, T* to) const {
     const Shape& s = shape_;
-    constexpr i64 together = 8;
-    const i64 blocks = divided_up(s.in_channels, together);
+    constexpr i64 together = kLanes<T>;
+    const i64 blocks = divided_up(s.group_in(), together), all = s.groups * blocks;
     const bool in_place = planes_.in_place();
-    parallel(to_.parallel_for, images * blocks, max<i64>(1, 8192 / (planes_.plane * together)), [&](i64 begin, i64 end) {
+    parallel(to_.parallel_for, images * all, max<i64>(1, 8192 / (planes_.plane * together)), [&](i64 begin, i64 end) {
       static thread_local Buffer<T> buffer;
       T* planes = buffer.of(together * planes_.plane);
       planes_.clear(planes, together);
       for (; begin < end; begin++) {
-        const i64 n = begin / blocks, first = begin % blocks * together, channels = min(together, s.in_channels - first);
-        const T* from = x + n * s.x_image + first * s.x_channel;
+        const i64 n = begin / all, group = begin / blocks % s.groups, first = begin % blocks * together;
+        const i64 channels = min(together, s.group_in() - first);
+        const T* from = x + n * s.x_image + (group * s.group_in() + first) * s.x_channel;
         if (!in_place)
           for (i64 c = 0; c < channels; c++) planes_.lay_out(from + c * s.x_channel, 1, planes + c * planes_.plane);
-        transpose(in_place ? from : planes, planes_.plane, channels, planes_.plane, to + n * image_ + first, ldc_);
+        transpose(in_place ? from : planes, planes_.plane, channels, planes_.plane,
+                  to + n * image_ + group * group_ + first / width_ * planes_.plane * width_ + first % width_, width_);
       }
     });
   }
@@ -89,54 +96,71 @@ class BankGradient {
              bool add) {
     const Shape& s = shape_;
     const i64 taps = s.taps(), chunks = divided_up(s.group_in(), lanes_), channel = group * s.group_out() + row;
-    static thread_local Buffer<T> products, gradients;
+    static thread_local Buffer<T> products, gradients, part;
     T* product = products.of(taps * rows_ * lanes_);
     T* kernels = gradients.of(kReduced * rows_ * lanes_ * taps);
     for (i64 chunk = chunks * range / ranges_; chunk < chunks * (range + 1) / ranges_; chunk++) {
-      const i64 c = chunk * lanes_, channels = min(lanes_, s.group_in() - c);
-      const i64 lanes = rounded_up(channels, kLanes<T>), ld = taps == 1 ? lanes : channels * taps;
+      const i64 c = chunk * lanes_, channels = min(lanes_, s.group_in() - c), length = channels * taps;
+      const i64 ld = taps == 1 ? rounded_up(channels, width_) : length;
+      const i64 at = channel * s.elements() + c * taps;
+      const BankPart<T> there{to_.bank + at, grad_bank ? grad_bank + at : nullptr, s.elements(), to_.expert()};
+      // What is read for one image after the other is brought together: where it lies, its rows share the cache's
+      // few places.
+      const bool bring = images > kReduced;
+      T* own = bring ? part.of(2 * s.g * rows * length) : nullptr;
+      const BankPart<T> here = bring ? BankPart<T>{own, grad_bank ? own + s.g * rows * length : nullptr, length, rows * length}
+                                     : there;
+      if (bring) {
+        copy_part(there.bank, there, own, here, rows, length);
+        if (grad_bank && add) copy_part(there.grad, there, here.grad, here, rows, length);
+      }
       for (i64 n = 0; n < images; n += kReduced) {
         const i64 now = min(kReduced, images - n);
         for (i64 j = 0; j < now; j++) {
           T* kernel = kernels + j * rows * ld;
           T* to = taps == 1 ? kernel : product;
           multiply_image(to_.grad + ((image + n + j) * s.out_channels + channel) * s.pixels(), rows,
-                         x + (n + j) * image_ + group * s.group_in() + c, lanes, to);
+                         x + (n + j) * image_ + group * group_ + c * planes_.plane, rounded_up(channels, width_), to);
           if (taps > 1)
             for (i64 m = 0; m < rows; m++)
-              for (i64 tap = 0; tap < taps; tap++)
-                for (i64 at = 0; at < channels; at++)
-                  kernel[m * ld + at * taps + tap] = product[(tap * rows + m) * lanes + at];
+              transpose(product + m * width_, rows * width_, taps, channels, kernel + m * ld, taps);
         }
-        reduce(to_, image + n, now, channel, rows, c * taps, channels * taps, ld, kernels, grad_bank, grad_eta,
-               add || n);
+        reduce(to_, image + n, now, channel, rows, length, ld, kernels, here, grad_eta, add || n);
       }
+      if (bring && grad_bank) copy_part(here.grad, here, there.grad, there, rows, length);
     }
   }
 
-  // For each tap, the output's gradient [rows, pixels] times the pixels that it meets [pixels, lanes]: to[taps, rows, lanes].
+  void copy_part(const T* from, const BankPart<T>& from_part, T* to, const BankPart<T>& to_part, i64 rows, i64 length) const {
+    for (i64 i = 0; i < shape_.g; i++)
+      for (i64 row = 0; row < rows; row++)
+        memcpy(to + i * to_part.expert + row * to_part.row, from + i * from_part.expert + row * from_part.row,
+               length * sizeof(T));
+  }
+
+  // For each tap, the output's gradient [rows, pixels] times the pixels that it meets [pixels, lanes]:
+  // to[taps, rows, lanes].
   void multiply_image(const T* grad, i64 rows, const T* x, i64 lanes, T* to) const {
     const Shape& s = shape_;
-    const i64 pixels = s.pixels(), vectors = lanes / kLanes<T>;
+    const i64 pixels = s.pixels();
+    const int together = width_ / kLanes<T>;
     for (i64 pixel = 0; pixel < pixels; pixel += kPixels)
-      for (i64 v = 0; v < vectors;) {
-        const int together = vectors_together(vectors - v);
+      for (i64 lane = 0; lane < lanes; lane += width_)
         for (i64 tap = 0; tap < s.taps(); tap++) {
           const i64 y = tap / s.kernel_width * s.dilation_y, column = tap % s.kernel_width * s.dilation_x;
           const T* from[kTogether];
-          for (int j = 0; j < together; j++) from[j] = x + planes_.offset(0, y, column, 1) * ldc_ + (v + j) * kLanes<T>;
+          for (int j = 0; j < together; j++)
+            from[j] = x + lane * planes_.plane + planes_.offset(0, y, column, 1) * width_ + j * kLanes<T>;
           multiply(grad, pixels, rows, steps_.data() + pixel, from, together, offsets_.data() + pixel,
-                   min(kPixels, pixels - pixel), to + tap * rows * lanes + v * kLanes<T>, lanes, pixel > 0);
+                   min(kPixels, pixels - pixel), to + tap * rows * lanes + lane, lanes, pixel > 0);
         }
-        v += together;
-      }
   }
 
   const Gradients<T>& to_;
   const Shape& shape_;
   const Planes<T> planes_;
-  const i64 ldc_;          // from pixel to pixel
-  i64 image_, images_;     // elements of an image laid out, and images laid out at a time
+  i64 width_, group_, image_;  // elements of a pixel in a panel, of a group laid out, and of an image
+  i64 images_;                 // laid out at a time
   i64 rows_, lanes_;       // at a time: output channels, and vectors' elements of input channels
   i64 ranges_, parts_;     // into which the input channels and the images are split for threads
   std::vector<int32_t> steps_, offsets_;  // of the output's pixels, in its gradient and in what is laid out

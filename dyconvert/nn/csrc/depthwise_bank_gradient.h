@@ -42,6 +42,8 @@ class DepthwiseBankGradient {
     T* grad = gradients.of(length_);
     std::fill(grad, grad + length_, T(0));  // between rows it stays so
     T* kernel = kernels.of(kReduced * rows * taps);
+    const i64 at = first * each * taps;
+    const BankPart<T> part{to_.bank + at, to_.grad_bank ? to_.grad_bank + at : nullptr, taps, to_.expert()};
     for (i64 n = 0; n < s.images; n += kReduced) {
       const i64 now = min(kReduced, s.images - n);
       for (i64 j = 0; j < now; j++)
@@ -59,7 +61,7 @@ class DepthwiseBankGradient {
             for (; tap < taps; tap++) sum_taps<1>(grad, plane, tap, to);
           }
         }
-      reduce(to_, n, now, first * each, rows, 0, taps, taps, kernel, to_.grad_bank, grad_eta, n > 0);
+      reduce(to_, n, now, first * each, rows, taps, taps, kernel, part, grad_eta, n > 0);
     }
   }
 

@@ -62,22 +62,29 @@ void reduce_row(const T* kernels, i64 apart, i64 length, const T* bank, T* grad_
   }
 }
 
-// Elements [k, k + length) of the kernels' gradients of `rows` output channels from `channel` on, for `images` images
-// from `image` on: kernels[images, rows, ld].
-// grad_bank: where the bank's gradient goes, or null; grad_eta: [N, g, per], added to.
+// Where a part of the bank and of its gradient lie: rows of output channels, of each expert.
 template <typename T>
-void reduce(const Gradients<T>& to, i64 image, i64 images, i64 channel, i64 rows, i64 k, i64 length, i64 ld,
-            const T* kernels, T* grad_bank, T* grad_eta, bool add) {
+struct BankPart {
+  const T* bank;
+  T* grad;  // or null: not wanted
+  i64 row, expert;  // strides
+};
+
+// Part of the kernels' gradients of `rows` output channels from `channel` on, for `images` images from `image` on:
+// kernels[images, rows, ld], of which `length` elements of each row count.
+// grad_eta: [N, g, per], added to. The bank's gradient is added to if `add`, else written.
+template <typename T>
+void reduce(const Gradients<T>& to, i64 image, i64 images, i64 channel, i64 rows, i64 length, i64 ld, const T* kernels,
+            const BankPart<T>& part, T* grad_eta, bool add) {
   const Shape& s = to.shape;
-  const i64 per = to.per(), elements = s.elements();
+  const i64 per = to.per();
   T eta[kReduced * 64], dots[kReduced * 64];  // `native.py` sees to it that g is at most 64
   const i64 apart = rows * ld;
-  if (per == 1 && length == elements && ld == elements) {  // rows one behind the other, reduced alike
+  if (per == 1 && length == part.row && length == ld) {  // rows one behind the other, reduced alike
     length *= rows;
     rows = 1;
   }
   for (i64 row = 0; row < rows; row++) {
-    const i64 at = (channel + row) * elements + k;
     for (i64 j = 0; j < images; j++)
       for (i64 i = 0; i < s.g; i++) {
         eta[j * s.g + i] = to.eta[(image + j) * s.eta_image + i * s.eta_expert + (channel + row) * s.eta_channel];
@@ -87,8 +94,8 @@ void reduce(const Gradients<T>& to, i64 image, i64 images, i64 channel, i64 rows
                          : images == 3 ? reduce_row<T, 3>
                          : images == 2 ? reduce_row<T, 2>
                                        : reduce_row<T, 1>;
-    reduced(kernels + row * ld, apart, length, to.bank + at, grad_bank ? grad_bank + at : nullptr, to.expert(), s.g, eta,
-            dots, add);
+    reduced(kernels + row * ld, apart, length, part.bank + row * part.row,
+            part.grad ? part.grad + row * part.row : nullptr, part.expert, s.g, eta, dots, add);
     for (i64 j = 0; j < images; j++)
       for (i64 i = 0; i < s.g; i++)
         grad_eta[((image + j) * s.g + i) * per + (per == 1 ? 0 : channel + row)] += dots[j * s.g + i];
