@@ -118,9 +118,9 @@ def test_small_tiles_agree(case, per):
     tensors, geometry = arguments(case, 5, per)
     for tile in (tiles.Tile(2, 6), tiles.Tile(2, 4) if geometry[3] == 1 else tiles.Tile(1, 6)):
         run = kernels.Geometry(*geometry)
-        compare(kernels._tiled(*tensors, run, tile=tile), tensors, geometry)
+        compare(kernels.tiled(*tensors, run, tile=tile), tensors, geometry)
         with torch.no_grad():
-            compare(kernels._tiled(*tensors, run, tile=tile), tensors, geometry)
+            compare(kernels.tiled(*tensors, run, tile=tile), tensors, geometry)
 
 
 @pytest.mark.parametrize("per", ["layer", "channel"])

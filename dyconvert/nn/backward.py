@@ -1,58 +1,57 @@
-"""The autograd functions around the compiled kernels and the tiles, which keep no kernel of any image.
+"""The autograd function around the compiled kernels and the tiles, which keeps no kernel of any image."""
 
-They save their arguments for backward, and mix the kernels again there. Where the backward is itself to be
-differentiated, it is computed by a plain strategy instead.
-"""
-
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dyconvert.nn import native, strategies, tiles
+from dyconvert.nn import strategies
 from dyconvert.nn.strategies import Geometry
 
 
-class NativeConv(torch.autograd.Function):
-    """A dynamic conv by the compiled kernels."""
+class Engine(Protocol):
+    """What computes a dynamic conv and its gradients without autograd: the modules `native` and `tiles`.
+
+    `how` is the engine's own: a :class:`~dyconvert.nn.native.Call`, or a :class:`~dyconvert.nn.tiles.Tile` or None.
+    """
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry, how: Any
+    ) -> Tensor: ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        coefficients: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool, bool],
+        how: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+
+class MixedAgainConv(torch.autograd.Function):
+    """A dynamic conv that saves its arguments for backward, and mixes the kernels again there.
+
+    Where the backward is itself to be differentiated, it is computed by a plain strategy instead.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, plan: native.Plan
+        ctx: Any, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, engine: Engine, how: Any
     ) -> Tensor:
         ctx.save_for_backward(x, weight, coefficients)
-        ctx.geometry = geometry
-        ctx.plan = plan
-        return native.forward(plan, x, weight, None, coefficients)
+        ctx.asked = geometry, engine, how
+        return engine.forward(x, weight, None, coefficients, geometry, how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, coefficients = ctx.saved_tensors
+        geometry, engine, how = ctx.asked
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return (*_differentiable(grad, (x, weight, coefficients), ctx.geometry, needs), None, None)
-        return (*native.backward(ctx.plan, grad, x, weight, coefficients, needs), None, None)
-
-
-class TiledConv(torch.autograd.Function):
-    """A dynamic conv by tiles."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, tile: tiles.Tile | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, coefficients)
-        ctx.geometry = geometry
-        ctx.tile = tile
-        return tiles.forward(x, weight, None, coefficients, geometry, tile)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, coefficients = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            return (*_differentiable(grad, (x, weight, coefficients), ctx.geometry, needs), None, None)
-        return (*tiles.backward(grad, x, weight, coefficients, ctx.geometry, needs, ctx.tile), None, None)
+            return (*_differentiable(grad, ctx.saved_tensors, geometry, needs), None, None, None)
+        return (*engine.backward(grad, *ctx.saved_tensors, geometry, needs, how), None, None, None)
 
 
 def _differentiable(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,23 +10,51 @@ from torch import Tensor
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import native, strategies, tiles
-from dyconvert.nn.backward import NativeConv, TiledConv
+from dyconvert.nn.backward import Engine, MixedAgainConv
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
 
-Strategy = Callable[[Tensor, Tensor, Tensor | None, Tensor, Geometry], Tensor]
+Strategy = Callable[..., Tensor]  # of x, weight, bias, coefficients and geometry
 
 
-def tiled(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def tiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+    tile: tiles.Tile | None = None,
+) -> Tensor:
     """A few images and output channels at a time, for CPUs; keeps no image's kernel for backward."""
-    return _tiled(x, weight, bias, coefficients, geometry)
+    x, geometry = _number_the_padding(x, weight, geometry)
+    if not needs_backward(x, weight, bias, coefficients):
+        return tiles.forward(x, weight, bias, coefficients, geometry, tile, shift)
+    return _differentiable(tiles, tile, x, weight, bias, coefficients, geometry)
 
 
-def compiled(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def compiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+) -> Tensor:
     """The compiled kernels, where they were built and know the conv; else tiles, or for training with kernels that
     are small, one grouped conv."""
-    return _compiled(x, weight, bias, coefficients, geometry)
+    x, geometry = _number_the_padding(x, weight, geometry)
+    call = native.prepare(x, weight, bias, coefficients, geometry)
+    if not needs_backward(x, weight, bias, coefficients):
+        if call is None:
+            return tiles.forward(x, weight, bias, coefficients, geometry, shift=shift)
+        return native.forward(x, weight, bias, coefficients, geometry, call, shift)
+    if call is not None and call.differentiable and weight.dtype == x.dtype:
+        return _differentiable(native, call, x, weight, bias, coefficients, geometry)
+    if _kernels_are_small(x, weight, coefficients):
+        return strategies.groups(x, weight, bias, coefficients, geometry)
+    return _differentiable(tiles, None, x, weight, bias, coefficients, geometry)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -36,6 +64,10 @@ STRATEGIES: dict[str, Strategy] = {
     "unfold": strategies.unfold,
     "features": strategies.features,
 }
+
+
+# Strategies that take half-precision banks, and the shift, by themselves, where no backward follows.
+_WITH_SHIFT = ("native", "tiled")
 
 
 class Key(NamedTuple):
@@ -107,7 +139,7 @@ def dynamic_conv(
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
     if strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift):
-        return _WITH_SHIFT[strategy](x, weight, bias, coefficients, geometry, shift)
+        return STRATEGIES[strategy](x, weight, bias, coefficients, geometry, shift)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     out = STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
@@ -170,55 +202,27 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _tiled(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-    tile: tiles.Tile | None = None,
-) -> Tensor:
-    x, geometry = _number_the_padding(x, weight, geometry)
-    if not needs_backward(x, weight, bias, coefficients):
-        return tiles.forward(x, weight, bias, coefficients, geometry, tile, shift)
-    return _add_bias(TiledConv.apply(x, weight, coefficients, geometry, tile), bias, coefficients)
-
-
-def _compiled(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-) -> Tensor:
-    x, geometry = _number_the_padding(x, weight, geometry)
-    plan = native.plan(x, weight, bias, coefficients, geometry)
-    if plan is not None and not needs_backward(x, weight, bias, coefficients):
-        return native.forward(plan, x, weight, bias, coefficients, shift)
-    if plan is not None and plan.differentiable and weight.dtype == x.dtype:
-        return _add_bias(NativeConv.apply(x, weight, coefficients, geometry, plan), bias, coefficients)
-    if needs_backward(x, weight, bias, coefficients) and _kernels_are_small(x, weight, coefficients):
-        return strategies.groups(x, weight, bias, coefficients, geometry)
-    return _tiled(x, weight, bias, coefficients, geometry, shift)
-
-
 def _kernels_are_small(x: Tensor, weight: Tensor, coefficients: Tensor) -> bool:
     """Whether keeping the kernels for backward costs little beside the input, which is kept anyway."""
     batch, g, per = coefficients.shape
     return per == 1 and 4 * batch * weight.numel() <= g * x.numel()
 
 
-def _add_bias(out: Tensor, bias: Tensor | None, coefficients: Tensor) -> Tensor:
+def _differentiable(
+    engine: Engine,
+    how: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+) -> Tensor:
+    """A dynamic conv whose kernels are mixed again for backward; its bias is left to autograd."""
+    out = MixedAgainConv.apply(x, weight, coefficients, geometry, engine, how)
     if bias is None:
         return out
     mixed = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)
     return out + mixed.view(*mixed.shape, *[1] * (out.dim() - 2))
-
-
-# Strategies that take half-precision banks, and the shift, by themselves, where no backward follows.
-_WITH_SHIFT = {"native": _compiled, "tiled": _tiled}
 
 
 def _number_the_padding(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:

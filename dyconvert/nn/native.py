@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from dyconvert.nn.strategies import Geometry
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as `csrc/native.cpp` numbers them
+# What is computed in, and the banks that are read with it.
+_BANKS = {
+    torch.float32: (torch.float32, torch.float16, torch.bfloat16),
+    torch.float64: (torch.float64,),
+}
 # Tensors with memory of their own, unlike what a subclass may be.
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -49,8 +54,8 @@ def _parallel_for() -> int | None:
     return None
 
 
-class Plan(NamedTuple):
-    """How a dynamic conv is asked for."""
+class Call(NamedTuple):
+    """How the compiled kernels are asked for a dynamic conv."""
 
     shape: ctypes.Array  # the `Shape` of `csrc/problem.h`
     size: tuple[int, ...]  # the output's
@@ -58,27 +63,24 @@ class Plan(NamedTuple):
     differentiable: bool  # whether :func:`backward` knows it
 
 
-def plan(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Plan | None:
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Call | None:
     """How :func:`forward` is to compute a dynamic conv; None if it can't.
 
     Arguments are those of a strategy, padding as numbers.
     """
-    dtype, bank_dtype = x.dtype, weight.dtype
     last = not weight.is_contiguous()
     if (
         library() is None
         or x.dim() != 4
         or not x.is_cpu
-        or dtype not in (torch.float32, torch.float64)
-        or coefficients.dtype != dtype
-        or (bank_dtype != dtype and (dtype != torch.float32 or bank_dtype not in _TYPES))
-        or bank_dtype == torch.float64 != dtype
-        or (bias is not None and (bias.dtype != bank_dtype or not bias.is_contiguous()))
+        or weight.dtype not in _BANKS.get(x.dtype, ())
+        or coefficients.dtype != x.dtype
+        or (bias is not None and (bias.dtype != weight.dtype or not bias.is_contiguous()))
         or (last and not weight.is_contiguous(memory_format=torch.channels_last))
         or not all(type(t) in _PLAIN for t in (x, weight, coefficients))
     ):
         return None
-    return _plan(
+    return _call(
         x.shape,
         x.stride(),
         weight.shape,
@@ -94,23 +96,24 @@ def plan(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, g
 
 
 def forward(
-    plan: Plan,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     coefficients: Tensor,
+    geometry: Geometry,
+    call: Call,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """A dynamic conv without autograd, as :func:`plan` found for these arguments."""
-    if plan.channels_last:
-        out = torch.empty(plan.size, dtype=x.dtype, memory_format=torch.channels_last)
+    """A dynamic conv without autograd, with what :func:`prepare` found for these arguments."""
+    if call.channels_last:
+        out = torch.empty(call.size, dtype=x.dtype, memory_format=torch.channels_last)
     else:
-        out = x.new_empty(plan.size)
+        out = x.new_empty(call.size)
     if shift is not None:
         shift = shift.to(x.dtype)
-    _call(
+    _run(
         library().dyconvert_conv,
-        plan,
+        call,
         (x, weight, coefficients, bias, shift, out),
         (_TYPES[x.dtype], _TYPES[weight.dtype]),
     )
@@ -118,30 +121,36 @@ def forward(
 
 
 def backward(
-    plan: Plan, grad: Tensor, x: Tensor, weight: Tensor, coefficients: Tensor, needs: tuple[bool, bool, bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+    call: Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight` and `coefficients`, those that are needed, where the plan is differentiable."""
+    """Gradients of `x`, `weight` and `coefficients`, those that are needed, where the call is differentiable."""
     needs_x, needs_bank, needs_eta = needs
     grad = grad.contiguous()
     dtype = (_TYPES[x.dtype],)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
     if needs_x:
-        _call(library().dyconvert_input_gradient, plan, (grad, weight, coefficients, None, None, grad_x), dtype)
+        _run(library().dyconvert_input_gradient, call, (grad, weight, coefficients, None, None, grad_x), dtype)
     grad_bank = torch.empty_like(weight) if needs_bank else None
     grad_eta = torch.empty_like(coefficients, memory_format=torch.contiguous_format) if needs_eta else None
     if needs_bank or needs_eta:
-        _call(library().dyconvert_bank_gradient, plan, (grad, x, weight, coefficients, grad_bank, grad_eta), dtype)
+        _run(library().dyconvert_bank_gradient, call, (grad, x, weight, coefficients, grad_bank, grad_eta), dtype)
     return grad_x, grad_bank, grad_eta
 
 
-def _call(function: Callable[..., int], plan: Plan, tensors: tuple[Tensor | None, ...], types: tuple[int, ...]) -> None:
+def _run(function: Callable[..., int], call: Call, tensors: tuple[Tensor | None, ...], types: tuple[int, ...]) -> None:
     pointers = (ctypes.c_void_p * 7)(_parallel_for(), *(None if t is None else t.data_ptr() for t in tensors))
-    if function(plan.shape, pointers, *types):
-        raise MemoryError(f"There is no memory for a dynamic conv of {plan.size[0]} images. Take a smaller batch.")
+    if function(call.shape, pointers, *types):
+        raise MemoryError(f"There is no memory for a dynamic conv of {call.size[0]} images. Take a smaller batch.")
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
+def _call(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     bank: tuple[int, ...],
@@ -153,7 +162,7 @@ def _plan(
     dilation: tuple[int, ...],
     groups: int,
     threads: int,
-) -> Plan | None:
+) -> Call | None:
     images, in_channels, *size = shape
     g = coefficients[1]
     channels = bank[0] // g
@@ -180,6 +189,6 @@ def _plan(
         coefficient_strides[2] if coefficients[2] > 1 else 0,
         threads,
     ]
-    return Plan(
+    return Call(
         (ctypes.c_int64 * len(fields))(*fields), (images, channels, *out), last, not last and not bank_last and g <= 64
     )

@@ -18,7 +18,7 @@ class BankGradient {
     width_ = rounded_up(divided_up(s.group_in(), panels), kLanes<T>);
     group_ = panels * planes_.plane * width_;
     image_ = s.groups * group_;
-    images_ = max<i64>(1, min(s.images, kElements / image_));
+    images_ = max<i64>(1, min(s.images, kLaidOut / image_));
     rows_ = min(s.group_out(), s.taps() == 1 ? kPointwiseRows : kRows);
     lanes_ = min(panels, s.taps() == 1 ? kPointwisePanels : 1) * width_;
     const i64 blocks = s.groups * divided_up(s.group_out(), rows_), chunks = divided_up(s.group_in(), lanes_);
@@ -66,8 +66,6 @@ class BankGradient {
   static constexpr i64 kPointwisePanels = 4;
   // Pixels at a time, so that what they read of the input stays in the innermost cache.
   static constexpr i64 kPixels = 256;
-  // Elements of the input that are laid out at a time: what stays in the outermost cache.
-  static constexpr i64 kElements = 1024 * 1024;
 
   // Panels of a few channels, pixel by pixel: [groups, panels, plane, width].
   void lay_out(const T* x, i64 images, T* to) const {
@@ -147,10 +145,9 @@ class BankGradient {
     for (i64 pixel = 0; pixel < pixels; pixel += kPixels)
       for (i64 lane = 0; lane < lanes; lane += width_)
         for (i64 tap = 0; tap < s.taps(); tap++) {
-          const i64 y = tap / s.kernel_width * s.dilation_y, column = tap % s.kernel_width * s.dilation_x;
           const T* from[kTogether];
           for (int j = 0; j < together; j++)
-            from[j] = x + lane * planes_.plane + planes_.offset(0, y, column, 1) * width_ + j * kLanes<T>;
+            from[j] = x + lane * planes_.plane + planes_.offset_of_tap(tap) * width_ + j * kLanes<T>;
           multiply(grad, pixels, rows, steps_.data() + pixel, from, together, offsets_.data() + pixel,
                    min(kPixels, pixels - pixel), to + tap * rows * lanes + lane, lanes, pixel > 0);
         }
@@ -161,8 +158,8 @@ class BankGradient {
   const Planes<T> planes_;
   i64 width_, group_, image_;  // elements of a pixel in a panel, of a group laid out, and of an image
   i64 images_;                 // laid out at a time
-  i64 rows_, lanes_;       // at a time: output channels, and vectors' elements of input channels
-  i64 ranges_, parts_;     // into which the input channels and the images are split for threads
+  i64 rows_, lanes_;           // at a time: output channels, and vectors' elements of input channels
+  i64 ranges_, parts_;         // into which the input channels and the images are split for threads
   std::vector<int32_t> steps_, offsets_;  // of the output's pixels, in its gradient and in what is laid out
 };
 

@@ -16,8 +16,6 @@ constexpr i64 kRows = 64, kFewRows = 16;
 constexpr i64 kKernel = 40 * 1024;
 // Elements of kernels that are mixed at a time, for as many images as that is: what stays in the outer caches.
 constexpr i64 kKernels = 512 * 1024;
-// Elements of planes at a time: what stays in the outermost cache.
-constexpr i64 kPlanes = 1024 * 1024;
 
 // Channels of the result in blocks, of one size as far as possible, as many as the threads can share evenly.
 // elements: of the kernel of one of them.
@@ -37,8 +35,10 @@ class Conv {
  public:
   explicit Conv(const Problem<T, B>& problem)
       : problem_(problem), shape_(problem.shape), seen_(gradient ? shape_of_gradient(shape_) : shape_), layout_(seen_) {
-    images_ = max<i64>(1, min(shape_.images, kPlanes / layout_.image));
+    images_ = max<i64>(1, min(shape_.images, kLaidOut / layout_.image));
     group_ = gradient ? shape_.group_in() : shape_.group_out();
+    channel_ = gradient ? shape_.height * shape_.width : shape_.out_channel;
+    image_ = gradient ? shape_.in_channels * channel_ : shape_.out_channels * shape_.pixels();
     const i64 elements = seen_.in_channels / shape_.groups * shape_.taps();
     rows_ = rows_together(shape_, group_, elements, images_);
     // Rows a line of the cache further apart than they are long, or their lengths, often powers of two, would have
@@ -81,8 +81,7 @@ class Conv {
     T* kernels = mixed.of(min(kernels_, images) * kernel_);
     T* bias = biases.of(rows_);
     std::fill(bias, bias + rows, T(0));
-    T* out = problem_.out + image * (gradient ? s.in_channels * s.height * s.width : s.out_channels * s.pixels()) +
-             channel * (gradient ? s.height * s.width : s.out_channel);
+    T* out = problem_.out + image * image_ + channel * channel_;
     for (i64 n = 0; n < images; n++) {
       if (n % kernels_ == 0) {
         const i64 now = min(kernels_, images - n);
@@ -98,7 +97,7 @@ class Conv {
       for (const Part<T>& part : parts_)
         multiply_image(part, kernel, rows, x + n * layout_.image, group * (seen_.in_channels / s.groups), bias,
                        out + part.at);
-      out += gradient ? s.in_channels * s.height * s.width : s.out_channels * s.pixels();
+      out += image_;
     }
   }
 
@@ -111,7 +110,7 @@ class Conv {
       part.pixels.prefetch(rows, first, strip, out);
       if (!part.elements()) std::fill(sums, sums + rows * strip * kLanes<T>, T(0));
       for (i64 v = 0; v < strip;) {
-        const int together = vectors_together(strip - v);
+        const int together = together_from(first + v, vectors);
         multiply_vectors(part, kernel, rows, x, channel, first + v, together, sums + v * kLanes<T>, strip * kLanes<T>);
         v += together;
       }
@@ -123,7 +122,7 @@ class Conv {
                         T* sums, i64 ld) {
     const T* from[kTogether];
     layout_.locate(x, channel, part.pixels, v, together, from);
-    const int32_t* offsets = part.offsets[together - 1].data();
+    const int32_t* offsets = part.offsets(together);
     for (i64 k = 0; k < part.elements(); k += kDepth)
       multiply(kernel, gradient ? shape_.taps() : ld_, rows, part.steps.data() + k, from, together, offsets + k,
                min(kDepth, part.elements() - k), sums, ld, k > 0);
@@ -134,9 +133,10 @@ class Conv {
   const Shape seen_;  // what is laid out, and convolved
   const Layout<T> layout_;
   std::vector<Part<T>> parts_;
-  i64 group_;                     // channels of the result in a group
-  i64 images_, rows_, kernels_;   // at a time: images laid out, channels of the result, images' kernels
-  i64 ld_, kernel_;               // elements from row to row of a mixed kernel, and of all of it
+  i64 group_;                    // channels of the result in a group
+  i64 channel_, image_;          // strides of the result
+  i64 images_, rows_, kernels_;  // at a time: images laid out, channels of the result, images' kernels
+  i64 ld_, kernel_;              // elements from row to row of a mixed kernel, and of all of it
 };
 
 }  // namespace dyconvert

@@ -81,7 +81,7 @@ class Depthwise {
       const i64 now = divided_up(left, divided_up(left, most));  // tiles of about one size
       const T* from[most];
       planes_.locate(planes, 0, part.pixels, v, now, from);
-      kTiles[now - 1](kernel, 0, part.steps.data(), from, part.offsets[0].data(), part.elements(), sums,
+      kTiles[now - 1](kernel, 0, part.steps.data(), from, part.offsets(now), part.elements(), sums,
                       now * kLanes<T>, false);
       part.pixels.write(sums, 1, v, now, &bias, out);
       v += now;

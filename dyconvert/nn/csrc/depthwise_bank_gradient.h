@@ -12,9 +12,7 @@ class DepthwiseBankGradient {
   explicit DepthwiseBankGradient(const Gradients<T>& to) : to_(to), shape_(to.shape), planes_(shape_) {
     const Shape& s = shape_;
     length_ = rounded_up((s.out_height - 1) * planes_.pitch() + s.out_width, kLanes<T>);
-    for (i64 tap = 0; tap < s.taps(); tap++)
-      offsets_.push_back(
-          planes_.offset(0, tap / s.kernel_width * s.dilation_y, tap % s.kernel_width * s.dilation_x, 1));
+    for (i64 tap = 0; tap < s.taps(); tap++) offsets_.push_back(planes_.offset_of_tap(tap));
   }
 
   void run() {
@@ -86,7 +84,7 @@ class DepthwiseBankGradient {
   const Gradients<T>& to_;
   const Shape& shape_;
   const Planes<T> planes_;
-  i64 length_;                  // of the output's gradient, laid out as the planes are
+  i64 length_;                // of the output's gradient, laid out as the planes are
   std::vector<i64> offsets_;  // of the taps
 };
 

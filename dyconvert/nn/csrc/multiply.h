@@ -41,6 +41,11 @@ constexpr int kTogether = 3;
 // Vectors of pixels that are written at a time: output channels lie far apart, and going from one to the next is dear.
 constexpr i64 kStrip = 12;
 
+// Vectors of pixels that are taken together from `vector` on, of all: as many as the strip that it is in leaves.
+inline int together_from(i64 vector, i64 vectors) {
+  return vectors_together(min(kStrip - vector % kStrip, vectors - vector));
+}
+
 // a[rows, length] times x[length, vectors], as `multiply_tile` says.
 template <typename T>
 void multiply(const T* a, i64 lda, i64 rows, const int32_t* steps, const T* const* x, int vectors,

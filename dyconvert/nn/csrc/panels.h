@@ -45,6 +45,8 @@ class Panels {
     for (int j = 0; j < together; j++) from[j] = panel + j * kLanes<T>;
   }
 
+  // Panels of fewer vectors have their channels closer together.
+  static constexpr int kOffsets = kTogether;
   i64 offset(i64 channel, i64, i64, int together) const { return channel * together * kLanes<T>; }
 
   i64 pitch() const { return shape_.out_width; }
@@ -55,7 +57,7 @@ class Panels {
 
   void gather(const T* planes, i64 plane, i64 first, i64 channels, T* panels) const {
     for (i64 v = 0; v < pixels_.vectors();) {
-      const int together = vectors_together(min(kStrip - v % kStrip, pixels_.vectors() - v));
+      const int together = together_from(v, pixels_.vectors());
       T* panel = panels + v * kLanes<T> * shape_.in_channels + first * together * kLanes<T>;
       for (i64 c = 0; c < channels; c++)
         for (int j = 0; j < together; j++, panel += kLanes<T>)

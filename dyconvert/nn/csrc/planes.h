@@ -30,6 +30,9 @@ inline void copy_every_other(T* to, const T* from, i64 count) {
   for (; at < count; at++) to[at] = from[2 * at];
 }
 
+// Elements that are laid out at a time: what stays in the outermost cache.
+constexpr i64 kLaidOut = 1024 * 1024;
+
 template <typename T>
 class Planes {
  public:
@@ -64,10 +67,18 @@ class Planes {
     for (int j = 0; j < together; j++) from[j] = planes + channel * plane + pixels.start(vector + j);
   }
 
-  // How far from there a channel is read where the kernel is at (y, x) of the padded input.
-  i64 offset(i64 channel, i64 y, i64 x, int) const {
+  // How far from there a channel is read where the kernel is at (y, x) of the padded input, however many vectors are
+  // taken together.
+  static constexpr int kOffsets = 1;
+  i64 offset(i64 channel, i64 y, i64 x, int = 1) const {
     const i64 phase = y % shape_.stride_y * phases_x_ + x % shape_.stride_x;
     return channel * plane + phase * phase_ + y / shape_.stride_y * pitch_ + x / shape_.stride_x;
+  }
+
+  // The same of a tap of the conv's kernel, and the first channel.
+  i64 offset_of_tap(i64 tap) const {
+    const Shape& s = shape_;
+    return offset(0, tap / s.kernel_width * s.dilation_y, tap % s.kernel_width * s.dilation_x);
   }
 
   i64 pitch() const { return pitch_; }
