@@ -127,6 +127,8 @@ def test_small_tiles_agree(case, per):
 @pytest.mark.parametrize(("c_in", "c_out", "kernel", "batch"), [(256, 130, 3, 20), (900, 300, 1, 12), (256, 128, 3, 1)])
 def test_large_layers_agree(c_in, c_out, kernel, batch, per):
     """Large enough for tiles, long kernels and the fast ways to mix."""
+    # A coefficient's gradient sums 300,000 products: where it happens to be near zero, float32 misses it by more.
+    torch.manual_seed(0)
     g = 3
     x = torch.randn(batch, c_in, 4, 4, requires_grad=True)
     weight = (torch.randn(g * c_out, c_in, kernel, kernel) / 50).requires_grad_()
