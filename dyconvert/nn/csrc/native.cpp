@@ -3,6 +3,7 @@
 #include "conv.h"
 #include "depthwise.h"
 #include "depthwise_bank_gradient.h"
+#include "winograd_conv.h"
 
 namespace {
 
@@ -21,9 +22,10 @@ Problem<T, B> problem_of(const Shape& shape, void* const* pointers) {
           nullptr};
 }
 
-template <typename T, typename B, template <typename> class Layout, bool gradient>
-void run(Conv<T, B, Layout, gradient> conv, Problem<T, B>& problem) {
+template <typename Kind, typename T, typename B>
+void run(Problem<T, B>& problem) {
   static thread_local Buffer<T> scratch;
+  Kind conv(problem);
   problem.scratch = scratch.of(conv.scratch_elements());
   conv.run();
 }
@@ -34,9 +36,11 @@ void convolve(Problem<T, B> problem) {
   if (s.group_in() == 1)
     Depthwise<T, B, gradient>(problem).run();
   else if (s.taps() == 1 && !s.padding_y && !s.padding_x)
-    run(Conv<T, B, Panels, gradient>(problem), problem);
+    run<Conv<T, B, Panels, gradient>>(problem);
+  else if (winograd_pays<T>(s))
+    run<WinogradConv<T, B, gradient>>(problem);
   else
-    run(Conv<T, B, Planes, gradient>(problem), problem);
+    run<Conv<T, B, Planes, gradient>>(problem);
 }
 
 template <typename T>

@@ -4,31 +4,59 @@
 
 namespace dyconvert {
 
-// The elements of two vectors in turns: the first halves', and the second halves'.
-inline Vector<float> zip_low(Vector<float> a, Vector<float> b) {
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+// Four elements from a row, and with vectors of eight, four more from another.
+inline Vector<float> load_fours(const float* row, const float* other) {
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+  return __builtin_shufflevector(*reinterpret_cast<const Four*>(row), *reinterpret_cast<const Four*>(other), 0, 1, 2, 3,
+                                 4, 5, 6, 7);
 }
-inline Vector<float> zip_high(Vector<float> a, Vector<float> b) {
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-}
-inline Vector<double> zip_low(Vector<double> a, Vector<double> b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-inline Vector<double> zip_high(Vector<double> a, Vector<double> b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline Vector<double> load_fours(const double* row, const double*) { return load(row); }
 
-// to[j, i] = from[i, j] for a vector's width of rows and columns. Zipping the rows of one half with those of the other
-// as often as they can be halved turns them round.
+inline void store_fours(float* row, float* other, Vector<float> value) {
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+  *reinterpret_cast<Four*>(row) = __builtin_shufflevector(value, value, 0, 1, 2, 3);
+  *reinterpret_cast<Four*>(other) = __builtin_shufflevector(value, value, 4, 5, 6, 7);
+}
+inline void store_fours(double* row, double*, Vector<double> value) { store(row, value); }
+
+// Squares of 4 x 4 turned round, as many as a vector has fours.
+inline void turn(Vector<float> (&rows)[4]) {
+  const Vector<float> a = __builtin_shufflevector(rows[0], rows[1], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Vector<float> b = __builtin_shufflevector(rows[2], rows[3], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Vector<float> c = __builtin_shufflevector(rows[0], rows[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const Vector<float> d = __builtin_shufflevector(rows[2], rows[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  rows[0] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  rows[1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  rows[2] = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13);
+  rows[3] = __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+inline void turn(Vector<double> (&rows)[4]) {
+  const Vector<double> a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 2, 6);
+  const Vector<double> b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 2, 6);
+  const Vector<double> c = __builtin_shufflevector(rows[0], rows[1], 1, 5, 3, 7);
+  const Vector<double> d = __builtin_shufflevector(rows[2], rows[3], 1, 5, 3, 7);
+  rows[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  rows[1] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  rows[2] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  rows[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// columns[j] = from[i, j] for four columns, and as many rows as a vector has lanes.
+template <typename T>
+inline void load_columns(const T* from, i64 ld, Vector<T> (&columns)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) columns[i] = load_fours(from + i * ld, from + (i + 4) * ld);
+  turn(columns);
+}
+
+// to[j, i] = from[i, j] for a vector's width of rows and columns.
 template <typename T>
 inline void transpose_square(const T* from, i64 ldf, T* to, i64 ldt) {
-  constexpr i64 n = kLanes<T>;
-  Vector<T> rows[n], zipped[n];
-  for (i64 i = 0; i < n; i++) rows[i] = load(from + i * ldf);
-  for (i64 half = n; half > 1; half /= 2) {
-    for (i64 i = 0; i < n / 2; i++) {
-      zipped[2 * i] = zip_low(rows[i], rows[i + n / 2]);
-      zipped[2 * i + 1] = zip_high(rows[i], rows[i + n / 2]);
-    }
-    for (i64 i = 0; i < n; i++) rows[i] = zipped[i];
+  for (i64 first = 0; first < kLanes<T>; first += 4) {
+    Vector<T> columns[4];
+    load_columns(from + first, ldf, columns);
+    for (i64 j = 0; j < 4; j++) store(to + (first + j) * ldt, columns[j]);
   }
-  for (i64 i = 0; i < n; i++) store(to + i * ldt, rows[i]);
 }
 
 // to[j, i] = from[i, j], for i < rows and j < columns.

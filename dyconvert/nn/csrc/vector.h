@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 namespace dyconvert {
@@ -31,6 +32,9 @@ template <typename T>
 using Vector = typename VectorOf<T>::type;
 template <typename T>
 using Unaligned = typename VectorOf<T>::unaligned;
+// What a vector is made of.
+template <typename V>
+using Element = std::remove_reference_t<decltype(V{}[0])>;
 // Elements of a vector.
 template <typename T>
 constexpr i64 kLanes = 32 / sizeof(T);

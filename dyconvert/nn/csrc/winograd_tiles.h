@@ -1,0 +1,185 @@
+// How the input of a conv by Winograd's filtering lies: tiles in vectors, transformed; and how tiles of results are
+// transformed back and written.
+#pragma once
+#include "multiply.h"
+#include "planes.h"
+#include "transpose.h"
+#include "winograd.h"
+
+namespace dyconvert {
+
+// Tiles of 4 x 4 results, row by row, in vectors; a few vectors are a panel, as many as `multiply` takes.
+template <typename T>
+class Tiles {
+ public:
+  // A line of the cache.
+  static constexpr i64 kLine = 64 / sizeof(T);
+
+  struct Panel {
+    i64 vector;    // its first
+    int together;  // vectors
+    std::vector<int32_t> offsets;  // of the channels
+
+    i64 width() const { return together * kLanes<T>; }
+    // From one element of the tiles to the next, of all `channels`. A line more than they need: else the elements of a
+    // tile would often share the cache's few places.
+    i64 apart(i64 channels) const { return channels * width() + kLine; }
+  };
+
+  // s: what is convolved; grid: where results are written.
+  Tiles(const Shape& s, const Grid& grid)
+      : shape_(s), grid_(grid), across_(divided_up(s.out_width, Winograd::tile)), down_(divided_up(s.out_height, Winograd::tile)) {
+    const i64 most = kLaidOut / (Winograd::elements * s.in_channels * across_);
+    band_ = divided_up(down_, divided_up(down_, max<i64>(1, min(down_, most))));
+    pitch_ = across_ * Winograd::tile + Winograd::size - Winograd::tile;
+    plane_ = (band_ * Winograd::tile + Winograd::size - Winograd::tile) * pitch_;
+    vectors_ = divided_up(band_ * across_, kLanes<T>);
+    for (i64 tile = 0; tile < vectors_ * kLanes<T>; tile++) {
+      const i64 x = tile % across_ * Winograd::tile, y = tile / across_ * Winograd::tile;
+      // What the last vector has too much reads anything, and is below the last row.
+      places_.push_back(y < band_ * Winograd::tile ? Place{x, y, y * pitch_ + x} : Place{0, down_ * Winograd::tile, 0});
+    }
+    for (i64 v = 0; v < vectors_;) {
+      Panel panel{v, vectors_together(vectors_ - v), {}};
+      for (i64 channel = 0; channel < s.in_channels / s.groups; channel++)
+        panel.offsets.push_back(channel * panel.width());
+      v += panel.together;
+      panels_.push_back(panel);
+    }
+  }
+
+  // Rows of tiles in all, and that are laid out at a time.
+  i64 down() const { return down_; }
+  i64 band() const { return band_; }
+  i64 vectors() const { return vectors_; }
+  const std::vector<Panel>& panels() const { return panels_; }
+  // Elements of an image's band, laid out: panel by panel [36, channels, width].
+  i64 image() const { return at(panels_.size()); }
+  // Where a panel is in it.
+  i64 at(i64 panel) const {
+    const i64 vector = panel < i64(panels_.size()) ? panels_[panel].vector : vectors_;
+    return Winograd::elements * (shape_.in_channels * vector * kLanes<T> + panel * kLine);
+  }
+
+  // B^T d B of the rows of tiles from `row` on, of `images` images.
+  void lay_out(const T* x, i64 images, i64 row, T* to, ParallelFor parallel_for) const {
+    const Shape& s = shape_;
+    // With channels last, a line of the cache has several channels of one pixel.
+    const i64 together = s.x_channel == 1 ? min(s.in_channels, kLine) : 1, blocks = divided_up(s.in_channels, together);
+    parallel(parallel_for, images * blocks, grain_of(8 * together * plane_), [&](i64 begin, i64 end) {
+      static thread_local Buffer<T> buffer;
+      T* planes = buffer.of(together * plane_ + kLanes<T>);
+      std::fill(planes, planes + together * plane_, T(0));
+      for (; begin < end; begin++) {
+        const i64 n = begin / blocks, first = begin % blocks * together, channels = min(together, s.in_channels - first);
+        pad(x + n * s.x_image + first * s.x_channel, channels, row, planes);
+        for (i64 c = 0; c < channels; c++)
+          for (size_t p = 0; p < panels_.size(); p++)
+            transform(planes + c * plane_, panels_[p], to + n * image() + at(p) + (first + c) * panels_[p].width());
+      }
+    });
+  }
+
+  // A^T s A, and what is added, of a panel of the rows of tiles from `row` on: sums[36, rows, width], of as many
+  // channels of the result.
+  void write(const Panel& panel, const T* sums, i64 rows, i64 row, const T* added, T* out) const {
+    for (i64 r = 0; r < rows; r++, sums += panel.width(), out += grid_.channel)
+      for (int j = 0; j < panel.together; j++) {
+        Vector<T> s[Winograd::size][Winograd::size], y[Winograd::tile][Winograd::tile];
+#pragma GCC unroll 36
+        for (int e = 0; e < Winograd::elements; e++)
+          s[e / Winograd::size][e % Winograd::size] = load(sums + e * rows * panel.width() + j * kLanes<T>);
+        both_axes<Winograd::size, Winograd::tile>(
+            s, [](const auto& from, auto& to) { Winograd::output(from, to); },
+            [&](int i, int k, Vector<T> value) { y[i][k] = value + added[r]; });
+        write_tiles(places_.data() + (panel.vector + j) * kLanes<T>, y, row, out);
+      }
+  }
+
+ private:
+  struct Place {
+    i64 x, y;    // of its first result, from the band's first row on
+    i64 offset;  // of the first element it reads in a padded plane
+  };
+
+  // y[i][k]: of each tile the result at (i, k).
+  void write_tiles(const Place* places, Vector<T> (&y)[Winograd::tile][Winograd::tile], i64 row, T* out) const {
+    const Place& last = places[kLanes<T> - 1];
+    bool whole = grid_.column == 1 && row * Winograd::tile + last.y + Winograd::tile <= grid_.height;
+    for (i64 t = 0; t < kLanes<T>; t++) whole &= places[t].x + Winograd::tile <= grid_.width;
+    out += row * Winograd::tile * grid_.row;
+    for (int i = 0; i < Winograd::tile; i++) {
+      turn(y[i]);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        const Place &one = places[k], &other = places[(k + 4) % kLanes<T>];
+        if (whole) {
+          store_fours(out + (one.y + i) * grid_.row + one.x, out + (other.y + i) * grid_.row + other.x, y[i][k]);
+          continue;
+        }
+        T fours[8];
+        store_fours(fours, fours + 4, y[i][k]);
+        write_row(one, row, i, fours, out);
+        if (kLanes<T> > 4) write_row(other, row, i, fours + 4, out);
+      }
+    }
+  }
+
+  void write_row(const Place& place, i64 row, i64 i, const T* from, T* out) const {
+    if (row * Winograd::tile + place.y + i >= grid_.height) return;
+    T* to = out + (place.y + i) * grid_.row + place.x * grid_.column;
+    for (i64 k = 0; k < min<i64>(grid_.width - place.x, Winograd::tile); k++) to[k * grid_.column] = from[k];
+  }
+
+  // The rows of the input that a band reads. Columns of padding stay zero.
+  void pad(const T* x, i64 channels, i64 row, T* to) const {
+    const Shape& s = shape_;
+    const i64 begin = max<i64>(0, s.padding_x), end = min(pitch_, s.width + s.padding_x);
+    for (i64 r = 0; r < plane_ / pitch_; r++, to += pitch_) {
+      const i64 y = row * Winograd::tile + r - s.padding_y;
+      const T* from = x + y * s.x_row + (begin - s.padding_x) * s.x_column;
+      if (y < 0 || y >= s.height)
+        for (i64 c = 0; c < channels; c++) std::fill(to + c * plane_ + begin, to + c * plane_ + end, T(0));
+      else if (s.x_column == 1 && channels == 1)
+        copy(to + begin, from, end - begin);
+      else
+        for (i64 at = begin; at < end; at++, from += s.x_column)
+          for (i64 c = 0; c < channels; c++) to[c * plane_ + at] = from[c * s.x_channel];
+    }
+  }
+
+  void transform(const T* plane, const Panel& panel, T* to) const {
+    const i64 pitch = pitch_, apart = panel.apart(shape_.in_channels);
+    for (int j = 0; j < panel.together; j++, to += kLanes<T>) {
+      const T* at[kLanes<T>];
+      for (i64 t = 0; t < kLanes<T>; t++) at[t] = plane + places_[(panel.vector + j) * kLanes<T> + t].offset;
+      Vector<T> d[Winograd::size][Winograd::size];
+#pragma GCC unroll 6
+      for (int i = 0; i < Winograd::size; i++) {
+        // The first four columns, and the next, of which tiles have two.
+        Vector<T> first[4], next[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+          const T *from = at[k] + i * pitch, *other = at[(k + 4) % kLanes<T>] + i * pitch;
+          first[k] = load_fours(from, other);
+          next[k] = load_fours(from + 4, other + 4);
+        }
+        turn(first);
+        turn(next);
+        for (int k = 0; k < Winograd::size; k++) d[i][k] = k < 4 ? first[k] : next[k - 4];
+      }
+      both_axes<Winograd::size, Winograd::size>(
+          d, [](const auto& from, auto& column) { Winograd::input(from, column); },
+          [&](int i, int k, Vector<T> value) { store(to + (i * Winograd::size + k) * apart, value); });
+    }
+  }
+
+  const Shape shape_;
+  const Grid grid_;
+  const i64 across_, down_;  // tiles
+  i64 band_, vectors_, pitch_, plane_;
+  std::vector<Place> places_;  // of tiles
+  std::vector<Panel> panels_;
+};
+
+}  // namespace dyconvert
