@@ -1,40 +1,39 @@
 // The gradients of a conv's bank and coefficients. Each image's kernel has a gradient; it is made in parts, and reduced
 // while in cache.
 #pragma once
-#include "multiply.h"
-#include "planes.h"
+#include "pixel_products.h"
 #include "reduce.h"
-#include "transpose.h"
+#include "tile_products.h"
 
 namespace dyconvert {
 
-template <typename T>
+// Products: `PixelProducts`, or `TileProducts` where Winograd's filtering pays.
+template <typename T, template <typename> class Products>
 class BankGradient {
  public:
   explicit BankGradient(const Gradients<T>& to)
-      : to_(to), shape_(to.shape), planes_(shape_) {
+      : to_(to),
+        shape_(to.shape),
+        panels_(divided_up(shape_.group_in(), kTogether * kLanes<T>)),
+        width_(rounded_up(divided_up(shape_.group_in(), panels_), kLanes<T>)),
+        products_(shape_, width_),
+        image_(shape_.groups * panels_ * products_.panel()) {
     const Shape& s = shape_;
-    const i64 panels = divided_up(s.group_in(), kTogether * kLanes<T>);
-    width_ = rounded_up(divided_up(s.group_in(), panels), kLanes<T>);
-    group_ = panels * planes_.plane * width_;
-    image_ = s.groups * group_;
-    images_ = max<i64>(1, min(s.images, kLaidOut / image_));
+    // The bank and its gradient are gone through once for all images that are laid out together.
+    const i64 together = max(kLaidOut, 2 * s.g * to.expert()) / (image_ + products_.grad_elements());
+    images_ = divided_up(s.images, divided_up(s.images, max<i64>(1, together)));
     rows_ = min(s.group_out(), s.taps() == 1 ? kPointwiseRows : kRows);
-    lanes_ = min(panels, s.taps() == 1 ? kPointwisePanels : 1) * width_;
+    lanes_ = min(panels_, s.taps() == 1 ? kPointwisePanels : 1) * width_;
     const i64 blocks = s.groups * divided_up(s.group_out(), rows_), chunks = divided_up(s.group_in(), lanes_);
     ranges_ = min(chunks, divided_up(4 * s.threads, blocks));
     parts_ = min(images_, divided_up(4 * s.threads, blocks * ranges_));
-    for (i64 y = 0; y < s.out_height; y++)
-      for (i64 x = 0; x < s.out_width; x++) {
-        steps_.push_back(steps_.size());
-        offsets_.push_back((y * planes_.pitch() + x) * width_);
-      }
   }
 
   void run() {
     const Shape& s = shape_;
     static thread_local Buffer<T> scratch, partial;
-    T* x = scratch.of(images_ * image_);
+    T* x = scratch.of(images_ * (image_ + products_.grad_elements()));
+    T* grads = x + images_ * image_;
     T* banks = to_.grad_bank && parts_ > 1 ? partial.of((parts_ - 1) * s.g * to_.expert()) : nullptr;
     const i64 blocks = divided_up(s.group_out(), rows_), sets = s.groups * blocks;
     const i64 slots = to_.per() == 1 ? sets * ranges_ : ranges_;
@@ -43,6 +42,7 @@ class BankGradient {
       const i64 count = min(images_, s.images - first);
       const i64 parts = min(parts_, count);  // where the last images are fewer, the other parts keep what they have
       lay_out(to_.x + first * s.x_image, count, x);
+      products_.lay_out_grad(to_.grad + first * s.out_channels * s.pixels(), count, grads, to_.parallel_for);
       parallel(to_.parallel_for, sets * ranges_ * parts, 1, [&](i64 begin, i64 end) {
         for (; begin < end; begin++) {
           const i64 part = begin % parts, range = begin / parts % ranges_, set = begin / parts / ranges_;
@@ -50,7 +50,7 @@ class BankGradient {
           const i64 from = count * part / parts, images = count * (part + 1) / parts - from;
           T* bank = !to_.grad_bank ? nullptr : part ? banks + (part - 1) * s.g * to_.expert() : to_.grad_bank;
           const i64 row = set % blocks * rows_;
-          block(x + from * image_, first + from, images, set / blocks, row, min(rows_, s.group_out() - row), range, bank,
+          block(x + from * image_, grads + from * products_.grad_elements(), first + from, images, set / blocks, row, min(rows_, s.group_out() - row), range, bank,
                 etas.data() + slot * s.images * s.g * to_.per(), first > 0);
         }
       });
@@ -64,33 +64,24 @@ class BankGradient {
   static constexpr i64 kRows = 16, kPointwiseRows = 48;
   // Panels at a time for 1 x 1 convs, likewise.
   static constexpr i64 kPointwisePanels = 4;
-  // Pixels at a time, so that what they read of the input stays in the innermost cache.
-  static constexpr i64 kPixels = 256;
-
-  // Panels of a few channels, pixel by pixel: [groups, panels, plane, width].
+  // Panels of a few channels: [groups, panels, ...].
   void lay_out(const T* x, i64 images, T* to) const {
     const Shape& s = shape_;
     constexpr i64 together = kLanes<T>;
     const i64 blocks = divided_up(s.group_in(), together), all = s.groups * blocks;
-    const bool in_place = planes_.in_place();
-    parallel(to_.parallel_for, images * all, max<i64>(1, 8192 / (planes_.plane * together)), [&](i64 begin, i64 end) {
-      static thread_local Buffer<T> buffer;
-      T* planes = buffer.of(together * planes_.plane);
-      planes_.clear(planes, together);
+    const i64 grain = grain_of(8 * products_.panel() * together / width_);
+    parallel(to_.parallel_for, images * all, grain, [&](i64 begin, i64 end) {
       for (; begin < end; begin++) {
         const i64 n = begin / all, group = begin / blocks % s.groups, first = begin % blocks * together;
-        const i64 channels = min(together, s.group_in() - first);
         const T* from = x + n * s.x_image + (group * s.group_in() + first) * s.x_channel;
-        if (!in_place)
-          for (i64 c = 0; c < channels; c++) planes_.lay_out(from + c * s.x_channel, 1, planes + c * planes_.plane);
-        transpose(in_place ? from : planes, planes_.plane, channels, planes_.plane,
-                  to + n * image_ + group * group_ + first / width_ * planes_.plane * width_ + first % width_, width_);
+        T* panel = to + n * image_ + (group * panels_ + first / width_) * products_.panel();
+        products_.lay_out(from, min(together, s.group_in() - first), panel + first % width_);
       }
     });
   }
 
   // The gradients of `rows` output channels of a group, and a range of its input channels, from some images.
-  void block(const T* x, i64 image, i64 images, i64 group, i64 row, i64 rows, i64 range, T* grad_bank, T* grad_eta,
+  void block(const T* x, const T* grads, i64 image, i64 images, i64 group, i64 row, i64 rows, i64 range, T* grad_bank, T* grad_eta,
              bool add) {
     const Shape& s = shape_;
     const i64 taps = s.taps(), chunks = divided_up(s.group_in(), lanes_), channel = group * s.group_out() + row;
@@ -117,8 +108,10 @@ class BankGradient {
         for (i64 j = 0; j < now; j++) {
           T* kernel = kernels + j * rows * ld;
           T* to = taps == 1 ? kernel : product;
-          multiply_image(to_.grad + ((image + n + j) * s.out_channels + channel) * s.pixels(), rows,
-                         x + (n + j) * image_ + group * group_ + c * planes_.plane, rounded_up(channels, width_), to);
+          products_.multiply_image(to_.grad + (image + n + j) * s.out_channels * s.pixels(),
+                                   grads + (n + j) * products_.grad_elements(), channel, rows,
+                                   x + (n + j) * image_ + (group * panels_ + c / width_) * products_.panel(),
+                                   rounded_up(channels, width_), to);
           if (taps > 1)
             for (i64 m = 0; m < rows; m++)
               transpose(product + m * width_, rows * width_, taps, channels, kernel + m * ld, taps);
@@ -136,31 +129,14 @@ class BankGradient {
                length * sizeof(T));
   }
 
-  // For each tap, the output's gradient [rows, pixels] times the pixels that it meets [pixels, lanes]:
-  // to[taps, rows, lanes].
-  void multiply_image(const T* grad, i64 rows, const T* x, i64 lanes, T* to) const {
-    const Shape& s = shape_;
-    const i64 pixels = s.pixels();
-    const int together = width_ / kLanes<T>;
-    for (i64 pixel = 0; pixel < pixels; pixel += kPixels)
-      for (i64 lane = 0; lane < lanes; lane += width_)
-        for (i64 tap = 0; tap < s.taps(); tap++) {
-          const T* from[kTogether];
-          for (int j = 0; j < together; j++)
-            from[j] = x + lane * planes_.plane + planes_.offset_of_tap(tap) * width_ + j * kLanes<T>;
-          multiply(grad, pixels, rows, steps_.data() + pixel, from, together, offsets_.data() + pixel,
-                   min(kPixels, pixels - pixel), to + tap * rows * lanes + lane, lanes, pixel > 0);
-        }
-  }
-
   const Gradients<T>& to_;
   const Shape& shape_;
-  const Planes<T> planes_;
-  i64 width_, group_, image_;  // elements of a pixel in a panel, of a group laid out, and of an image
+  const i64 panels_, width_;  // of a group, and channels of one
+  const Products<T> products_;
+  const i64 image_;            // elements of the input's, laid out
   i64 images_;                 // laid out at a time
   i64 rows_, lanes_;           // at a time: output channels, and vectors' elements of input channels
   i64 ranges_, parts_;         // into which the input channels and the images are split for threads
-  std::vector<int32_t> steps_, offsets_;  // of the output's pixels, in its gradient and in what is laid out
 };
 
 }  // namespace dyconvert

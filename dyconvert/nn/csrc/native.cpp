@@ -55,8 +55,10 @@ void bank_gradient(const Shape& shape, void* const* pointers) {
                         static_cast<T*>(pointers[6])};
   if (shape.group_in() == 1)
     DepthwiseBankGradient<T>(to).run();
+  else if (winograd_pays<T>(shape))
+    BankGradient<T, TileProducts>(to).run();
   else
-    BankGradient<T>(to).run();
+    BankGradient<T, PixelProducts>(to).run();
 }
 
 enum Type { kFloat32, kFloat64, kFloat16, kBFloat16 };  // as `native.py` numbers them
