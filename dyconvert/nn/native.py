@@ -10,7 +10,6 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +38,16 @@ def library() -> ctypes.CDLL | None:
     if platform.machine().lower() in ("x86_64", "amd64") and "AVX" not in torch.backends.cpu.get_cpu_capability():
         return None  # it is compiled for AVX2
     try:
-        return ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
     except OSError:
         return None
+    for function, tensors, types in (
+        (found.dyconvert_conv, 6, 2),
+        (found.dyconvert_input_gradient, 4, 1),
+        (found.dyconvert_bank_gradient, 6, 1),
+    ):  # the shape, torch's threads, the tensors' addresses and their types; declared, calls are quicker
+        function.argtypes = [ctypes.c_void_p] * (2 + tensors) + [ctypes.c_int] * types
+    return found
 
 
 @functools.cache
@@ -111,12 +117,19 @@ def forward(
         out = x.new_empty(call.size)
     if shift is not None:
         shift = shift.to(x.dtype)
-    _run(
-        library().dyconvert_conv,
-        call,
-        (x, weight, coefficients, bias, shift, out),
-        (_TYPES[x.dtype], _TYPES[weight.dtype]),
+    failed = library().dyconvert_conv(
+        call.shape,
+        _parallel_for(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        coefficients.data_ptr(),
+        _address(bias),
+        _address(shift),
+        out.data_ptr(),
+        _TYPES[x.dtype],
+        _TYPES[weight.dtype],
     )
+    _check(failed, call)
     return out
 
 
@@ -132,20 +145,38 @@ def backward(
     """Gradients of `x`, `weight` and `coefficients`, those that are needed, where the call is differentiable."""
     needs_x, needs_bank, needs_eta = needs
     grad = grad.contiguous()
-    dtype = (_TYPES[x.dtype],)
+    dtype = _TYPES[x.dtype]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    bank, eta = weight.data_ptr(), coefficients.data_ptr()
     if needs_x:
-        _run(library().dyconvert_input_gradient, call, (grad, weight, coefficients, None, None, grad_x), dtype)
+        failed = library().dyconvert_input_gradient(
+            call.shape, _parallel_for(), grad.data_ptr(), bank, eta, grad_x.data_ptr(), dtype
+        )
+        _check(failed, call)
     grad_bank = torch.empty_like(weight) if needs_bank else None
     grad_eta = torch.empty_like(coefficients, memory_format=torch.contiguous_format) if needs_eta else None
     if needs_bank or needs_eta:
-        _run(library().dyconvert_bank_gradient, call, (grad, x, weight, coefficients, grad_bank, grad_eta), dtype)
+        failed = library().dyconvert_bank_gradient(
+            call.shape,
+            _parallel_for(),
+            grad.data_ptr(),
+            x.data_ptr(),
+            bank,
+            eta,
+            _address(grad_bank),
+            _address(grad_eta),
+            dtype,
+        )
+        _check(failed, call)
     return grad_x, grad_bank, grad_eta
 
 
-def _run(function: Callable[..., int], call: Call, tensors: tuple[Tensor | None, ...], types: tuple[int, ...]) -> None:
-    pointers = (ctypes.c_void_p * 7)(_parallel_for(), *(None if t is None else t.data_ptr() for t in tensors))
-    if function(call.shape, pointers, *types):
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(failed: int, call: Call) -> None:
+    if failed:
         raise MemoryError(f"There is no memory for a dynamic conv of {call.size[0]} images. Take a smaller batch.")
 
 

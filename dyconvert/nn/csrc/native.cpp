@@ -9,18 +9,11 @@ namespace {
 
 using namespace dyconvert;
 
-template <typename T, typename B>
-Problem<T, B> problem_of(const Shape& shape, void* const* pointers) {
-  return {shape,
-          reinterpret_cast<ParallelFor>(pointers[0]),
-          static_cast<const T*>(pointers[1]),
-          static_cast<const B*>(pointers[2]),
-          static_cast<const T*>(pointers[3]),
-          static_cast<const B*>(pointers[4]),
-          static_cast<const T*>(pointers[5]),
-          static_cast<T*>(pointers[6]),
-          nullptr};
-}
+// Tensors by their addresses.
+struct Tensors {
+  const void *x, *bank, *eta, *bias, *shift;
+  void* out;
+};
 
 template <typename Kind, typename T, typename B>
 void run(Problem<T, B>& problem) {
@@ -31,8 +24,16 @@ void run(Problem<T, B>& problem) {
 }
 
 template <typename T, typename B, bool gradient>
-void convolve(Problem<T, B> problem) {
-  const Shape& s = problem.shape;
+void convolve(const Shape& s, ParallelFor parallel_for, const Tensors& t) {
+  Problem<T, B> problem{s,
+                        parallel_for,
+                        static_cast<const T*>(t.x),
+                        static_cast<const B*>(t.bank),
+                        static_cast<const T*>(t.eta),
+                        static_cast<const B*>(t.bias),
+                        static_cast<const T*>(t.shift),
+                        static_cast<T*>(t.out),
+                        nullptr};
   if (s.group_in() == 1)
     Depthwise<T, B, gradient>(problem).run();
   else if (s.taps() == 1 && !s.padding_y && !s.padding_x)
@@ -44,15 +45,16 @@ void convolve(Problem<T, B> problem) {
 }
 
 template <typename T>
-void bank_gradient(const Shape& shape, void* const* pointers) {
+void bank_gradient(const Shape& shape, ParallelFor parallel_for, const void* grad, const Tensors& t, void* grad_bank,
+                   void* grad_eta) {
   const Gradients<T> to{shape,
-                        reinterpret_cast<ParallelFor>(pointers[0]),
-                        static_cast<const T*>(pointers[1]),
-                        static_cast<const T*>(pointers[2]),
-                        static_cast<const T*>(pointers[3]),
-                        static_cast<const T*>(pointers[4]),
-                        static_cast<T*>(pointers[5]),
-                        static_cast<T*>(pointers[6])};
+                        parallel_for,
+                        static_cast<const T*>(grad),
+                        static_cast<const T*>(t.x),
+                        static_cast<const T*>(t.bank),
+                        static_cast<const T*>(t.eta),
+                        static_cast<T*>(grad_bank),
+                        static_cast<T*>(grad_eta)};
   if (shape.group_in() == 1)
     DepthwiseBankGradient<T>(to).run();
   else if (winograd_pays<T>(shape))
@@ -76,21 +78,28 @@ enum Type { kFloat32, kFloat64, kFloat16, kBFloat16 };  // as `native.py` number
 
 extern "C" {
 
-int dyconvert_conv(const Shape* shape, void* const* pointers, int dtype, int bank_dtype) {
-  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, false>(problem_of<double, double>(*shape, pointers));
-                 else if (bank_dtype == kFloat16) convolve<float, Float16, false>(problem_of<float, Float16>(*shape, pointers));
-                 else if (bank_dtype == kBFloat16) convolve<float, BFloat16, false>(problem_of<float, BFloat16>(*shape, pointers));
-                 else convolve<float, float, false>(problem_of<float, float>(*shape, pointers)))
+int dyconvert_conv(const Shape* shape, ParallelFor parallel_for, const void* x, const void* bank, const void* eta,
+                   const void* bias, const void* shift, void* out, int dtype, int bank_dtype) {
+  const Tensors tensors{x, bank, eta, bias, shift, out};
+  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, false>(*shape, parallel_for, tensors);
+                 else if (bank_dtype == kFloat16) convolve<float, Float16, false>(*shape, parallel_for, tensors);
+                 else if (bank_dtype == kBFloat16) convolve<float, BFloat16, false>(*shape, parallel_for, tensors);
+                 else convolve<float, float, false>(*shape, parallel_for, tensors))
 }
 
-// The gradient of the input: the problem's x is the output's gradient, its out the input's, both contiguous.
-int dyconvert_input_gradient(const Shape* shape, void* const* pointers, int dtype) {
-  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, true>(problem_of<double, double>(*shape, pointers));
-                 else convolve<float, float, true>(problem_of<float, float>(*shape, pointers)))
+// The gradient of the input, from the output's; both contiguous.
+int dyconvert_input_gradient(const Shape* shape, ParallelFor parallel_for, const void* grad, const void* bank,
+                             const void* eta, void* grad_x, int dtype) {
+  const Tensors tensors{grad, bank, eta, nullptr, nullptr, grad_x};
+  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, true>(*shape, parallel_for, tensors);
+                 else convolve<float, float, true>(*shape, parallel_for, tensors))
 }
 
 // The gradients of the bank and the coefficients, from the output's, the input, the bank and the coefficients.
-int dyconvert_bank_gradient(const Shape* shape, void* const* pointers, int dtype) {
-  DYCONVERT_CALL(dtype == kFloat64 ? bank_gradient<double>(*shape, pointers) : bank_gradient<float>(*shape, pointers))
+int dyconvert_bank_gradient(const Shape* shape, ParallelFor parallel_for, const void* grad, const void* x,
+                            const void* bank, const void* eta, void* grad_bank, void* grad_eta, int dtype) {
+  const Tensors tensors{x, bank, eta, nullptr, nullptr, nullptr};
+  DYCONVERT_CALL(dtype == kFloat64 ? bank_gradient<double>(*shape, parallel_for, grad, tensors, grad_bank, grad_eta)
+                                   : bank_gradient<float>(*shape, parallel_for, grad, tensors, grad_bank, grad_eta))
 }
 }
