@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyconvert.errors import DyconvertError
-from dyconvert.nn import native, strategies, tiles
+from dyconvert.nn import native, operator, strategies, tiles
 from dyconvert.nn.backward import Engine, MixedAgainConv
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
@@ -137,6 +137,9 @@ def dynamic_conv(
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiling and not _forced and operator.takes(x, weight):
+        return _compiling(x, weight, bias, coefficients, geometry, shift)
     strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
     if strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift):
         return STRATEGIES[strategy](x, weight, bias, coefficients, geometry, shift)
@@ -144,6 +147,22 @@ def dynamic_conv(
         weight = weight.to(x.dtype)
     out = STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
     return out if shift is None else out + shift.view(-1, *[1] * (x.dim() - 2))
+
+
+def _compiling(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None,
+) -> Tensor:
+    """The compiled kernels within what `torch.compile` makes."""
+    x, geometry = _number_the_padding(x, weight, geometry)
+    if not needs_backward(x, weight, bias, coefficients, shift):
+        return operator.dynamic_conv(x, weight, bias, coefficients, geometry, shift)
+    out = _with_bias(operator.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry), bias, coefficients)
+    return out if shift is None else out + shift.view(-1, 1, 1)
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> str:
@@ -218,7 +237,10 @@ def _differentiable(
     geometry: Geometry,
 ) -> Tensor:
     """A dynamic conv whose kernels are mixed again for backward; its bias is left to autograd."""
-    out = MixedAgainConv.apply(x, weight, coefficients, geometry, engine, how)
+    return _with_bias(MixedAgainConv.apply(x, weight, coefficients, geometry, engine, how), bias, coefficients)
+
+
+def _with_bias(out: Tensor, bias: Tensor | None, coefficients: Tensor) -> Tensor:
     if bias is None:
         return out
     mixed = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from dyconvert.nn.strategies import Geometry
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as `csrc/native.cpp` numbers them
 # What is computed in, and the banks that are read with it.
-_BANKS = {
+BANKS = {
     torch.float32: (torch.float32, torch.float16, torch.bfloat16),
     torch.float64: (torch.float64,),
 }
@@ -79,7 +80,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
         library() is None
         or x.dim() != 4
         or not x.is_cpu
-        or weight.dtype not in _BANKS.get(x.dtype, ())
+        or weight.dtype not in BANKS.get(x.dtype, ())
         or coefficients.dtype != x.dtype
         or (bias is not None and (bias.dtype != weight.dtype or not bias.is_contiguous()))
         or (last and not weight.is_contiguous(memory_format=torch.channels_last))
@@ -180,6 +181,19 @@ def _check(failed: int, call: Call) -> None:
         raise MemoryError(f"There is no memory for a dynamic conv of {call.size[0]} images. Take a smaller batch.")
 
 
+def size_of_output(size: Sequence[int], kernel_size: Sequence[int], geometry: Geometry) -> list[int]:
+    """The height and width of a conv's output, padding as numbers."""
+    return [
+        (length + 2 * pad - step * (kernel - 1) - 1) // jump + 1
+        for length, kernel, jump, pad, step in zip(size, kernel_size, *geometry[:3], strict=True)
+    ]
+
+
+def writes_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the output of an input that lies so has its channels last."""
+    return strides[1] == 1 and shape[1] > 1 and strides[3] > 1
+
+
 @functools.lru_cache(maxsize=1024)
 def _call(
     shape: tuple[int, ...],
@@ -197,10 +211,7 @@ def _call(
     images, in_channels, *size = shape
     g = coefficients[1]
     channels = bank[0] // g
-    out = [
-        (length + 2 * pad - step * (kernel - 1) - 1) // jump + 1
-        for length, pad, step, kernel, jump in zip(size, padding, dilation, bank[2:], stride, strict=True)
-    ]
+    out = size_of_output(size, bank[2:], Geometry(stride, padding, dilation, groups))
     sizes = (in_channels, *size, images)
     if min(*out, *sizes) < 1 or min(padding) < 0 or in_channels != bank[1] * groups or channels % groups:
         return None  # torch says best what doesn't fit
@@ -210,7 +221,7 @@ def _call(
         >= 2**31
     ):
         return None  # `csrc` counts an image's elements in 32 bits
-    last = strides[1] == 1 and in_channels > 1 and strides[3] > 1
+    last = writes_channels_last(shape, strides)
     fields = [
         *(images, in_channels, *size, channels, *out, g, groups, *bank[2:]),
         *(*stride, *padding, *dilation, *strides),

@@ -1,0 +1,141 @@
+"""The compiled kernels as an operator of torch's, which `torch.compile` calls as it is.
+
+A compiler that is shown a dynamic conv operation by operation makes matmuls of the unfolded input of it, at twice
+the time. Exported programs keep the plain operations: they are to run without dyconvert.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyconvert.nn import native, tiles
+from dyconvert.nn.strategies import Geometry
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+_library = torch.library.Library("dyconvert", "DEF")
+_library.define(
+    f"dynamic_conv(Tensor x, Tensor weight, Tensor? bias, Tensor coefficients, Tensor? shift, {_GEOMETRY}) -> Tensor"
+)
+_library.define(
+    f"dynamic_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor coefficients, {_GEOMETRY}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operator is for this conv, asked while compiling."""
+    return x.is_cpu and x.dim() == 4 and weight.dtype in native.BANKS.get(x.dtype, ()) and _built()
+
+
+def dynamic_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """A strategy, padding as numbers. Differentiable but for the bias and the shift."""
+    numbers = [list(values) for values in geometry[:3]]
+    return torch.ops.dyconvert.dynamic_conv(x, weight, bias, coefficients, shift, *numbers, geometry.groups)
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return native.library() is not None
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The output's: as the compiled kernels have it."""
+    return torch.channels_last if native.writes_channels_last(x.shape, x.stride()) else torch.contiguous_format
+
+
+@torch.library.impl(_library, "dynamic_conv", "CPU")
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry(stride, padding, dilation, groups)
+    call = native.prepare(x, weight, bias, coefficients, geometry)
+    if call is None:
+        out = tiles.forward(x, weight, bias, coefficients, geometry, shift=shift)
+        return out.contiguous(memory_format=_format(x))
+    return native.forward(x, weight, bias, coefficients, geometry, call, shift)
+
+
+@torch.library.register_fake("dyconvert::dynamic_conv", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = native.size_of_output(x.shape[2:], weight.shape[2:], Geometry(stride, padding, dilation, groups))
+    channels = weight.shape[0] // coefficients.shape[1]
+    return x.new_empty(x.shape[0], channels, *size).contiguous(memory_format=_format(x))
+
+
+@torch.library.impl(_library, "dynamic_conv_backward", "CPU")
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = Geometry(stride, padding, dilation, groups)
+    call = native.prepare(x, weight, None, coefficients, geometry)
+    known = call is not None and call.differentiable and weight.dtype == x.dtype
+    engine, how = (native, call) if known else (tiles, None)
+    found = engine.backward(grad, x, weight, coefficients, geometry, tuple(needs), how)
+    inputs = zip(found, (x, weight, coefficients), strict=True)
+    return tuple(like.new_empty(0) if part is None else part.contiguous() for part, like in inputs)
+
+
+@torch.library.register_fake("dyconvert::dynamic_conv_backward", lib=_library)
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = zip((x, weight, coefficients), needs, strict=True)
+    return tuple(like.new_empty(like.shape if needed else 0) for like, needed in inputs)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, coefficients, _, *geometry = inputs
+    ctx.save_for_backward(x, weight, coefficients)
+    ctx.geometry = geometry
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
+    found = torch.ops.dyconvert.dynamic_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
+    x, weight, eta = (part if needed else None for part, needed in zip(found, needs, strict=True))
+    return x, weight, None, eta, None, None, None, None, None
+
+
+torch.library.register_autograd("dyconvert::dynamic_conv", _differentiate, setup_context=_setup, lib=_library)
