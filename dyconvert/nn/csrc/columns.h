@@ -1,0 +1,150 @@
+// Convs of one plane: a kernel as columns of taps. Taps one below the other meet a row of the input after the other, so
+// that a row that is loaded once serves all of them, each for another row of the result.
+#pragma once
+#include "parts.h"
+#include "rows.h"
+
+namespace dyconvert {
+
+// The most taps of a column, and rows of the result at a time: what sixteen registers hold.
+constexpr i64 kColumn = 7, kTall = 8;
+
+struct Column {
+  int32_t offset;  // of what the first tap meets, from where a pixel is
+  int32_t weight;  // where the first tap is in the kernel
+  int32_t apart;   // from a tap to the next, which meets what is one row further down
+  int32_t taps;
+};
+
+// Pixels of the result for which the same weights meet the same elements, and where they are written to.
+struct Field {
+  i64 height, width;
+  i64 at, row, column;  // the first pixel, and strides
+  i64 tall = divided_up(height, divided_up(height, kTall));  // rows at a time
+  std::vector<Column> columns = {};
+
+  void add(i64 offset, i64 weight, i64 apart, i64 taps, i64 pitch) {
+    for (; taps > 0; taps -= kColumn, offset += kColumn * pitch, weight += kColumn * apart)
+      columns.push_back({int32_t(offset), int32_t(weight), int32_t(apart), int32_t(min(taps, kColumn))});
+  }
+};
+
+// From a tap to the next one that meets what is one row further down; where there is none, past all taps.
+inline i64 taps_apart(const Shape& s) {
+  return s.stride_y % s.dilation_y == 0 ? s.stride_y / s.dilation_y : s.kernel_height;
+}
+
+template <typename T>
+Field field_of_conv(const Shape& s, const Planes<T>& planes) {
+  Field field{s.out_height, s.out_width, 0, s.out_width * s.out_pixel, s.out_pixel};
+  const i64 apart = taps_apart(s);
+  for (i64 y = 0; y < min(apart, s.kernel_height); y++)
+    for (i64 x = 0; x < s.kernel_width; x++) {
+      const i64 tap = y * s.kernel_width + x;
+      field.add(planes.offset_of_tap(tap), tap, apart * s.kernel_width, divided_up(s.kernel_height - y, apart),
+                planes.pitch());
+    }
+  return field;
+}
+
+// The gradient of the input: of each phase of the stride other taps meet the output's pixels, those further down
+// earlier. It is summed over the output channels that an input channel has, whose planes and kernels lie one behind
+// the other.
+template <typename T>
+std::vector<Field> fields_of_gradient(const Shape& s, const Planes<T>& planes) {
+  const Reach reach_down = reach_y(s), reach_right = reach_x(s);
+  const i64 first_y = reach_down.first(s.height), first_x = reach_right.first(s.width), apart = taps_apart(s);
+  std::vector<Field> fields;
+  for (i64 phase_y = 0; phase_y < min(s.stride_y, s.height); phase_y++)
+    for (i64 phase_x = 0; phase_x < min(s.stride_x, s.width); phase_x++) {
+      Field field{divided_up(s.height - phase_y, s.stride_y), divided_up(s.width - phase_x, s.stride_x),
+                  phase_y * s.width + phase_x, s.stride_y * s.width, s.stride_x};
+      for (i64 channel = 0; channel < s.group_out(); channel++)
+        for (i64 y = 0; y < min(apart, s.kernel_height); y++)
+          for (i64 x = 0; x < s.kernel_width; x++) {
+            if (!reach_down.meets(phase_y, y) || !reach_right.meets(phase_x, x)) continue;
+            const i64 taps = divided_up(s.kernel_height - y, apart), last = y + (taps - 1) * apart;
+            field.add(planes.offset(channel, reach_down.of(phase_y, last) - first_y, reach_right.of(phase_x, x) - first_x),
+                      channel * s.taps() + last * s.kernel_width + x, -apart * s.kernel_width, taps, planes.pitch());
+          }
+      fields.push_back(field);
+    }
+  return fields;
+}
+
+// sums[r] += sum_t weights[t] * row r + t of what each column meets, for the columns of so many taps. Returns the first
+// that has others.
+template <typename T, int Rows, int Taps>
+inline const Column* add_columns(Vector<T>* sums, const Column* column, const Column* last, const T* kernel,
+                                 const T* plane, i64 pitch) {
+  do {
+    T weights[Taps];
+    const T* weight = kernel + column->weight;
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; t++, weight += column->apart) weights[t] = *weight;
+    const T* from = plane + column->offset;
+#pragma GCC unroll 16
+    for (int y = 0; y < Rows + Taps - 1; y++, from += pitch) {
+      const Vector<T> row = load(from);
+#pragma GCC unroll 8
+      for (int t = 0; t < Taps; t++)
+        if (y - t >= 0 && y - t < Rows) sums[y - t] += weights[t] * row;
+    }
+  } while (++column < last && column->taps == Taps);
+  return column;
+}
+
+// Some elements of a vector.
+template <typename T>
+[[gnu::noinline]] void store_few(T* to, Vector<T> elements, i64 count, i64 column) {
+  if (column == 1 && count < kLanes<T>)
+    copy_few(to, reinterpret_cast<const T*>(&elements), count);
+  else
+    for (i64 i = 0; i < count; i++) to[i * column] = elements[i];
+}
+
+// `Rows` rows of the result from `y` on. plane: of what is laid out. out: the field's in its channel, which may be written to up
+// to `end`.
+template <typename T, int Rows>
+void convolve_rows(const Field& field, const T* kernel, const T* plane, i64 pitch, i64 y, T bias, T* out, const T* end) {
+  const Column* first = field.columns.data();
+  const Column* last = first + field.columns.size();
+  for (i64 left = 0; left < field.width; left += kLanes<T>) {
+    const i64 x = max<i64>(0, min(left, field.width - kLanes<T>));  // the last vector ends with the row
+    const T* from = plane + y * pitch + x;
+    Vector<T> sums[Rows];
+    for (int r = 0; r < Rows; r++) sums[r] = bias + Vector<T>{};
+    for (const Column* column = first; column < last;) {
+      switch (column->taps) {
+        case 1: column = add_columns<T, Rows, 1>(sums, column, last, kernel, from, pitch); break;
+        case 2: column = add_columns<T, Rows, 2>(sums, column, last, kernel, from, pitch); break;
+        case 3: column = add_columns<T, Rows, 3>(sums, column, last, kernel, from, pitch); break;
+        case 4: column = add_columns<T, Rows, 4>(sums, column, last, kernel, from, pitch); break;
+        case 5: column = add_columns<T, Rows, 5>(sums, column, last, kernel, from, pitch); break;
+        case 6: column = add_columns<T, Rows, 6>(sums, column, last, kernel, from, pitch); break;
+        default: column = add_columns<T, Rows, 7>(sums, column, last, kernel, from, pitch);
+      }
+    }
+    const i64 count = min(kLanes<T>, field.width - x);
+    T* to = out + y * field.row + x * field.column;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++, to += field.row) {
+      if (field.column == 1 && (count == kLanes<T> || to + kLanes<T> <= end))
+        store(to, sums[r]);  // what is too much is written over by the next row
+      else
+        store_few(to, sums[r], count, field.column);
+    }
+  }
+}
+
+template <typename T>
+void convolve_plane(const Field& field, const T* kernel, const T* plane, i64 pitch, T bias, T* out) {
+  static constexpr decltype(&convolve_rows<T, 1>) kRowsOf[] = {
+      convolve_rows<T, 1>, convolve_rows<T, 2>, convolve_rows<T, 3>, convolve_rows<T, 4>,
+      convolve_rows<T, 5>, convolve_rows<T, 6>, convolve_rows<T, 7>, convolve_rows<T, 8>};
+  const T* end = field.row == field.width ? out + field.at + field.height * field.width : out;
+  for (i64 y = 0; y < field.height; y += field.tall)
+    kRowsOf[min(field.tall, field.height - y) - 1](field, kernel, plane, pitch, y, bias, out + field.at, end);
+}
+
+}  // namespace dyconvert
