@@ -94,13 +94,12 @@ inline const Column* add_columns(Vector<T>* sums, const Column* column, const Co
   return column;
 }
 
-// Some elements of a vector.
 template <typename T>
-[[gnu::noinline]] void store_few(T* to, Vector<T> elements, i64 count, i64 column) {
-  if (column == 1 && count < kLanes<T>)
+inline void store_some(T* to, Vector<T> elements, i64 count, i64 step) {
+  if (step == 1 && count < kLanes<T>)
     copy_few(to, reinterpret_cast<const T*>(&elements), count);
   else
-    for (i64 i = 0; i < count; i++) to[i * column] = elements[i];
+    for (i64 i = 0; i < count; i++) to[i * step] = elements[i];
 }
 
 // `Rows` rows of the result from `y` on. plane: of what is laid out. out: the field's in its channel, which may be written to up
@@ -109,30 +108,36 @@ template <typename T, int Rows>
 void convolve_rows(const Field& field, const T* kernel, const T* plane, i64 pitch, i64 y, T bias, T* out, const T* end) {
   const Column* first = field.columns.data();
   const Column* last = first + field.columns.size();
-  for (i64 left = 0; left < field.width; left += kLanes<T>) {
-    const i64 x = max<i64>(0, min(left, field.width - kLanes<T>));  // the last vector ends with the row
-    const T* from = plane + y * pitch + x;
+  const i64 width = field.width, down = field.row, right = field.column, count = min(width, kLanes<T>);
+  plane += y * pitch;
+  out += y * down;
+  for (i64 left = 0; left < width; left += kLanes<T>) {
+    const i64 x = min(left, width - count);  // the last vector ends with the row
     Vector<T> sums[Rows];
     for (int r = 0; r < Rows; r++) sums[r] = bias + Vector<T>{};
     for (const Column* column = first; column < last;) {
       switch (column->taps) {
-        case 1: column = add_columns<T, Rows, 1>(sums, column, last, kernel, from, pitch); break;
-        case 2: column = add_columns<T, Rows, 2>(sums, column, last, kernel, from, pitch); break;
-        case 3: column = add_columns<T, Rows, 3>(sums, column, last, kernel, from, pitch); break;
-        case 4: column = add_columns<T, Rows, 4>(sums, column, last, kernel, from, pitch); break;
-        case 5: column = add_columns<T, Rows, 5>(sums, column, last, kernel, from, pitch); break;
-        case 6: column = add_columns<T, Rows, 6>(sums, column, last, kernel, from, pitch); break;
-        default: column = add_columns<T, Rows, 7>(sums, column, last, kernel, from, pitch);
+        case 1: column = add_columns<T, Rows, 1>(sums, column, last, kernel, plane + x, pitch); break;
+        case 2: column = add_columns<T, Rows, 2>(sums, column, last, kernel, plane + x, pitch); break;
+        case 3: column = add_columns<T, Rows, 3>(sums, column, last, kernel, plane + x, pitch); break;
+        case 4: column = add_columns<T, Rows, 4>(sums, column, last, kernel, plane + x, pitch); break;
+        case 5: column = add_columns<T, Rows, 5>(sums, column, last, kernel, plane + x, pitch); break;
+        case 6: column = add_columns<T, Rows, 6>(sums, column, last, kernel, plane + x, pitch); break;
+        default: column = add_columns<T, Rows, 7>(sums, column, last, kernel, plane + x, pitch);
       }
     }
-    const i64 count = min(kLanes<T>, field.width - x);
-    T* to = out + y * field.row + x * field.column;
+    T* to = out + x * right;
+    if (right == 1 && count == kLanes<T>) {
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++, to += field.row) {
-      if (field.column == 1 && (count == kLanes<T> || to + kLanes<T> <= end))
+      for (int r = 0; r < Rows; r++) store(to + r * down, sums[r]);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++, to += down) {
+      if (right == 1 && to + kLanes<T> <= end)
         store(to, sums[r]);  // what is too much is written over by the next row
       else
-        store_few(to, sums[r], count, field.column);
+        store_some(to, sums[r], count, right);
     }
   }
 }
