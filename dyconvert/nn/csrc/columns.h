@@ -1,8 +1,8 @@
 // Convs of one plane: a kernel as columns of taps. Taps one below the other meet a row of the input after the other, so
 // that a row that is loaded once serves all of them, each for another row of the result.
 #pragma once
+#include "input.h"
 #include "parts.h"
-#include "rows.h"
 
 namespace dyconvert {
 
@@ -10,9 +10,9 @@ namespace dyconvert {
 constexpr i64 kColumn = 7, kTall = 8;
 
 struct Column {
-  int32_t offset;  // of what the first tap meets, from where a pixel is
-  int32_t weight;  // where the first tap is in the kernel
-  int32_t apart;   // from a tap to the next, which meets what is one row further down
+  int32_t offset, down, right;  // the place of what the first tap meets, from where a pixel is
+  int32_t weight;               // where the first tap is in the kernel
+  int32_t apart;                // from a tap to the next, which meets what is one row further down
   int32_t taps;
 };
 
@@ -23,9 +23,19 @@ struct Field {
   i64 tall = divided_up(height, divided_up(height, kTall));  // rows at a time
   std::vector<Column> columns = {};
 
-  void add(i64 offset, i64 weight, i64 apart, i64 taps, i64 pitch) {
-    for (; taps > 0; taps -= kColumn, offset += kColumn * pitch, weight += kColumn * apart)
-      columns.push_back({int32_t(offset), int32_t(weight), int32_t(apart), int32_t(min(taps, kColumn))});
+  // taps: of the column, the first of which is at `place` and has the weight `weight`.
+  template <typename T>
+  void add(const Input<T>& input, Place place, i64 weight, i64 apart, i64 taps) {
+    for (; taps > 0; taps -= kColumn) {
+      const i64 now = min(taps, kColumn);
+      columns.push_back({int32_t(place.offset), int32_t(place.down), int32_t(place.right), int32_t(weight),
+                         int32_t(apart), int32_t(now)});
+      // Only a column's first rows can lie above the plane, and its last ones below, or each is asked for by itself.
+      if (place.down < 1 - now || place.down + height > input.height) tall = 1;
+      place.offset += kColumn * input.pitch;
+      place.down += kColumn;
+      weight += kColumn * apart;
+    }
   }
 };
 
@@ -35,15 +45,13 @@ inline i64 taps_apart(const Shape& s) {
 }
 
 template <typename T>
-Field field_of_conv(const Shape& s, const Planes<T>& planes) {
+Field field_of_conv(const Shape& s, const Input<T>& input) {
   Field field{s.out_height, s.out_width, 0, s.out_width * s.out_pixel, s.out_pixel};
   const i64 apart = taps_apart(s);
   for (i64 y = 0; y < min(apart, s.kernel_height); y++)
-    for (i64 x = 0; x < s.kernel_width; x++) {
-      const i64 tap = y * s.kernel_width + x;
-      field.add(planes.offset_of_tap(tap), tap, apart * s.kernel_width, divided_up(s.kernel_height - y, apart),
-                planes.pitch());
-    }
+    for (i64 x = 0; x < s.kernel_width; x++)
+      field.add(input, input.place(0, y * s.dilation_y, x * s.dilation_x), y * s.kernel_width + x,
+                apart * s.kernel_width, divided_up(s.kernel_height - y, apart));
   return field;
 }
 
@@ -51,9 +59,9 @@ Field field_of_conv(const Shape& s, const Planes<T>& planes) {
 // earlier. It is summed over the output channels that an input channel has, whose planes and kernels lie one behind
 // the other.
 template <typename T>
-std::vector<Field> fields_of_gradient(const Shape& s, const Planes<T>& planes) {
-  const Reach reach_down = reach_y(s), reach_right = reach_x(s);
-  const i64 first_y = reach_down.first(s.height), first_x = reach_right.first(s.width), apart = taps_apart(s);
+std::vector<Field> fields_of_gradient(const Shape& s, const Input<T>& input) {
+  const Reach down = reach_y(s), right = reach_x(s);
+  const i64 first_y = down.first(s.height), first_x = right.first(s.width), apart = taps_apart(s);
   std::vector<Field> fields;
   for (i64 phase_y = 0; phase_y < min(s.stride_y, s.height); phase_y++)
     for (i64 phase_x = 0; phase_x < min(s.stride_x, s.width); phase_x++) {
@@ -62,10 +70,11 @@ std::vector<Field> fields_of_gradient(const Shape& s, const Planes<T>& planes) {
       for (i64 channel = 0; channel < s.group_out(); channel++)
         for (i64 y = 0; y < min(apart, s.kernel_height); y++)
           for (i64 x = 0; x < s.kernel_width; x++) {
-            if (!reach_down.meets(phase_y, y) || !reach_right.meets(phase_x, x)) continue;
+            if (!down.meets(phase_y, y) || !right.meets(phase_x, x)) continue;
             const i64 taps = divided_up(s.kernel_height - y, apart), last = y + (taps - 1) * apart;
-            field.add(planes.offset(channel, reach_down.of(phase_y, last) - first_y, reach_right.of(phase_x, x) - first_x),
-                      channel * s.taps() + last * s.kernel_width + x, -apart * s.kernel_width, taps, planes.pitch());
+            field.add(input,
+                      input.place(channel, down.of(phase_y, last) - first_y, right.of(phase_x, x) - first_x),
+                      channel * s.taps() + last * s.kernel_width + x, -apart * s.kernel_width, taps);
           }
       fields.push_back(field);
     }
@@ -76,19 +85,24 @@ std::vector<Field> fields_of_gradient(const Shape& s, const Planes<T>& planes) {
 // that has others.
 template <typename T, int Rows, int Taps>
 inline const Column* add_columns(Vector<T>* sums, const Column* column, const Column* last, const T* kernel,
-                                 const T* plane, i64 pitch) {
+                                 const T* plane, const T* mask, i64 pitch, i64 y, i64 height) {
+  using Bits = decltype(Vector<T>{} == Vector<T>{});
   do {
-    T weights[Taps];
+    Vector<T> weights[Taps];
     const T* weight = kernel + column->weight;
 #pragma GCC unroll 8
-    for (int t = 0; t < Taps; t++, weight += column->apart) weights[t] = *weight;
+    for (int t = 0; t < Taps; t++, weight += column->apart) weights[t] = *weight - Vector<T>{};
     const T* from = plane + column->offset;
+    const Bits inside = (Bits)load(mask + column->right);
+    const int top = -int(y) - column->down, bottom = int(height) + top;
 #pragma GCC unroll 16
-    for (int y = 0; y < Rows + Taps - 1; y++, from += pitch) {
-      const Vector<T> row = load(from);
+    for (int r = 0; r < Rows + Taps - 1; r++, from += pitch) {
+      if ((r < Taps - 1 || Rows == 1) && r < top) continue;
+      if ((r >= Rows || Rows == 1) && r >= bottom) continue;
+      const Vector<T> row = (Vector<T>)((Bits)load(from) & inside);
 #pragma GCC unroll 8
       for (int t = 0; t < Taps; t++)
-        if (y - t >= 0 && y - t < Rows) sums[y - t] += weights[t] * row;
+        if (r - t >= 0 && r - t < Rows) sums[r - t] += weights[t] * row;
     }
   } while (++column < last && column->taps == Taps);
   return column;
@@ -102,13 +116,15 @@ inline void store_some(T* to, Vector<T> elements, i64 count, i64 step) {
     for (i64 i = 0; i < count; i++) to[i * step] = elements[i];
 }
 
-// `Rows` rows of the result from `y` on. plane: of what is laid out. out: the field's in its channel, which may be written to up
-// to `end`.
+// `Rows` rows of the result from `y` on. A channel may be written to up to `end`.
 template <typename T, int Rows>
-void convolve_rows(const Field& field, const T* kernel, const T* plane, i64 pitch, i64 y, T bias, T* out, const T* end) {
+void convolve_rows(const Input<T>& input, const Field& field, const T* plane, const T* kernel, i64 y, T bias, T* out,
+                   const T* end) {
   const Column* first = field.columns.data();
   const Column* last = first + field.columns.size();
   const i64 width = field.width, down = field.row, right = field.column, count = min(width, kLanes<T>);
+  const i64 pitch = input.pitch, height = input.height;
+  const T* mask = input.mask();
   plane += y * pitch;
   out += y * down;
   for (i64 left = 0; left < width; left += kLanes<T>) {
@@ -117,13 +133,16 @@ void convolve_rows(const Field& field, const T* kernel, const T* plane, i64 pitc
     for (int r = 0; r < Rows; r++) sums[r] = bias + Vector<T>{};
     for (const Column* column = first; column < last;) {
       switch (column->taps) {
-        case 1: column = add_columns<T, Rows, 1>(sums, column, last, kernel, plane + x, pitch); break;
-        case 2: column = add_columns<T, Rows, 2>(sums, column, last, kernel, plane + x, pitch); break;
-        case 3: column = add_columns<T, Rows, 3>(sums, column, last, kernel, plane + x, pitch); break;
-        case 4: column = add_columns<T, Rows, 4>(sums, column, last, kernel, plane + x, pitch); break;
-        case 5: column = add_columns<T, Rows, 5>(sums, column, last, kernel, plane + x, pitch); break;
-        case 6: column = add_columns<T, Rows, 6>(sums, column, last, kernel, plane + x, pitch); break;
-        default: column = add_columns<T, Rows, 7>(sums, column, last, kernel, plane + x, pitch);
+#define DYCONVERT_TAPS(n) \
+  column = add_columns<T, Rows, n>(sums, column, last, kernel, plane + x, mask + x, pitch, y, height)
+        case 1: DYCONVERT_TAPS(1); break;
+        case 2: DYCONVERT_TAPS(2); break;
+        case 3: DYCONVERT_TAPS(3); break;
+        case 4: DYCONVERT_TAPS(4); break;
+        case 5: DYCONVERT_TAPS(5); break;
+        case 6: DYCONVERT_TAPS(6); break;
+        default: DYCONVERT_TAPS(7);
+#undef DYCONVERT_TAPS
       }
     }
     T* to = out + x * right;
@@ -143,13 +162,14 @@ void convolve_rows(const Field& field, const T* kernel, const T* plane, i64 pitc
 }
 
 template <typename T>
-void convolve_plane(const Field& field, const T* kernel, const T* plane, i64 pitch, T bias, T* out) {
+void convolve_plane(const Input<T>& input, const Field& field, const T* plane, const T* kernel, T bias, T* out) {
   static constexpr decltype(&convolve_rows<T, 1>) kRowsOf[] = {
       convolve_rows<T, 1>, convolve_rows<T, 2>, convolve_rows<T, 3>, convolve_rows<T, 4>,
       convolve_rows<T, 5>, convolve_rows<T, 6>, convolve_rows<T, 7>, convolve_rows<T, 8>};
-  const T* end = field.row == field.width ? out + field.at + field.height * field.width : out;
+  out += field.at;
+  const T* end = field.row == field.width ? out + field.height * field.width : out;
   for (i64 y = 0; y < field.height; y += field.tall)
-    kRowsOf[min(field.tall, field.height - y) - 1](field, kernel, plane, pitch, y, bias, out + field.at, end);
+    kRowsOf[min(field.tall, field.height - y) - 1](input, field, plane, kernel, y, bias, out, end);
 }
 
 }  // namespace dyconvert

@@ -71,6 +71,7 @@ inline void copy_evens(T* to, const T* from, i64 count) {
 template <typename T>
 class Rows {
  public:
+  Rows() = default;
   Rows(const Shape& s, const Planes<T>& planes)
       : step_(s.stride_x * s.x_column), channel_(s.x_channel), plane_(planes.plane) {
     // Of the padded input, what taps meet.
@@ -119,7 +120,7 @@ class Rows {
   }
 
   std::vector<Run> runs_;
-  i64 step_, channel_, plane_;  // strides
+  i64 step_ = 1, channel_ = 0, plane_ = 0;  // strides
 };
 
 }  // namespace dyconvert
