@@ -116,60 +116,79 @@ inline void store_some(T* to, Vector<T> elements, i64 count, i64 step) {
     for (i64 i = 0; i < count; i++) to[i * step] = elements[i];
 }
 
-// `Rows` rows of the result from `y` on. A channel may be written to up to `end`.
+// Channels that are convolved one after the other, each with a kernel of its own.
+template <typename T>
+struct Channels {
+  i64 count;
+  const T* planes;
+  i64 plane;  // from one to the next, as below
+  const T* kernels;
+  i64 kernel;
+  const T* bias;
+  T* out;
+  i64 channel;
+};
+
+// `Rows` rows of the channels' results from `y` on.
 template <typename T, int Rows>
-void convolve_rows(const Input<T>& input, const Field& field, const T* plane, const T* kernel, i64 y, T bias, T* out,
-                   const T* end) {
+void convolve_rows(const Input<T>& input, const Field& field, const Channels<T>& channels, i64 y) {
   const Column* first = field.columns.data();
   const Column* last = first + field.columns.size();
-  const i64 width = field.width, down = field.row, right = field.column, count = min(width, kLanes<T>);
+  const i64 width = field.width, down = field.row, right = field.column, many = min(width, kLanes<T>);
   const i64 pitch = input.pitch, height = input.height;
   const T* mask = input.mask();
-  plane += y * pitch;
-  out += y * down;
-  for (i64 left = 0; left < width; left += kLanes<T>) {
-    const i64 x = min(left, width - count);  // the last vector ends with the row
-    Vector<T> sums[Rows];
-    for (int r = 0; r < Rows; r++) sums[r] = bias + Vector<T>{};
-    for (const Column* column = first; column < last;) {
-      switch (column->taps) {
+  const T* plane = channels.planes + y * pitch;
+  const T* kernel = channels.kernels;
+  T* out = channels.out + field.at + y * down;
+  // Rows that are written in whole vectors: of narrow ones the next writes over what is too much, but for the last.
+  i64 whole = 0;
+  if (right == 1 && many == kLanes<T>)
+    whole = Rows;
+  else if (right == 1 && down == width)
+    whole = max<i64>(0, min<i64>(Rows, field.height - y + 1 - divided_up(kLanes<T>, width)));
+  for (i64 c = 0; c < channels.count; c++, plane += channels.plane, kernel += channels.kernel, out += channels.channel) {
+    for (i64 left = 0; left < width; left += kLanes<T>) {
+      const i64 x = min(left, width - many);  // the last vector ends with the row
+      Vector<T> sums[Rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; r++) sums[r] = channels.bias[c] - Vector<T>{};
+      for (const Column* column = first; column < last;) {
+        switch (column->taps) {
 #define DYCONVERT_TAPS(n) \
   column = add_columns<T, Rows, n>(sums, column, last, kernel, plane + x, mask + x, pitch, y, height)
-        case 1: DYCONVERT_TAPS(1); break;
-        case 2: DYCONVERT_TAPS(2); break;
-        case 3: DYCONVERT_TAPS(3); break;
-        case 4: DYCONVERT_TAPS(4); break;
-        case 5: DYCONVERT_TAPS(5); break;
-        case 6: DYCONVERT_TAPS(6); break;
-        default: DYCONVERT_TAPS(7);
+          case 1: DYCONVERT_TAPS(1); break;
+          case 2: DYCONVERT_TAPS(2); break;
+          case 3: DYCONVERT_TAPS(3); break;
+          case 4: DYCONVERT_TAPS(4); break;
+          case 5: DYCONVERT_TAPS(5); break;
+          case 6: DYCONVERT_TAPS(6); break;
+          default: DYCONVERT_TAPS(7);
 #undef DYCONVERT_TAPS
+        }
       }
-    }
-    T* to = out + x * right;
-    if (right == 1 && count == kLanes<T>) {
+      T* to = out + x * right;
+      if (whole == Rows) {
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; r++) store(to + r * down, sums[r]);
-      continue;
-    }
+        for (int r = 0; r < Rows; r++, to += down) store(to, sums[r]);
+        continue;
+      }
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++, to += down) {
-      if (right == 1 && to + kLanes<T> <= end)
-        store(to, sums[r]);  // what is too much is written over by the next row
-      else
-        store_some(to, sums[r], count, right);
+      for (int r = 0; r < Rows; r++, to += down)
+        if (r < whole)
+          store(to, sums[r]);
+        else
+          store_some(to, sums[r], many, right);
     }
   }
 }
 
 template <typename T>
-void convolve_plane(const Input<T>& input, const Field& field, const T* plane, const T* kernel, T bias, T* out) {
+void convolve(const Input<T>& input, const Field& field, const Channels<T>& channels) {
   static constexpr decltype(&convolve_rows<T, 1>) kRowsOf[] = {
       convolve_rows<T, 1>, convolve_rows<T, 2>, convolve_rows<T, 3>, convolve_rows<T, 4>,
       convolve_rows<T, 5>, convolve_rows<T, 6>, convolve_rows<T, 7>, convolve_rows<T, 8>};
-  out += field.at;
-  const T* end = field.row == field.width ? out + field.height * field.width : out;
   for (i64 y = 0; y < field.height; y += field.tall)
-    kRowsOf[min(field.tall, field.height - y) - 1](input, field, plane, kernel, y, bias, out, end);
+    kRowsOf[min(field.tall, field.height - y) - 1](input, field, channels, y);
 }
 
 }  // namespace dyconvert

@@ -26,36 +26,37 @@ class Depthwise {
     const i64 kernel = s.group_out() * s.taps();
     // A block's images one after the other, so that its part of the bank stays in cache.
     parallel(problem_.parallel_for, s.images * blocks, grain_of(together * kernel * s.pixels()), [&](i64 begin, i64 end) {
-      static thread_local Buffer<T> mixed, planes;
+      static thread_local Buffer<T> mixed, planes, biases;
       T* kernels = mixed.of(together * kernel);
       T* scratch = planes.of(input_.scratch_elements());
+      T* bias = biases.of(together);
+      std::fill(bias, bias + together, T(0));
       input_.clear(scratch);
       for (; begin < end; begin++) {
         const i64 image = begin % s.images, first = begin / s.images * together;
         const i64 channels = min(together, s.in_channels - first);
         mix_taps(problem_, image, first * s.group_out(), channels * s.group_out(), kernels);
         const T* plane = input_.read(image, first * each_, channels * each_, scratch);
-        for (i64 c = 0; c < channels; c++)
-          convolve(image, first + c, plane + c * each_ * input_.plane, kernels + c * kernel);
+        if constexpr (gradient) {
+          const i64 size = s.height * s.width;
+          T* out = problem_.out + (image * s.in_channels + first) * size;
+          for (const Field& field : fields_)
+            convolve<T>(input_, field, {channels, plane, each_ * input_.plane, kernels, kernel, bias, out, size});
+        } else {
+          // The first output channels of all of them, then the second ones.
+          for (i64 m = 0; m < s.group_out(); m++) {
+            const i64 apart = s.group_out(), channel = first * apart + m;
+            for (i64 c = 0; c < channels; c++) bias[c] = added(problem_, image, channel + c * apart);
+            T* out = problem_.out + image * s.out_channels * s.pixels() + channel * s.out_channel;
+            convolve<T>(input_, fields_[0], {channels, plane, input_.plane, kernels + m * s.taps(), kernel, bias, out,
+                                             apart * s.out_channel});
+          }
+        }
       }
     });
   }
 
  private:
-  // An input channel: its output channels, or its gradient.
-  void convolve(i64 image, i64 channel, const T* planes, const T* kernels) const {
-    const Shape& s = shape_;
-    const i64 each = s.group_out();
-    if constexpr (gradient) {
-      T* out = problem_.out + (image * s.in_channels + channel) * s.height * s.width;
-      for (const Field& field : fields_) convolve_plane(input_, field, planes, kernels, T(0), out);
-    } else {
-      for (i64 c = channel * each; c < (channel + 1) * each; c++, kernels += s.taps())
-        convolve_plane(input_, fields_[0], planes, kernels, added(problem_, image, c),
-                       problem_.out + image * s.out_channels * s.pixels() + c * s.out_channel);
-    }
-  }
-
   const Problem<T, B>& problem_;
   const Shape& shape_;
   const i64 each_;  // channels that are read for an input channel
