@@ -30,7 +30,7 @@ struct Field {
       const i64 now = min(taps, kColumn);
       columns.push_back({int32_t(place.offset), int32_t(place.down), int32_t(place.right), int32_t(weight),
                          int32_t(apart), int32_t(now)});
-      // Only a column's first rows can lie above the plane, and its last ones below, or each is asked for by itself.
+      // More padding than a kernel can see: each row is asked for by itself.
       if (place.down < 1 - now || place.down + height > input.height) tall = 1;
       place.offset += kColumn * input.pitch;
       place.down += kColumn;
@@ -38,6 +38,10 @@ struct Field {
     }
   }
 };
+
+// Whether a kernel's taps that are one below the other are one column: then only its first rows can lie above a plane,
+// and its last ones below.
+inline bool whole_columns(const Shape& s) { return s.dilation_y == 1 && s.kernel_height <= kColumn; }
 
 // From a tap to the next one that meets what is one row further down; where there is none, past all taps.
 inline i64 taps_apart(const Shape& s) {

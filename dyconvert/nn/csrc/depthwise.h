@@ -13,7 +13,8 @@ class Depthwise {
       : problem_(problem),
         shape_(problem.shape),
         each_(gradient ? shape_.group_out() : 1),
-        input_(gradient ? shape_of_gradient(shape_) : shape_, problem.x, each_) {
+        input_(gradient ? shape_of_gradient(shape_) : shape_, problem.x, each_,
+               whole_columns(shape_)) {
     if constexpr (gradient)
       fields_ = fields_of_gradient<T>(shape_, input_);
     else

@@ -10,7 +10,10 @@ template <typename T>
 class DepthwiseBankGradient {
  public:
   explicit DepthwiseBankGradient(const Gradients<T>& to)
-      : to_(to), shape_(to.shape), input_(shape_, to.x, 1), field_(field_of_conv<T>(shape_, input_)) {}
+      : to_(to),
+        shape_(to.shape),
+        input_(shape_, to.x, 1, whole_columns(shape_)),
+        field_(field_of_conv<T>(shape_, input_)) {}
 
   void run() {
     const Shape& s = shape_;

@@ -13,11 +13,11 @@ struct Place {
 template <typename T>
 class Input {
  public:
-  // x: [N, C_in, H, W], as the shape has it. each: channels that are read together.
-  Input(const Shape& s, const T* x, i64 each)
+  // x: [N, C_in, H, W], as the shape has it. each: channels that are read together. in_place: if that can be.
+  Input(const Shape& s, const T* x, i64 each, bool in_place)
       : shape_(s),
         planes_(s),
-        in_place_(s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 && s.x_row == s.width &&
+        in_place_(in_place && s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 && s.x_row == s.width &&
                   s.x_channel == s.height * s.width),
         rows_(in_place_ ? Rows<T>() : Rows<T>(s, planes_)),
         x_(x),
