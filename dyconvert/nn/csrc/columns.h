@@ -48,15 +48,33 @@ inline i64 taps_apart(const Shape& s) {
   return s.stride_y % s.dilation_y == 0 ? s.stride_y / s.dilation_y : s.kernel_height;
 }
 
+// Adds a field, or if there is but one row, fields of rows of a vector's width: a tile has several rows.
 template <typename T>
-Field field_of_conv(const Shape& s, const Input<T>& input) {
+void add_field(std::vector<Field>& fields, const Input<T>& input, Field field) {
+  constexpr i64 n = kLanes<T>;
+  const i64 rows = field.width / n, rest = field.width % n;
+  if (input.flat && rows > 0) {
+    fields.push_back({rows, n, field.at, n * field.column, field.column});
+    fields.back().columns = field.columns;
+    if (rest == 0) return;
+    field.width = rest;
+    field.at += rows * n * field.column;
+    for (Column& column : field.columns) column.offset += rows * n;
+  }
+  fields.push_back(field);
+}
+
+template <typename T>
+std::vector<Field> fields_of_conv(const Shape& s, const Input<T>& input) {
   Field field{s.out_height, s.out_width, 0, s.out_width * s.out_pixel, s.out_pixel};
   const i64 apart = taps_apart(s);
   for (i64 y = 0; y < min(apart, s.kernel_height); y++)
     for (i64 x = 0; x < s.kernel_width; x++)
       field.add(input, input.place(0, y * s.dilation_y, x * s.dilation_x), y * s.kernel_width + x,
                 apart * s.kernel_width, divided_up(s.kernel_height - y, apart));
-  return field;
+  std::vector<Field> fields;
+  add_field(fields, input, field);
+  return fields;
 }
 
 // The gradient of the input: of each phase of the stride other taps meet the output's pixels, those further down
@@ -80,7 +98,7 @@ std::vector<Field> fields_of_gradient(const Shape& s, const Input<T>& input) {
                       input.place(channel, down.of(phase_y, last) - first_y, right.of(phase_x, x) - first_x),
                       channel * s.taps() + last * s.kernel_width + x, -apart * s.kernel_width, taps);
           }
-      fields.push_back(field);
+      add_field(fields, input, field);
     }
   return fields;
 }

@@ -52,7 +52,7 @@ void correlate_rows(const Input<T>& input, const Field& field, const T* plane, c
   Bits lanes;
   for (i64 lane = 0; lane < n; lane++) lanes[lane] = lane;
   plane += y * pitch;
-  gradient += y * width;
+  gradient += field.at + y * width;
   for (i64 left = 0; left < width; left += n) {
     const i64 x = min(left, width - many);  // the last vector ends with the row
     // What the one before it has counts only once.
@@ -85,15 +85,17 @@ void correlate_rows(const Input<T>& input, const Field& field, const T* plane, c
   }
 }
 
-// sums: a vector for each tap, whose elements are to be summed.
+// sums: a vector for each of the taps, whose elements are to be summed.
 template <typename T>
-void correlate(const Input<T>& input, const Field& field, const T* plane, const T* gradient, const T* end, i64 taps, T* sums) {
+void correlate(const Input<T>& input, const std::vector<Field>& fields, const T* plane, const T* gradient, const T* end,
+               i64 taps, T* sums) {
   static constexpr decltype(&correlate_rows<T, 1>) kRowsOf[] = {
       correlate_rows<T, 1>, correlate_rows<T, 2>, correlate_rows<T, 3>, correlate_rows<T, 4>,
       correlate_rows<T, 5>, correlate_rows<T, 6>, correlate_rows<T, 7>, correlate_rows<T, 8>};
   std::fill(sums, sums + taps * kLanes<T>, T(0));
-  for (i64 y = 0; y < field.height; y += field.tall)
-    kRowsOf[min(field.tall, field.height - y) - 1](input, field, plane, gradient, end, y, sums);
+  for (const Field& field : fields)
+    for (i64 y = 0; y < field.height; y += field.tall)
+      kRowsOf[min(field.tall, field.height - y) - 1](input, field, plane, gradient, end, y, sums);
 }
 
 // The sum of each vector's elements. Zipping a vector's width of them as often as they can be halved, those of one half

@@ -18,7 +18,7 @@ class Depthwise {
     if constexpr (gradient)
       fields_ = fields_of_gradient<T>(shape_, input_);
     else
-      fields_ = {field_of_conv<T>(shape_, input_)};
+      fields_ = fields_of_conv<T>(shape_, input_);
   }
 
   void run() {
@@ -49,8 +49,9 @@ class Depthwise {
             const i64 apart = s.group_out(), channel = first * apart + m;
             for (i64 c = 0; c < channels; c++) bias[c] = added(problem_, image, channel + c * apart);
             T* out = problem_.out + image * s.out_channels * s.pixels() + channel * s.out_channel;
-            convolve<T>(input_, fields_[0], {channels, plane, input_.plane, kernels + m * s.taps(), kernel, bias, out,
-                                             apart * s.out_channel});
+            for (const Field& field : fields_)
+              convolve<T>(input_, field, {channels, plane, input_.plane, kernels + m * s.taps(), kernel, bias, out,
+                                          apart * s.out_channel});
           }
         }
       }

@@ -13,7 +13,7 @@ class DepthwiseBankGradient {
       : to_(to),
         shape_(to.shape),
         input_(shape_, to.x, 1, whole_columns(shape_)),
-        field_(field_of_conv<T>(shape_, input_)) {}
+        fields_(fields_of_conv<T>(shape_, input_)) {}
 
   void run() {
     const Shape& s = shape_;
@@ -49,7 +49,7 @@ class DepthwiseBankGradient {
           const T* plane = input_.read(n + j, first + c, 1, scratch);
           for (i64 m = 0; m < each; m++) {
             const i64 row = c * each + m;
-            correlate(input_, field_, plane, to_.grad + ((n + j) * s.out_channels + first * each + row) * s.pixels(), end, taps,
+            correlate(input_, fields_, plane, to_.grad + ((n + j) * s.out_channels + first * each + row) * s.pixels(), end, taps,
                       sums);
             sum_vectors(sums, taps, kernel + (j * rows + row) * taps);
           }
@@ -61,7 +61,7 @@ class DepthwiseBankGradient {
   const Gradients<T>& to_;
   const Shape& shape_;
   const Input<T> input_;
-  const Field field_;
+  const std::vector<Field> fields_;
 };
 
 }  // namespace dyconvert

@@ -17,13 +17,14 @@ class Input {
   Input(const Shape& s, const T* x, i64 each, bool in_place)
       : shape_(s),
         planes_(s),
-        in_place_(in_place && s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 && s.x_row == s.width &&
+        flat(s.kernel_height == 1 && s.out_height == 1 && s.out_width >= kLanes<T>),
+        in_place_(in_place && !flat && s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 && s.x_row == s.width &&
                   s.x_channel == s.height * s.width),
         rows_(in_place_ ? Rows<T>() : Rows<T>(s, planes_)),
         x_(x),
         end_(x + (s.images - 1) * s.x_image + s.in_channels * s.x_channel),
         plane(in_place_ ? s.x_channel : planes_.plane),
-        pitch(in_place_ ? s.width : planes_.pitch()),
+        pitch(in_place_ ? s.width : flat ? kLanes<T> : planes_.pitch()),
         height(in_place_ ? s.height : plane),
         together(max(divided_up(planes_.channels_together(), each), min(kChannels, kElements / (each * plane))) * each) {
     const i64 read = max(s.out_width, kLanes<T>);
@@ -74,6 +75,11 @@ class Input {
 
   const Shape shape_;
   const Planes<T> planes_;
+
+ public:
+  const bool flat;  // a single row, which is read as one of rows of a vector's width
+
+ private:
   const bool in_place_;
   const Rows<T> rows_;
   const T* x_;
