@@ -30,7 +30,7 @@ struct Field {
       const i64 now = min(taps, kColumn);
       columns.push_back({int32_t(place.offset), int32_t(place.down), int32_t(place.right), int32_t(weight),
                          int32_t(apart), int32_t(now)});
-      // More padding than a kernel can see: each row is asked for by itself.
+      // Whole windows of padding: rows are done one by one, each asked whether it is there.
       if (place.down < 1 - now || place.down + height > input.height) tall = 1;
       place.offset += kColumn * input.pitch;
       place.down += kColumn;
@@ -103,25 +103,29 @@ std::vector<Field> fields_of_gradient(const Shape& s, const Input<T>& input) {
   return fields;
 }
 
+// A vector as bits: what a comparison gives.
+template <typename T>
+using Bits = decltype(Vector<T>{} == Vector<T>{});
+
 // sums[r] += sum_t weights[t] * row r + t of what each column meets, for the columns of so many taps. Returns the first
 // that has others.
 template <typename T, int Rows, int Taps>
 inline const Column* add_columns(Vector<T>* sums, const Column* column, const Column* last, const T* kernel,
                                  const T* plane, const T* mask, i64 pitch, i64 y, i64 height) {
-  using Bits = decltype(Vector<T>{} == Vector<T>{});
   do {
     Vector<T> weights[Taps];
     const T* weight = kernel + column->weight;
 #pragma GCC unroll 8
     for (int t = 0; t < Taps; t++, weight += column->apart) weights[t] = *weight - Vector<T>{};
     const T* from = plane + column->offset;
-    const Bits inside = (Bits)load(mask + column->right);
+    const Bits<T> inside = (Bits<T>)load(mask + column->right);
+    // Rows above and below the plane: if a tile has several rows, only these may be (see `Field::tall`).
     const int top = -int(y) - column->down, bottom = int(height) + top;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows + Taps - 1; r++, from += pitch) {
       if ((r < Taps - 1 || Rows == 1) && r < top) continue;
       if ((r >= Rows || Rows == 1) && r >= bottom) continue;
-      const Vector<T> row = (Vector<T>)((Bits)load(from) & inside);
+      const Vector<T> row = (Vector<T>)((Bits<T>)load(from) & inside);
 #pragma GCC unroll 8
       for (int t = 0; t < Taps; t++)
         if (r - t >= 0 && r - t < Rows) sums[r - t] += weights[t] * row;
@@ -130,6 +134,7 @@ inline const Column* add_columns(Vector<T>* sums, const Column* column, const Co
   return column;
 }
 
+// The first `count` elements of a vector, `step` apart.
 template <typename T>
 inline void store_some(T* to, Vector<T> elements, i64 count, i64 step) {
   if (step == 1 && count < kLanes<T>)
@@ -168,7 +173,7 @@ void convolve_rows(const Input<T>& input, const Field& field, const Channels<T>&
     whole = Rows;
   else if (right == 1 && down == width)
     whole = max<i64>(0, min<i64>(Rows, field.height - y + 1 - divided_up(kLanes<T>, width)));
-  for (i64 c = 0; c < channels.count; c++, plane += channels.plane, kernel += channels.kernel, out += channels.channel) {
+  for (i64 c = 0; c < channels.count; c++) {
     for (i64 left = 0; left < width; left += kLanes<T>) {
       const i64 x = min(left, width - many);  // the last vector ends with the row
       Vector<T> sums[Rows];
@@ -201,6 +206,9 @@ void convolve_rows(const Input<T>& input, const Field& field, const Channels<T>&
         else
           store_some(to, sums[r], many, right);
     }
+    plane += channels.plane;
+    kernel += channels.kernel;
+    out += channels.channel;
   }
 }
 

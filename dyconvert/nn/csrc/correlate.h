@@ -13,7 +13,6 @@ namespace dyconvert {
 template <typename T, int Rows, int Taps>
 inline const Column* correlate_columns(const Vector<T>* gradient, const Column* column, const Column* last,
                                        const T* plane, const T* mask, i64 pitch, i64 y, i64 height, T* sums) {
-  using Bits = decltype(Vector<T>{} == Vector<T>{});
   do {
     T* to = sums + column->weight * kLanes<T>;
     const i64 apart = column->apart * kLanes<T>;
@@ -21,13 +20,13 @@ inline const Column* correlate_columns(const Vector<T>* gradient, const Column* 
 #pragma GCC unroll 8
     for (int t = 0; t < Taps; t++) own[t] = load(to + t * apart);
     const T* from = plane + column->offset;
-    const Bits inside = (Bits)load(mask + column->right);
+    const Bits<T> inside = (Bits<T>)load(mask + column->right);
     const int top = -int(y) - column->down, bottom = int(height) + top;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows + Taps - 1; r++, from += pitch) {
       if ((r < Taps - 1 || Rows == 1) && r < top) continue;
       if ((r >= Rows || Rows == 1) && r >= bottom) continue;
-      const Vector<T> row = (Vector<T>)((Bits)load(from) & inside);
+      const Vector<T> row = (Vector<T>)((Bits<T>)load(from) & inside);
 #pragma GCC unroll 8
       for (int t = 0; t < Taps; t++)
         if (r - t >= 0 && r - t < Rows) own[t] += gradient[r - t] * row;
@@ -42,21 +41,20 @@ inline const Column* correlate_columns(const Vector<T>* gradient, const Column* 
 template <typename T, int Rows>
 void correlate_rows(const Input<T>& input, const Field& field, const T* plane, const T* gradient, const T* end, i64 y,
                     T* sums) {
-  using Bits = decltype(Vector<T>{} == Vector<T>{});
-  using Lane = std::remove_reference_t<decltype(Bits{}[0])>;
+  using Lane = std::remove_reference_t<decltype(Bits<T>{}[0])>;
   constexpr i64 n = kLanes<T>;
   const Column* first = field.columns.data();
   const Column* last = first + field.columns.size();
   const i64 width = field.width, many = min(width, n), pitch = input.pitch, height = input.height;
   const T* mask = input.mask();
-  Bits lanes;
+  Bits<T> lanes;
   for (i64 lane = 0; lane < n; lane++) lanes[lane] = lane;
   plane += y * pitch;
   gradient += field.at + y * width;
   for (i64 left = 0; left < width; left += n) {
     const i64 x = min(left, width - many);  // the last vector ends with the row
     // What the one before it has counts only once.
-    const Bits counts = (lanes >= static_cast<Lane>(left - x)) & (lanes < static_cast<Lane>(many));
+    const Bits<T> counts = (lanes >= static_cast<Lane>(left - x)) & (lanes < static_cast<Lane>(many));
     Vector<T> rows[Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; r++) {
@@ -66,7 +64,7 @@ void correlate_rows(const Input<T>& input, const Field& field, const T* plane, c
         copy_few(few, from, many);
         from = few;
       }
-      rows[r] = (Vector<T>)((Bits)load(from) & counts);
+      rows[r] = (Vector<T>)((Bits<T>)load(from) & counts);
     }
     for (const Column* column = first; column < last;) {
       switch (column->taps) {

@@ -1,5 +1,5 @@
 // Convs of one input channel per group, and the gradients of their inputs. There is nothing to share between channels,
-// so each is done by itself, its plane laid out in the innermost cache.
+// so each is done by itself, as many as stay in the innermost cache one after the other.
 #pragma once
 #include "columns.h"
 #include "mix_taps.h"
@@ -13,8 +13,7 @@ class Depthwise {
       : problem_(problem),
         shape_(problem.shape),
         each_(gradient ? shape_.group_out() : 1),
-        input_(gradient ? shape_of_gradient(shape_) : shape_, problem.x, each_,
-               whole_columns(shape_)) {
+        input_(gradient ? shape_of_gradient(shape_) : shape_, problem.x, each_, whole_columns(shape_)) {
     if constexpr (gradient)
       fields_ = fields_of_gradient<T>(shape_, input_);
     else
@@ -25,8 +24,9 @@ class Depthwise {
     const Shape& s = shape_;
     const i64 together = input_.together / each_, blocks = divided_up(s.in_channels, together);
     const i64 kernel = s.group_out() * s.taps();
+    const i64 grain = grain_of(together * kernel * s.pixels());
     // A block's images one after the other, so that its part of the bank stays in cache.
-    parallel(problem_.parallel_for, s.images * blocks, grain_of(together * kernel * s.pixels()), [&](i64 begin, i64 end) {
+    parallel(problem_.parallel_for, s.images * blocks, grain, [&](i64 begin, i64 end) {
       static thread_local Buffer<T> mixed, planes, biases;
       T* kernels = mixed.of(together * kernel);
       T* scratch = planes.of(input_.scratch_elements());

@@ -49,8 +49,8 @@ class DepthwiseBankGradient {
           const T* plane = input_.read(n + j, first + c, 1, scratch);
           for (i64 m = 0; m < each; m++) {
             const i64 row = c * each + m;
-            correlate(input_, fields_, plane, to_.grad + ((n + j) * s.out_channels + first * each + row) * s.pixels(), end, taps,
-                      sums);
+            const T* gradient = to_.grad + ((n + j) * s.out_channels + first * each + row) * s.pixels();
+            correlate(input_, fields_, plane, gradient, end, taps, sums);
             sum_vectors(sums, taps, kernel + (j * rows + row) * taps);
           }
         }

@@ -1,11 +1,11 @@
-// How a channel's plane is read by a vector for each row of the result: where it lies, if the conv has a stride of one,
-// with what is beside a row masked out; else laid out first.
+// How planes are read in convs of one input channel per group: where they lie, if the conv has a stride of one, with
+// what is beside a row masked out of its vectors; else laid out first.
 #pragma once
 #include "rows.h"
 
 namespace dyconvert {
 
-// What a tap meets: elements from the first of a plane on, in which row and column of the input the first of them is.
+// Where what a tap meets begins: how far from the first element of a plane, and at which row and column of the input.
 struct Place {
   i64 offset, down, right;
 };
@@ -17,16 +17,17 @@ class Input {
   Input(const Shape& s, const T* x, i64 each, bool in_place)
       : shape_(s),
         planes_(s),
-        flat(s.kernel_height == 1 && s.out_height == 1 && s.out_width >= kLanes<T>),
-        in_place_(in_place && !flat && s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 && s.x_row == s.width &&
-                  s.x_channel == s.height * s.width),
+        in_place_(in_place && !is_flat(s) && s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 &&
+                  s.x_row == s.width && s.x_channel == s.height * s.width),
         rows_(in_place_ ? Rows<T>() : Rows<T>(s, planes_)),
         x_(x),
         end_(x + (s.images - 1) * s.x_image + s.in_channels * s.x_channel),
+        flat(is_flat(s)),
         plane(in_place_ ? s.x_channel : planes_.plane),
         pitch(in_place_ ? s.width : flat ? kLanes<T> : planes_.pitch()),
         height(in_place_ ? s.height : plane),
-        together(max(divided_up(planes_.channels_together(), each), min(kChannels, kElements / (each * plane))) * each) {
+        together(each *
+                 max(divided_up(planes_.channels_together(), each), min(kChannels, kElements / (each * plane)))) {
     const i64 read = max(s.out_width, kLanes<T>);
     if (in_place_) {
       before_ = max<i64>(0, s.padding_x);
@@ -73,13 +74,12 @@ class Input {
   // The most channels at a time, and elements of their planes: what stays in the innermost cache.
   static constexpr i64 kChannels = 16, kElements = 4096;
 
+  static bool is_flat(const Shape& s) {
+    return s.kernel_height == 1 && s.out_height == 1 && s.out_width >= kLanes<T>;
+  }
+
   const Shape shape_;
   const Planes<T> planes_;
-
- public:
-  const bool flat;  // a single row, which is read as one of rows of a vector's width
-
- private:
   const bool in_place_;
   const Rows<T> rows_;
   const T* x_;
@@ -88,6 +88,7 @@ class Input {
   i64 before_ = 0, after_;  // elements that are read around planes
 
  public:
+  const bool flat;         // a single row, which is read as rows of a vector's width
   const i64 plane, pitch;  // elements from one plane to the next, and from row to row
   const i64 height;        // rows that are read
   const i64 together;      // channels at a time, a multiple of those that are read together

@@ -37,9 +37,11 @@ void mix_taps(const Problem<T, B>& problem, i64 image, i64 channel, i64 rows, T*
       mix_vectors_of_taps<T, B, 1>, mix_vectors_of_taps<T, B, 2>, mix_vectors_of_taps<T, B, 3>,
       mix_vectors_of_taps<T, B, 4>};
   const T* eta = problem.eta + image * s.eta_image + channel * s.eta_channel;
-  for (i64 first = 0; first < taps; first += 4 * kLanes<T>)
-    kMixVectors[min<i64>(4, divided_up(taps - first, kLanes<T>)) - 1](s, rows, first, eta, problem.bank + channel * taps,
-                                                                      kernels);
+  const B* bank = problem.bank + channel * taps;
+  for (i64 first = 0; first < taps; first += 4 * kLanes<T>) {
+    const i64 vectors = min<i64>(4, divided_up(taps - first, kLanes<T>));
+    kMixVectors[vectors - 1](s, rows, first, eta, bank, kernels);
+  }
 }
 
 }  // namespace dyconvert

@@ -1,4 +1,4 @@
-// Laying out planes, with all that there is to know of where rows go worked out beforehand: of small planes that takes
+// Laying out planes as `Planes` has them, with where each row goes worked out beforehand: of small planes that takes
 // longer than copying them.
 #pragma once
 #include "planes.h"
@@ -96,20 +96,22 @@ class Rows {
     const Run* first = runs_.data();
     const Run* last = first + runs_.size();
     const i64 step = stride_ * column_;
-    if (channel_ == 1)
+    if (channel_ == 1) {  // with channels last, a line of the cache has several channels of one pixel
       for (const Run* run = first; run < last; run++)
         for (i64 i = 0; i < run->count; i++)
           for (i64 c = 0; c < channels; c++) planes[c * plane_ + run->to + i] = x[run->from + i * step + c];
-    else
-      for (i64 c = 0; c < channels; c++, x += channel_, planes += plane_)
-        if (together_)
-          for (const Run* run = first; run < last; run += 2)
-            copy_apart(planes + run[0].to, planes + run[1].to, x + run->from, run[0].count + run[1].count);
-        else if (step == 1)
-          for (const Run* run = first; run < last; run++) copy_all(planes + run->to, x + run->from, run->count);
-        else
-          for (const Run* run = first; run < last; run++)
-            for (i64 i = 0; i < run->count; i++) planes[run->to + i] = x[run->from + i * step];
+      return;
+    }
+    for (i64 c = 0; c < channels; c++, x += channel_, planes += plane_) {
+      if (together_)
+        for (const Run* run = first; run < last; run += 2)
+          copy_apart(planes + run[0].to, planes + run[1].to, x + run->from, run[0].count + run[1].count);
+      else if (step == 1)
+        for (const Run* run = first; run < last; run++) copy_all(planes + run->to, x + run->from, run->count);
+      else
+        for (const Run* run = first; run < last; run++)
+          for (i64 i = 0; i < run->count; i++) planes[run->to + i] = x[run->from + i * step];
+    }
   }
 
  private:
