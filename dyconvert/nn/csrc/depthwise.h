@@ -1,9 +1,8 @@
 // Convs of one input channel per group, and the gradients of their inputs. There is nothing to share between channels,
-// so each is done by itself, its plane laid out in the innermost cache.
+// so each is done by itself, as many as stay in the innermost cache one after the other.
 #pragma once
-#include "mix.h"
-#include "parts.h"
-#include "planes.h"
+#include "columns.h"
+#include "mix_taps.h"
 
 namespace dyconvert {
 
@@ -11,89 +10,60 @@ template <typename T, typename B, bool gradient>
 class Depthwise {
  public:
   explicit Depthwise(const Problem<T, B>& problem)
-      : problem_(problem), shape_(problem.shape), seen_(gradient ? shape_of_gradient(shape_) : shape_), planes_(seen_) {
+      : problem_(problem),
+        shape_(problem.shape),
+        each_(gradient ? shape_.group_out() : 1),
+        input_(gradient ? shape_of_gradient(shape_) : shape_, problem.x, each_, whole_columns(shape_)) {
     if constexpr (gradient)
-      parts_ = parts_of_gradient<T>(shape_, planes_, shape_.taps());
+      fields_ = fields_of_gradient<T>(shape_, input_);
     else
-      parts_ = parts_of_conv<T>(shape_, planes_);
+      fields_ = fields_of_conv<T>(shape_, input_);
   }
 
   void run() {
     const Shape& s = shape_;
-    const i64 blocks = divided_up(s.in_channels, kChannels), each = s.group_out();
-    const i64 grain = grain_of(kChannels * each * s.taps() * s.pixels());
+    const i64 together = input_.together / each_, blocks = divided_up(s.in_channels, together);
+    const i64 kernel = s.group_out() * s.taps();
+    const i64 grain = grain_of(together * kernel * s.pixels());
+    // A block's images one after the other, so that its part of the bank stays in cache.
     parallel(problem_.parallel_for, s.images * blocks, grain, [&](i64 begin, i64 end) {
-      static thread_local Buffer<T> kernels, planes;
-      const i64 together = gradient ? each : planes_.channels_together();
-      T* kernel = kernels.of(kChannels * each * s.taps());
-      T* plane = planes.of(planes_.plane * together + kLanes<T>);
-      planes_.clear(plane, together);
+      static thread_local Buffer<T> mixed, planes, biases;
+      T* kernels = mixed.of(together * kernel);
+      T* scratch = planes.of(input_.scratch_elements());
+      T* bias = biases.of(together);
+      std::fill(bias, bias + together, T(0));
+      input_.clear(scratch);
       for (; begin < end; begin++) {
-        const i64 image = begin / blocks, first = begin % blocks * kChannels;
-        const i64 channels = min(kChannels, s.in_channels - first);
-        mix(problem_, image, 1, first * each, channels * each, 0, s.taps(), s.taps(), kernel);
-        for (i64 c = 0; c < channels; c++)
-          if constexpr (gradient)
-            gradient_of_channel(image, first + c, kernel + c * each * s.taps(), plane);
-          else
-            convolve_channel(image, first, c, channels, kernel + c * each * s.taps(), plane);
+        const i64 image = begin % s.images, first = begin / s.images * together;
+        const i64 channels = min(together, s.in_channels - first);
+        mix_taps(problem_, image, first * s.group_out(), channels * s.group_out(), kernels);
+        const T* plane = input_.read(image, first * each_, channels * each_, scratch);
+        if constexpr (gradient) {
+          const i64 size = s.height * s.width;
+          T* out = problem_.out + (image * s.in_channels + first) * size;
+          for (const Field& field : fields_)
+            convolve<T>(input_, field, {channels, plane, each_ * input_.plane, kernels, kernel, bias, out, size});
+        } else {
+          // The first output channels of all of them, then the second ones.
+          for (i64 m = 0; m < s.group_out(); m++) {
+            const i64 apart = s.group_out(), channel = first * apart + m;
+            for (i64 c = 0; c < channels; c++) bias[c] = added(problem_, image, channel + c * apart);
+            T* out = problem_.out + image * s.out_channels * s.pixels() + channel * s.out_channel;
+            for (const Field& field : fields_)
+              convolve<T>(input_, field, {channels, plane, input_.plane, kernels + m * s.taps(), kernel, bias, out,
+                                          apart * s.out_channel});
+          }
+        }
       }
     });
   }
 
  private:
-  // Input channels whose kernels are mixed at once.
-  static constexpr i64 kChannels = 16;
-
-  // The output channels of the input channel first + c.
-  void convolve_channel(i64 image, i64 first, i64 c, i64 channels, const T* kernels, T* planes) {
-    const Shape& s = shape_;
-    const i64 each = s.group_out(), together = planes_.channels_together();
-    if (c % together == 0)
-      planes_.lay_out(problem_.x + image * s.x_image + (first + c) * s.x_channel, min(together, channels - c), planes);
-    for (i64 m = 0; m < each; m++) {
-      const i64 channel = (first + c) * each + m;
-      multiply_plane(parts_[0], planes + c % together * planes_.plane, kernels + m * s.taps(),
-                     added(problem_, image, channel),
-                     problem_.out + image * s.out_channels * s.pixels() + channel * s.out_channel);
-    }
-  }
-
-  // kernels: of the output channels that the input channel has.
-  void gradient_of_channel(i64 image, i64 channel, const T* kernels, T* planes) {
-    const Shape& s = shape_;
-    const i64 each = s.group_out();
-    for (i64 m = 0; m < each; m++)
-      planes_.lay_out(problem_.x + image * seen_.x_image + (channel * each + m) * seen_.x_channel, 1,
-                      planes + m * planes_.plane);
-    for (const Part<T>& part : parts_)
-      multiply_plane(part, planes, kernels, T(0),
-                     problem_.out + (image * s.in_channels + channel) * s.height * s.width + part.at);
-  }
-
-  void multiply_plane(const Part<T>& part, const T* planes, const T* kernel, T bias, T* out) {
-    static constexpr MultiplyTile<T> kTiles[] = {multiply_tile<T, 1, 1>, multiply_tile<T, 1, 2>, multiply_tile<T, 1, 3>,
-                                                 multiply_tile<T, 1, 4>, multiply_tile<T, 1, 5>, multiply_tile<T, 1, 6>,
-                                                 multiply_tile<T, 1, 7>, multiply_tile<T, 1, 8>};
-    constexpr i64 most = 8;
-    alignas(64) T sums[(most + 1) * kLanes<T>];
-    for (i64 left = part.pixels.vectors(), v = 0; left > 0;) {
-      const i64 now = divided_up(left, divided_up(left, most));  // tiles of about one size
-      const T* from[most];
-      planes_.locate(planes, 0, part.pixels, v, now, from);
-      kTiles[now - 1](kernel, 0, part.steps.data(), from, part.offsets(now), part.elements(), sums,
-                      now * kLanes<T>, false);
-      part.pixels.write(sums, 1, v, now, &bias, out);
-      v += now;
-      left -= now;
-    }
-  }
-
   const Problem<T, B>& problem_;
   const Shape& shape_;
-  const Shape seen_;  // what is laid out, and convolved
-  const Planes<T> planes_;
-  std::vector<Part<T>> parts_;
+  const i64 each_;  // channels that are read for an input channel
+  const Input<T> input_;
+  std::vector<Field> fields_;
 };
 
 }  // namespace dyconvert

@@ -1,7 +1,7 @@
 // The gradients of the bank and the coefficients of a conv of one input channel per group: sums over a plane, of the
 // output's gradient times what each tap meets.
 #pragma once
-#include "planes.h"
+#include "correlate.h"
 #include "reduce.h"
 
 namespace dyconvert {
@@ -9,11 +9,11 @@ namespace dyconvert {
 template <typename T>
 class DepthwiseBankGradient {
  public:
-  explicit DepthwiseBankGradient(const Gradients<T>& to) : to_(to), shape_(to.shape), planes_(shape_) {
-    const Shape& s = shape_;
-    length_ = rounded_up((s.out_height - 1) * planes_.pitch() + s.out_width, kLanes<T>);
-    for (i64 tap = 0; tap < s.taps(); tap++) offsets_.push_back(planes_.offset_of_tap(tap));
-  }
+  explicit DepthwiseBankGradient(const Gradients<T>& to)
+      : to_(to),
+        shape_(to.shape),
+        input_(shape_, to.x, 1, whole_columns(shape_)),
+        fields_(fields_of_conv<T>(shape_, input_)) {}
 
   void run() {
     const Shape& s = shape_;
@@ -34,58 +34,34 @@ class DepthwiseBankGradient {
   void block(i64 first, i64 channels, T* grad_eta) {
     const Shape& s = shape_;
     const i64 each = s.group_out(), taps = s.taps(), rows = channels * each;
-    static thread_local Buffer<T> planes, gradients, kernels;
-    T* plane = planes.of(planes_.plane + 2 * kLanes<T>);
-    std::fill(plane, plane + planes_.plane + 2 * kLanes<T>, T(0));
-    T* grad = gradients.of(length_);
-    std::fill(grad, grad + length_, T(0));  // between rows it stays so
+    static thread_local Buffer<T> planes, buffer, kernels;
+    T* scratch = planes.of(input_.scratch_elements());
+    input_.clear(scratch);
+    T* sums = buffer.of(taps * kLanes<T>);
     T* kernel = kernels.of(kReduced * rows * taps);
     const i64 at = first * each * taps;
     const BankPart<T> part{to_.bank + at, to_.grad_bank ? to_.grad_bank + at : nullptr, taps, to_.expert()};
+    const T* end = to_.grad + s.images * s.out_channels * s.pixels();
     for (i64 n = 0; n < s.images; n += kReduced) {
       const i64 now = min(kReduced, s.images - n);
       for (i64 j = 0; j < now; j++)
         for (i64 c = 0; c < channels; c++) {
-          planes_.lay_out(to_.x + (n + j) * s.x_image + (first + c) * s.x_channel, 1, plane);
+          const T* plane = input_.read(n + j, first + c, 1, scratch);
           for (i64 m = 0; m < each; m++) {
             const i64 row = c * each + m;
-            const T* from = to_.grad + ((n + j) * s.out_channels + first * each + row) * s.pixels();
-            for (i64 y = 0; y < s.out_height; y++)
-              copy(grad + y * planes_.pitch(), from + y * s.out_width, s.out_width);
-            T* to = kernel + (j * rows + row) * taps;
-            i64 tap = 0;
-            for (; tap + 9 <= taps; tap += 9) sum_taps<9>(grad, plane, tap, to);
-            for (; tap + 5 <= taps; tap += 5) sum_taps<5>(grad, plane, tap, to);
-            for (; tap < taps; tap++) sum_taps<1>(grad, plane, tap, to);
+            const T* gradient = to_.grad + ((n + j) * s.out_channels + first * each + row) * s.pixels();
+            correlate(input_, fields_, plane, gradient, end, taps, sums);
+            sum_vectors(sums, taps, kernel + (j * rows + row) * taps);
           }
         }
       reduce(to_, n, now, first * each, rows, taps, taps, kernel, part, grad_eta, n > 0);
     }
   }
 
-  // to[tap + t] = sum over the plane of the output's gradient times what the tap meets.
-  template <int Taps>
-  void sum_taps(const T* grad, const T* plane, i64 tap, T* to) const {
-    Vector<T> sums[Taps] = {};
-    const T* from[Taps];
-    for (int t = 0; t < Taps; t++) from[t] = plane + offsets_[tap + t];
-    for (i64 at = 0; at < length_; at += kLanes<T>) {
-      const Vector<T> gradient = load(grad + at);
-#pragma GCC unroll 9
-      for (int t = 0; t < Taps; t++) sums[t] += gradient * load(from[t] + at);
-    }
-    for (int t = 0; t < Taps; t++) {
-      T sum = 0;
-      for (i64 lane = 0; lane < kLanes<T>; lane++) sum += sums[t][lane];
-      to[tap + t] = sum;
-    }
-  }
-
   const Gradients<T>& to_;
   const Shape& shape_;
-  const Planes<T> planes_;
-  i64 length_;                // of the output's gradient, laid out as the planes are
-  std::vector<i64> offsets_;  // of the taps
+  const Input<T> input_;
+  const std::vector<Field> fields_;
 };
 
 }  // namespace dyconvert
