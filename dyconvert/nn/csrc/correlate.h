@@ -96,21 +96,19 @@ void correlate(const Input<T>& input, const std::vector<Field>& fields, const T*
       kRowsOf[min(field.tall, field.height - y) - 1](input, field, plane, gradient, end, y, sums);
 }
 
-// The sum of each vector's elements. Zipping a vector's width of them as often as they can be halved, those of one half
-// with those of the other, and adding up, leaves one vector of sums.
+// The sum of each vector's elements: of a vector's width of them, turned round.
 template <typename T>
 void sum_vectors(const T* vectors, i64 count, T* to) {
   constexpr i64 n = kLanes<T>;
   i64 at = 0;
   for (; at + n <= count; at += n, vectors += n * n) {
-    Vector<T> sums[n];
-#pragma GCC unroll 8
-    for (i64 i = 0; i < n; i++) sums[i] = load(vectors + i * n);
-#pragma GCC unroll 8
-    for (i64 half = n / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (i64 i = 0; i < half; i++) sums[i] = zip_low(sums[i], sums[i + half]) + zip_high(sums[i], sums[i + half]);
-    store(to + at, sums[0]);
+    Vector<T> sum = {};
+    for (i64 first = 0; first < n; first += 4) {
+      Vector<T> columns[4];
+      load_columns(vectors + first, n, columns);
+      sum += (columns[0] + columns[1]) + (columns[2] + columns[3]);
+    }
+    store(to + at, sum);
   }
   for (; at < count; at++, vectors += n) {
     T sum = 0;
