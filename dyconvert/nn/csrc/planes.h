@@ -17,9 +17,9 @@ inline void copy(T* to, const T* from, i64 count) {
 }
 
 inline Vector<float> evens(Vector<float> a, Vector<float> b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  return shuffle<0, 2, 4, 6, 8, 10, 12, 14>(a, b);
 }
-inline Vector<double> evens(Vector<double> a, Vector<double> b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+inline Vector<double> evens(Vector<double> a, Vector<double> b) { return shuffle<0, 2, 4, 6>(a, b); }
 
 template <typename T>
 inline void copy_every_other(T* to, const T* from, i64 count) {

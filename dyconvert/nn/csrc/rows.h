@@ -32,16 +32,16 @@ inline void copy_all(T* to, const T* from, i64 count) {
 }
 
 inline Vector<float> odds(Vector<float> a, Vector<float> b) {
-  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  return shuffle<1, 3, 5, 7, 9, 11, 13, 15>(a, b);
 }
-inline Vector<double> odds(Vector<double> a, Vector<double> b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
+inline Vector<double> odds(Vector<double> a, Vector<double> b) { return shuffle<1, 3, 5, 7>(a, b); }
 
 // Half a vector of elements that alternate.
 inline void copy_half_apart(float* to, float* other, const float* from) {
   typedef float Half __attribute__((vector_size(16), aligned(4), may_alias));
   const Half a = *reinterpret_cast<const Half*>(from), b = *reinterpret_cast<const Half*>(from + 4);
-  *reinterpret_cast<Half*>(other) = __builtin_shufflevector(a, b, 1, 3, 5, 7);
-  *reinterpret_cast<Half*>(to) = __builtin_shufflevector(a, b, 0, 2, 4, 6);
+  *reinterpret_cast<Half*>(other) = shuffle<1, 3, 5, 7>(a, b);
+  *reinterpret_cast<Half*>(to) = shuffle<0, 2, 4, 6>(a, b);
 }
 inline void copy_half_apart(double* to, double* other, const double* from) {
   other[0] = from[1], other[1] = from[3];

@@ -1,44 +1,57 @@
 // Matrices turned round, a vector's width at a time.
 #pragma once
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 #include "vector.h"
 
 namespace dyconvert {
 
 // Four elements from a row, and with vectors of eight, four more from another.
 inline Vector<float> load_fours(const float* row, const float* other) {
-  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-  return __builtin_shufflevector(*reinterpret_cast<const Four*>(row), *reinterpret_cast<const Four*>(other), 0, 1, 2, 3,
-                                 4, 5, 6, 7);
+#ifdef __AVX__
+  return (Vector<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(other), 1);
+#else
+  Vector<float> value;
+  memcpy(&value, row, 16);
+  memcpy(reinterpret_cast<char*>(&value) + 16, other, 16);
+  return value;
+#endif
 }
 inline Vector<double> load_fours(const double* row, const double*) { return load(row); }
 
 inline void store_fours(float* row, float* other, Vector<float> value) {
-  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-  *reinterpret_cast<Four*>(row) = __builtin_shufflevector(value, value, 0, 1, 2, 3);
-  *reinterpret_cast<Four*>(other) = __builtin_shufflevector(value, value, 4, 5, 6, 7);
+#ifdef __AVX__
+  _mm_storeu_ps(row, _mm256_castps256_ps128((__m256)value));
+  _mm_storeu_ps(other, _mm256_extractf128_ps((__m256)value, 1));
+#else
+  memcpy(row, &value, 16);
+  memcpy(other, reinterpret_cast<const char*>(&value) + 16, 16);
+#endif
 }
 inline void store_fours(double* row, double*, Vector<double> value) { store(row, value); }
 
 // Squares of 4 x 4 turned round, as many as a vector has fours.
 inline void turn(Vector<float> (&rows)[4]) {
-  const Vector<float> a = __builtin_shufflevector(rows[0], rows[1], 0, 8, 1, 9, 4, 12, 5, 13);
-  const Vector<float> b = __builtin_shufflevector(rows[2], rows[3], 0, 8, 1, 9, 4, 12, 5, 13);
-  const Vector<float> c = __builtin_shufflevector(rows[0], rows[1], 2, 10, 3, 11, 6, 14, 7, 15);
-  const Vector<float> d = __builtin_shufflevector(rows[2], rows[3], 2, 10, 3, 11, 6, 14, 7, 15);
-  rows[0] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-  rows[1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  rows[2] = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13);
-  rows[3] = __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+  const Vector<float> a = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(rows[0], rows[1]);
+  const Vector<float> b = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(rows[2], rows[3]);
+  const Vector<float> c = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(rows[0], rows[1]);
+  const Vector<float> d = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(rows[2], rows[3]);
+  rows[0] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(a, b);
+  rows[1] = shuffle<2, 3, 10, 11, 6, 7, 14, 15>(a, b);
+  rows[2] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(c, d);
+  rows[3] = shuffle<2, 3, 10, 11, 6, 7, 14, 15>(c, d);
 }
 inline void turn(Vector<double> (&rows)[4]) {
-  const Vector<double> a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 2, 6);
-  const Vector<double> b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 2, 6);
-  const Vector<double> c = __builtin_shufflevector(rows[0], rows[1], 1, 5, 3, 7);
-  const Vector<double> d = __builtin_shufflevector(rows[2], rows[3], 1, 5, 3, 7);
-  rows[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  rows[1] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-  rows[2] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  rows[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+  const Vector<double> a = shuffle<0, 4, 2, 6>(rows[0], rows[1]);
+  const Vector<double> b = shuffle<0, 4, 2, 6>(rows[2], rows[3]);
+  const Vector<double> c = shuffle<1, 5, 3, 7>(rows[0], rows[1]);
+  const Vector<double> d = shuffle<1, 5, 3, 7>(rows[2], rows[3]);
+  rows[0] = shuffle<0, 1, 4, 5>(a, b);
+  rows[1] = shuffle<0, 1, 4, 5>(c, d);
+  rows[2] = shuffle<2, 3, 6, 7>(a, b);
+  rows[3] = shuffle<2, 3, 6, 7>(c, d);
 }
 
 // columns[j] = from[i, j] for four columns, and as many rows as a vector has lanes.

@@ -39,6 +39,18 @@ using Element = std::remove_reference_t<decltype(V{}[0])>;
 template <typename T>
 constexpr i64 kLanes = 32 / sizeof(T);
 
+// The elements of two vectors with these numbers, those of the second after those of the first.
+template <int... numbers, typename V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, numbers...);
+#else
+  typedef std::conditional_t<sizeof(Element<V>) == 4, int32_t, i64> Number;
+  typedef Number Numbers __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Numbers{numbers...});
+#endif
+}
+
 template <typename T>
 inline Vector<T> load(const T* at) {
   return (Vector<T>)*reinterpret_cast<const Unaligned<T>*>(at);
