@@ -28,12 +28,19 @@ void run(Conv<T, B, Layout, gradient> conv, Problem<T, B>& problem) {
   conv.run();
 }
 
+// Whether so many output channels meet each element of the input that it pays to bring together what a vector of pixels
+// meets: else its planes do.
+bool in_panels(const Shape& s, bool gradient) {
+  if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
+  return !gradient && s.stride_y * s.stride_x > 1 && s.group_out() >= 48;
+}
+
 template <typename T, typename B, bool gradient>
 void convolve(Problem<T, B> problem) {
   const Shape& s = problem.shape;
   if (s.group_in() == 1)
     Depthwise<T, B, gradient>(problem).run();
-  else if (s.taps() == 1 && !s.padding_y && !s.padding_x)
+  else if (in_panels(s, gradient))
     run(Conv<T, B, Panels, gradient>(problem), problem);
   else
     run(Conv<T, B, Planes, gradient>(problem), problem);
