@@ -13,7 +13,7 @@ namespace dyconvert {
 constexpr i64 kDepth = 256;
 // Channels of the result at a time: the more, the fewer times what they are made of is read; but the elements of their
 // kernels should stay in a core's own cache.
-constexpr i64 kRows = 64, kFewRows = 16;
+constexpr i64 kRows = 64, kFewRows = 16, kWideRows = 512;
 constexpr i64 kKernel = 40 * 1024;
 // Elements of a kernel that is taken as a whole.
 constexpr i64 kWhole = 80 * 1024;
@@ -46,12 +46,13 @@ class Conv {
     channel_ = gradient ? shape_.height * shape_.width : shape_.out_channel;
     image_ = gradient ? shape_.in_channels * channel_ : shape_.out_channels * shape_.pixels();
     const i64 elements = seen_.in_channels / shape_.groups * shape_.taps();
-    const i64 most = whole() ? group_ : max(kFewRows, min(kRows, kKernel / elements));
+    const i64 most = whole() ? group_ : sliced() ? kWideRows : max(kFewRows, min(kRows, kKernel / elements));
     rows_ = rows_together(group_, most, shape_.groups * images_, shape_.threads);
     // Rows a line of the cache further apart than they are long, or their lengths, often powers of two, would have
     // them share the cache's few places.
     ld_ = gradient ? rows_ * shape_.taps() : rounded_up(elements, 16) + 16;
-    kernel_ = gradient ? shape_.group_out() * ld_ : rows_ * ld_;
+    slice_ = sliced() ? max<i64>(kFewRows, kKernel / rows_) : shape_.group_out();
+    kernel_ = gradient ? slice_ * ld_ : rows_ * ld_;
     kernels_ = max<i64>(1, kKernels / kernel_);
     if constexpr (gradient)
       parts_ = parts_of_gradient<T>(shape_, layout_, ld_);
@@ -86,6 +87,10 @@ class Conv {
   // Channels last are better brought together a line of the cache at a time.
   bool whole() const { return kPanels && shape_.group_out() * shape_.elements() <= kWhole && shape_.x_channel != 1; }
 
+  // Whether the gradient is of some of the output's channels after the other, added up where it is written. A row of the
+  // bank, which is an output channel's, is then read in longer runs.
+  bool sliced() const { return kPanels && gradient && !whole() && shape_.stride_y * shape_.stride_x == 1; }
+
   Layout<T> layout() const {
     if constexpr (kPanels)
       return Layout<T>(seen_, !whole(), !gradient && shape_.out_pixel == 1);
@@ -102,26 +107,29 @@ class Conv {
     T* bias = biases.of(rows_);
     std::fill(bias, bias + rows, T(0));
     T* out = problem_.out + image * image_ + channel * channel_;
-    for (i64 n = 0; n < images; n++) {
-      if (n % kernels_ == 0) {
-        const i64 now = min(kernels_, images - n);
-        if constexpr (gradient)
-          mix(problem_, image + n, now, group * s.group_out(), s.group_out(), row * s.taps(), rows * s.taps(), ld_,
-              kernels);
-        else
-          mix(problem_, image + n, now, channel, rows, 0, s.elements(), ld_, kernels);
+    for (i64 first = 0; first < s.group_out(); first += slice_) {
+      const i64 outputs = min(slice_, s.group_out() - first);
+      for (i64 n = 0; n < images; n++) {
+        if (n % kernels_ == 0) {
+          const i64 now = min(kernels_, images - n);
+          if constexpr (gradient)
+            mix(problem_, image + n, now, group * s.group_out() + first, outputs, row * s.taps(), rows * s.taps(), ld_,
+                kernels);
+          else
+            mix(problem_, image + n, now, channel, rows, 0, s.elements(), ld_, kernels);
+        }
+        if constexpr (!gradient)
+          for (i64 m = 0; m < rows; m++) bias[m] = added(problem_, image + n, channel + m);
+        const T* kernel = kernels + n % kernels_ * (gradient ? outputs : rows) * ld_;
+        for (const Part<T>& part : parts_)
+          if (!part.elements())
+            clear(part, rows, out + n * image_ + part.at);
+          else if constexpr (kPanels)
+            multiply_panels(part, kernel, rows, x + n * layout_.image, group, first, outputs, bias,
+                            out + n * image_ + part.at);
+          else
+            multiply_planes(part, kernel, rows, x + n * layout_.image, group, bias, out + n * image_ + part.at);
       }
-      if constexpr (!gradient)
-        for (i64 m = 0; m < rows; m++) bias[m] = added(problem_, image + n, channel + m);
-      const T* kernel = kernels + n % kernels_ * (gradient ? s.group_out() : rows) * ld_;
-      for (const Part<T>& part : parts_)
-        if (!part.elements())
-          clear(part, rows, out + part.at);
-        else if constexpr (kPanels)
-          multiply_panels(part, kernel, rows, x + n * layout_.image, group, bias, out + part.at);
-        else
-          multiply_planes(part, kernel, rows, x + n * layout_.image, group, bias, out + part.at);
-      out += image_;
     }
   }
 
@@ -134,8 +142,10 @@ class Conv {
     for (i64 m = 0; m < rows; m++) part.pixels.write(zeros, 1, 0, vectors, zeros, out + m * channel_);
   }
 
-  // One image's kernel times its panels.
-  void multiply_panels(const Part<T>& part, const T* kernel, i64 rows, const T* x, i64 group, const T* bias, T* out) {
+  // One image's kernel times its panels; of the input's gradient, what is of some of the output's channels.
+  void multiply_panels(const Part<T>& part, const T* kernel, i64 rows, const T* x, i64 group, i64 output, i64 outputs,
+                       const T* bias, T* out) {
+    const i64 first = gradient ? output : 0, elements = gradient ? outputs : part.elements();
     static thread_local Buffer<T> panel, column, results, lasts, none;
     const Pixels<T>& pixels = part.pixels;
     const bool direct = pixels.regular() && pixels.distance() == 1, last_channels = pixels.regular() && channel_ == 1;
@@ -148,13 +158,13 @@ class Conv {
     for (i64 p = 0; p < layout_.count(); p++) {
       const i64 v = layout_.first(p), start = pixels.start(v);
       const int vectors = layout_.vectors(p);
-      const T* from = layout_.panel(x, group, p, panel);
+      const T* from = layout_.panel(x, group, p, panel) + first * vectors * kLanes<T>;
       pixels.prefetch(rows, v, vectors, out);
       Results<T> to{sums, vectors * kLanes<T>, 0, last_channels ? bias : zeros};
       if (direct)
-        to = {out + start, channel_, start + (vectors - 1) * kLanes<T> - pixels.start(v + vectors - 1), bias};
-      for (i64 k = 0; k < part.elements(); k += kDepth) {
-        const i64 depth = min(kDepth, part.elements() - k);
+        to = {out + start, channel_, start + (vectors - 1) * kLanes<T> - pixels.start(v + vectors - 1), first ? nullptr : bias};
+      for (i64 k = 0; k < elements; k += kDepth) {
+        const i64 depth = min(kDepth, elements - k);
         multiply_panel(kernel, gradient ? shape_.taps() : ld_, rows, part.steps.data() + k,
                        from + k * vectors * kLanes<T>, vectors, depth, to, [&](i64 row, i64 now) {
                          // While the rows are in the innermost cache.
@@ -205,6 +215,7 @@ class Conv {
   i64 group_;                    // channels of the result in a group
   i64 channel_, image_;          // strides of the result
   i64 images_, rows_, kernels_;  // at a time: images laid out, channels of the result, images' kernels
+  i64 slice_;                    // output channels at a time of which a gradient is made
   i64 ld_, kernel_;              // elements from row to row of a mixed kernel, and of all of it
 };
 
