@@ -84,12 +84,17 @@ class Conv {
   static constexpr bool kPanels = std::is_same_v<Layout<T>, Panels<T>>;
 
   // Whether a group's kernel is taken as a whole: what it meets is then brought together where it is used, and once.
-  // Channels last are better brought together a line of the cache at a time.
-  bool whole() const { return kPanels && shape_.group_out() * shape_.elements() <= kWhole && shape_.x_channel != 1; }
+  // Channels last are better brought together a line of the cache at a time, and maps of a few pixels many at once.
+  bool whole() const {
+    return kPanels && shape_.group_out() * shape_.elements() <= kWhole && shape_.x_channel != 1 &&
+           seen_.pixels() >= kLanes<T>;
+  }
 
-  // Whether the gradient is of some of the output's channels after the other, added up where it is written. A row of the
+  // Whether the gradient is made of some output channels after the other, added up where it is written. A row of the
   // bank, which is an output channel's, is then read in longer runs.
-  bool sliced() const { return kPanels && gradient && !whole() && shape_.stride_y * shape_.stride_x == 1; }
+  bool sliced() const {
+    return kPanels && gradient && !whole() && shape_.stride_y * shape_.stride_x == 1 && seen_.pixels() >= kLanes<T>;
+  }
 
   Layout<T> layout() const {
     if constexpr (kPanels)
@@ -154,7 +159,7 @@ class Conv {
     std::fill(zeros, zeros + rows, T(0));
     const T* last = layout_.column(x, group, column);
     T* last_sums = lasts.of(rows * kLanes<T>);
-    std::fill(last_sums, last_sums + rows * kLanes<T>, T(0));
+    if (last) std::fill(last_sums, last_sums + rows * kLanes<T>, T(0));
     for (i64 p = 0; p < layout_.count(); p++) {
       const i64 v = layout_.first(p), start = pixels.start(v);
       const int vectors = layout_.vectors(p);
@@ -162,7 +167,8 @@ class Conv {
       pixels.prefetch(rows, v, vectors, out);
       Results<T> to{sums, vectors * kLanes<T>, 0, last_channels ? bias : zeros};
       if (direct)
-        to = {out + start, channel_, start + (vectors - 1) * kLanes<T> - pixels.start(v + vectors - 1), first ? nullptr : bias};
+        to = {out + start, channel_, start + (vectors - 1) * kLanes<T> - pixels.start(v + vectors - 1),
+              first ? nullptr : bias};
       for (i64 k = 0; k < elements; k += kDepth) {
         const i64 depth = min(kDepth, elements - k);
         multiply_panel(kernel, gradient ? shape_.taps() : ld_, rows, part.steps.data() + k,

@@ -28,11 +28,11 @@ void run(Conv<T, B, Layout, gradient> conv, Problem<T, B>& problem) {
   conv.run();
 }
 
-// Whether so many output channels meet each element of the input that it pays to bring together what a vector of pixels
-// meets: else its planes do.
+// Whether it pays to bring together what a vector of pixels meets: for output channels enough, and where phases of a
+// stride of channels enough would lie in too many pages.
 bool in_panels(const Shape& s, bool gradient) {
   if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
-  return !gradient && s.stride_y * s.stride_x > 1 && s.group_out() >= 48;
+  return !gradient && s.stride_y * s.stride_x > 1 && s.group_in() >= 16 && s.group_out() >= 48;
 }
 
 template <typename T, typename B, bool gradient>

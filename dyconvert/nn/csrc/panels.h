@@ -162,14 +162,14 @@ class Panels {
         &Panels::gather_copies<0>, &Panels::gather_copies<1>, &Panels::gather_copies<2>, &Panels::gather_copies<3>,
         &Panels::gather_copies<4>, &Panels::gather_copies<5>, &Panels::gather_copies<6>};
     const Panel& panel = panels_[index];
-    if (shape_.taps() == 1 && pixels_.regular() && planes_.pitch() == shape_.out_width)
+    if (shape_.taps() == 1)
       (this->*kRun[panel.vectors - 1])(panel, planes, channels, to_panel + first * panel.vectors * kLanes<T>);
     else
       (this->*(panel.whole <= 6 ? kGather[panel.whole] : &Panels::gather_copies<-1>))(panel, planes, first, channels,
                                                                                      to_panel);
   }
 
-  // Where the pixels lie one behind the other in the planes, too.
+  // Of a 1 x 1 conv, where the pixels lie one behind the other in the planes, too.
   template <int kVectors>
   void gather_run(const Panel& panel, const T* planes, i64 channels, T* to) const {
     const T* from = planes + pixels_.start(panel.first);
