@@ -46,7 +46,7 @@ class Conv {
     channel_ = gradient ? shape_.height * shape_.width : shape_.out_channel;
     image_ = gradient ? shape_.in_channels * channel_ : shape_.out_channels * shape_.pixels();
     const i64 elements = seen_.in_channels / shape_.groups * shape_.taps();
-    const i64 most = whole() ? group_ : sliced() ? kWideRows : max(kFewRows, min(kRows, kKernel / elements));
+    const i64 most = whole() ? group_ : sliced() ? wide() : max(kFewRows, min(kRows, kKernel / elements));
     rows_ = rows_together(group_, most, shape_.groups * images_, shape_.threads);
     // Rows a line of the cache further apart than they are long, or their lengths, often powers of two, would have
     // them share the cache's few places.
@@ -95,6 +95,10 @@ class Conv {
   bool sliced() const {
     return kPanels && gradient && !whole() && shape_.stride_y * shape_.stride_x == 1 && seen_.pixels() >= kLanes<T>;
   }
+
+  // Channels of such a gradient at a time: all, for rows of the bank that lie one behind the other, or as many as leave
+  // a tile enough output channels to add up.
+  i64 wide() const { return group_ <= kWideRows ? group_ : kWideRows / 2; }
 
   Layout<T> layout() const {
     if constexpr (kPanels)
