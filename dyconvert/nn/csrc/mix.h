@@ -5,31 +5,58 @@
 
 namespace dyconvert {
 
-// Vectors that are mixed together, so that an expert's coefficient is read once for all of them.
-constexpr int kMixed = 8;
+// Images that are mixed for together, so that the bank is read once for them, and vectors of sums in registers.
+constexpr int kMixedImages = 4, kMixed = 8;
 
-template <typename T, typename B, int J>
-inline void mix_vectors(T* a, const B* bank, i64 expert, const T* eta, i64 g) {
-  Vector<T> sums[J] = {};
-  for (i64 i = 0; i < g; i++) {
-    const T own = eta[i];
+// What is mixed of a row of the bank.
+template <typename T, typename B>
+struct MixedRow {
+  const B* bank;
+  i64 expert;   // elements from expert to expert
+  i64 length;
+  const T* eta;  // [images, g]
+  i64 g;
+  T* a;
+  i64 image;  // elements from image to image
+};
+
+template <typename T, typename B, int N, int J>
+inline void mix_vectors(const MixedRow<T, B>& row, i64 k) {
+  Vector<T> sums[N][J] = {};
+  const B* bank = row.bank + k;
+  for (i64 i = 0; i < row.g; i++, bank += row.expert) {
+    Vector<T> vectors[J];
 #pragma GCC unroll 8
-    for (int j = 0; j < J; j++) sums[j] += own * load_as<T>(bank + i * expert + j * kLanes<T>);
+    for (int j = 0; j < J; j++) vectors[j] = load_as<T>(bank + j * kLanes<T>);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      const T own = row.eta[n * row.g + i];
+#pragma GCC unroll 8
+      for (int j = 0; j < J; j++) sums[n][j] += own * vectors[j];
+    }
   }
-  for (int j = 0; j < J; j++) store(a + j * kLanes<T>, sums[j]);
+  for (int n = 0; n < N; n++)
+    for (int j = 0; j < J; j++) store(row.a + n * row.image + k + j * kLanes<T>, sums[n][j]);
 }
 
-// a[k] = sum_i eta[i] bank[i * expert + k], for k < length.
-template <typename T, typename B>
-inline void mix_row(T* a, const B* bank, i64 expert, i64 length, const T* eta, i64 g) {
-  i64 k = 0;
-  for (; k + kMixed * kLanes<T> <= length; k += kMixed * kLanes<T>) mix_vectors<T, B, kMixed>(a + k, bank + k, expert, eta, g);
-  for (; k + kLanes<T> <= length; k += kLanes<T>) mix_vectors<T, B, 1>(a + k, bank + k, expert, eta, g);
-  for (; k < length; k++) {
-    T sum = 0;
-    for (i64 i = 0; i < g; i++) sum += eta[i] * static_cast<T>(value_of(bank[i * expert + k]));
-    a[k] = sum;
-  }
+// Of the elements from k on, as many as there are whole vectors. Returns where that ends.
+template <typename T, typename B, int N, int J>
+inline i64 mix_all_vectors(const MixedRow<T, B>& row, i64 k) {
+  for (; k + J * kLanes<T> <= row.length; k += J * kLanes<T>) mix_vectors<T, B, N, J>(row, k);
+  if constexpr (J > 1) k = mix_all_vectors<T, B, N, J / 2>(row, k);
+  return k;
+}
+
+// a[n, k] = sum_i eta[n, i] bank[i * expert + k], for N images and k < length.
+template <typename T, typename B, int N>
+inline void mix_row(const MixedRow<T, B>& row) {
+  for (i64 k = mix_all_vectors<T, B, N, kMixed / N>(row, 0); k < row.length; k++)
+    for (int n = 0; n < N; n++) {
+      T sum = 0;
+      for (i64 i = 0; i < row.g; i++)
+        sum += row.eta[n * row.g + i] * static_cast<T>(value_of(row.bank[i * row.expert + k]));
+      row.a[n * row.image + k] = sum;
+    }
 }
 
 // Elements of a row that the experts have in the innermost cache while it is mixed for one image after the other.
@@ -57,9 +84,17 @@ void mix(const Problem<T, B>& problem, i64 image, i64 images, i64 channel, i64 r
   for (i64 row = 0; row < rows; row++) {
     if (!row || s.eta_channel) take(row);
     for (i64 at = 0; at < length; at += kMixedLength)
-      for (i64 n = 0; n < images; n++)
-        mix_row(a + (n * rows + row) * lda + at, bank + row * elements + at, expert, min(kMixedLength, length - at),
-                own + n * s.g, s.g);
+      for (i64 n = 0; n < images;) {
+        const MixedRow<T, B> part{bank + row * elements + at, expert, min(kMixedLength, length - at),
+                                  own + n * s.g, s.g, a + (n * rows + row) * lda + at, rows * lda};
+        const i64 left = images - n;
+        if (left >= kMixedImages)
+          mix_row<T, B, kMixedImages>(part), n += kMixedImages;
+        else if (left >= 2)
+          mix_row<T, B, 2>(part), n += 2;
+        else
+          mix_row<T, B, 1>(part), n++;
+      }
   }
 }
 

@@ -4,8 +4,26 @@
 
 namespace dyconvert {
 
-// out[m, j] = sum_k a[m * lda + steps[k]] * x[j][offsets[k]], added to what is there if `add`. M rows, J vectors:
-// M * J sums, J vectors of x and one weight are what sixteen registers hold.
+// sums[m][j] += sum_k a[m * lda + steps[k]] * x(k, j). M rows, J vectors: M * J sums, J vectors of x and one weight are
+// what sixteen registers hold.
+template <typename T, int M, int J, typename X>
+inline __attribute__((always_inline)) void add_products(Vector<T> (&sums)[M][J], const T* __restrict a, i64 lda,
+                                                        const int32_t* __restrict steps, i64 length, const X& x) {
+  for (i64 k = 0; k < length; k++) {
+    const i64 step = steps[k];
+    Vector<T> pixels[J];
+#pragma GCC unroll 8
+    for (int j = 0; j < J; j++) pixels[j] = x(k, j);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const T weight = a[m * lda + step];
+#pragma GCC unroll 8
+      for (int j = 0; j < J; j++) sums[m][j] += weight * pixels[j];
+    }
+  }
+}
+
+// out[m, j] = sum_k a[m * lda + steps[k]] * x[j][offsets[k]], added to what is there if `add`.
 template <typename T, int M, int J>
 void multiply_tile(const T* __restrict a, i64 lda, const int32_t* __restrict steps, const T* const* x,
                    const int32_t* __restrict offsets, i64 length, T* __restrict out, i64 ldo, bool add) {
@@ -14,18 +32,7 @@ void multiply_tile(const T* __restrict a, i64 lda, const int32_t* __restrict ste
   for (int j = 0; j < J; j++) from[j] = x[j];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < J; j++) sums[m][j] = add ? load(out + m * ldo + j * kLanes<T>) : Vector<T>{};
-  for (i64 k = 0; k < length; k++) {
-    const i64 step = steps[k], offset = offsets[k];
-    Vector<T> pixels[J];
-#pragma GCC unroll 8
-    for (int j = 0; j < J; j++) pixels[j] = load(from[j] + offset);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const T weight = a[m * lda + step];
-#pragma GCC unroll 8
-      for (int j = 0; j < J; j++) sums[m][j] += weight * pixels[j];
-    }
-  }
+  add_products<T, M, J>(sums, a, lda, steps, length, [&](i64 k, int j) { return load(from[j] + offsets[k]); });
   for (int m = 0; m < M; m++)
     for (int j = 0; j < J; j++) store(out + m * ldo + j * kLanes<T>, sums[m][j]);
 }
@@ -33,17 +40,23 @@ void multiply_tile(const T* __restrict a, i64 lda, const int32_t* __restrict ste
 template <typename T>
 using MultiplyTile = void (*)(const T*, i64, const int32_t*, const T* const*, const int32_t*, i64, T*, i64, bool);
 
+// The most vectors of pixels that are taken together.
+constexpr int kTogether = 3;
+
 // Vectors of pixels that are taken together, of `left`: threes fill the registers best, and ones worst.
 inline int vectors_together(i64 left) { return left >= 5 || left == 3 ? 3 : left >= 2 ? 2 : 1; }
 
-// The most vectors of pixels that `multiply` takes.
-constexpr int kTogether = 3;
-// Vectors of pixels that are written at a time: output channels lie far apart, and going from one to the next is dear.
-constexpr i64 kStrip = 12;
-
-// Vectors of pixels that are taken together from `vector` on, of all: as many as the strip that it is in leaves.
-inline int together_from(i64 vector, i64 vectors) {
-  return vectors_together(min(kStrip - vector % kStrip, vectors - vector));
+// Call what multiplies some rows, from one on, for all: in tiles of about one size, as many as the registers have room
+// for beside so many vectors.
+template <typename F>
+inline void each_tile(i64 rows, int vectors, const F& tile) {
+  const i64 most = vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
+  for (i64 left = rows, row = 0; left > 0;) {
+    const i64 now = divided_up(left, divided_up(left, most));
+    tile(row, now);
+    row += now;
+    left -= now;
+  }
 }
 
 // a[rows, length] times x[length, vectors], as `multiply_tile` says.
@@ -57,13 +70,9 @@ void multiply(const T* a, i64 lda, i64 rows, const int32_t* steps, const T* cons
        multiply_tile<T, 5, 2>, multiply_tile<T, 6, 2>},
       {multiply_tile<T, 1, 3>, multiply_tile<T, 2, 3>, multiply_tile<T, 3, 3>, multiply_tile<T, 4, 3>},
   };
-  const i64 most = vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
-  for (i64 left = rows, m = 0; left > 0;) {
-    const i64 now = divided_up(left, divided_up(left, most));  // tiles of about one size
-    kTiles[vectors - 1][now - 1](a + m * lda, lda, steps, x, offsets, length, out + m * ldo, ldo, add);
-    m += now;
-    left -= now;
-  }
+  each_tile(rows, vectors, [&](i64 row, i64 now) {
+    kTiles[vectors - 1][now - 1](a + row * lda, lda, steps, x, offsets, length, out + row * ldo, ldo, add);
+  });
 }
 
 }  // namespace dyconvert

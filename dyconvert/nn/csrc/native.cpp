@@ -23,6 +23,13 @@ void run(Problem<T, B>& problem) {
   conv.run();
 }
 
+// Whether it pays to bring together what a vector of pixels meets: for output channels enough, and where phases of a
+// stride of channels enough would lie in too many pages.
+bool in_panels(const Shape& s, bool gradient) {
+  if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
+  return !gradient && s.stride_y * s.stride_x > 1 && s.group_in() >= 16 && s.group_out() >= 48;
+}
+
 template <typename T, typename B, bool gradient>
 void convolve(const Shape& s, ParallelFor parallel_for, const Tensors& t) {
   Problem<T, B> problem{s,
@@ -36,10 +43,10 @@ void convolve(const Shape& s, ParallelFor parallel_for, const Tensors& t) {
                         nullptr};
   if (s.group_in() == 1)
     Depthwise<T, B, gradient>(problem).run();
-  else if (s.taps() == 1 && !s.padding_y && !s.padding_x)
-    run<Conv<T, B, Panels, gradient>>(problem);
   else if (winograd_pays<T>(s))
     run<WinogradConv<T, B, gradient>>(problem);
+  else if (in_panels(s, gradient))
+    run<Conv<T, B, Panels, gradient>>(problem);
   else
     run<Conv<T, B, Planes, gradient>>(problem);
 }

@@ -10,32 +10,26 @@ template <typename T>
 struct Part {
   Pixels<T> pixels;
   i64 at;  // the part's first pixel in the result's plane
-  // Where the elements are that the weights meet; where it matters, by how many vectors of pixels are taken together.
-  std::vector<std::vector<int32_t>> tables;
-  std::vector<int32_t> steps = {};  // where the weights are in a row of the kernel
+  // Where the elements are that the weights meet, if the layout doesn't have them in order; and the weights in a row of
+  // the kernel.
+  std::vector<int32_t> table = {}, steps = {};
 
-  const int32_t* offsets(int together) const { return tables[min<i64>(together, tables.size()) - 1].data(); }
+  const int32_t* offsets(int = 1) const { return table.data(); }
 
   i64 elements() const { return steps.size(); }
 
   template <typename Layout>
   void meet(const Layout& layout, i64 channel, i64 y, i64 x, i64 step) {
-    for (i64 table = 0; table < i64(tables.size()); table++)
-      tables[table].push_back(layout.offset(channel, y, x, table + 1));
+    if constexpr (Layout::kOffsets) table.push_back(layout.offset(channel, y, x));
     steps.push_back(step);
   }
 };
-
-template <typename Layout>
-std::vector<std::vector<int32_t>> tables_of() {
-  return std::vector<std::vector<int32_t>>(Layout::kOffsets);
-}
 
 // A conv: all pixels alike, and a row of the kernel in the order in which it lies.
 template <typename T, typename Layout>
 std::vector<Part<T>> parts_of_conv(const Shape& s, const Layout& layout) {
   const Grid grid{s.out_height, s.out_width, s.out_channel, s.out_width * s.out_pixel, s.out_pixel};
-  Part<T> part{Pixels<T>(grid, layout.pitch()), 0, tables_of<Layout>()};
+  Part<T> part{Pixels<T>(grid, layout.pitch()), 0};
   const i64 channels = s.group_in(), taps = s.taps();
   for (i64 k = 0; k < s.elements(); k++) {
     const i64 channel = s.bank_last ? k % channels : k / taps, tap = s.bank_last ? k / channels : k % taps;
@@ -100,7 +94,7 @@ std::vector<Part<T>> parts_of_gradient(const Shape& s, const Layout& layout, i64
     for (i64 phase_x = 0; phase_x < min(s.stride_x, s.width); phase_x++) {
       const Grid grid{divided_up(s.height - phase_y, s.stride_y), divided_up(s.width - phase_x, s.stride_x),
                       s.height * s.width, s.stride_y * s.width, s.stride_x};
-      Part<T> part{Pixels<T>(grid, layout.pitch()), phase_y * s.width + phase_x, tables_of<Layout>()};
+      Part<T> part{Pixels<T>(grid, layout.pitch()), phase_y * s.width + phase_x};
       for (i64 channel = 0; channel < s.group_out(); channel++)
         for (i64 tap = 0; tap < s.taps(); tap++) {
           const i64 y = tap / s.kernel_width, x = tap % s.kernel_width;

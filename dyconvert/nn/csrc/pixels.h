@@ -30,6 +30,12 @@ class Pixels {
   // Where a vector starts in what is read.
   i64 start(i64 vector) const { return start_[vector]; }
 
+  // Whether all vectors are whole, and their pixels at one distance from each other where they are written, too.
+  bool regular() const {
+    return pitch_ == grid_.width && grid_.row == grid_.width * grid_.column && grid_.height * grid_.width >= kLanes<T>;
+  }
+  i64 distance() const { return grid_.column; }
+
   // Write `vectors` vectors of results of `rows` output channels, from the vector `first` on.
   // sums: [rows, vectors], and a vector more that may be read.
   void write(const T* sums, i64 rows, i64 first, i64 vectors, const T* added, T* out) const {

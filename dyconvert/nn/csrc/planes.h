@@ -2,6 +2,7 @@
 // what a tap of the kernel meets is the plane itself from some offset on.
 #pragma once
 #include "pixels.h"
+#include "transpose.h"
 
 namespace dyconvert {
 
@@ -48,8 +49,11 @@ class Planes {
   // Elements that the planes of `images` take, with what the last vector reads beyond them.
   i64 scratch_elements(i64 images) const { return images * image + kLanes<T>; }
 
-  // Lay out the planes of `images` images.
-  void lay_out_images(const T* x, i64 images, T* planes, ParallelFor parallel_for) const {
+  // Images that are laid out at a time.
+  i64 images() const { return max<i64>(1, min(shape_.images, kLaidOut / image)); }
+
+  // Lay out the planes of `images` images. Returns them.
+  const T* lay_out_images(const T* x, i64 images, T* planes, ParallelFor parallel_for) const {
     const Shape& s = shape_;
     const i64 together = channels_together(), blocks = divided_up(s.in_channels, together);
     parallel(parallel_for, images * blocks, max<i64>(1, 8192 / (plane * together)), [&](i64 begin, i64 end) {
@@ -60,6 +64,7 @@ class Planes {
         lay_out(x + n * s.x_image + channel * s.x_channel, channels, to);
       }
     });
+    return planes;
   }
 
   // Where `together` vectors of pixels from `vector` on are, for the channels from `channel` on.
@@ -67,10 +72,9 @@ class Planes {
     for (int j = 0; j < together; j++) from[j] = planes + channel * plane + pixels.start(vector + j);
   }
 
-  // How far from there a channel is read where the kernel is at (y, x) of the padded input, however many vectors are
-  // taken together.
-  static constexpr int kOffsets = 1;
-  i64 offset(i64 channel, i64 y, i64 x, int = 1) const {
+  // How far from there a channel is read where the kernel is at (y, x) of the padded input.
+  static constexpr bool kOffsets = true;
+  i64 offset(i64 channel, i64 y, i64 x) const {
     const i64 phase = y % shape_.stride_y * phases_x_ + x % shape_.stride_x;
     return channel * plane + phase * phase_ + y / shape_.stride_y * pitch_ + x / shape_.stride_x;
   }
@@ -120,8 +124,7 @@ class Planes {
           const T* first = from + (begin * s.stride_x + phase_x - s.padding_x) * s.x_column;
           const i64 step = s.stride_x * s.x_column;
           if (channels > 1)
-            for (i64 at = begin; at < end; at++, first += step)
-              for (i64 c = 0; c < channels; c++) row[c * plane + at] = first[c * s.x_channel];
+            transpose(first, step, max<i64>(0, end - begin), channels, row + begin, plane);
           else if (step == 1)
             copy(row + begin, first, end - begin);
           else if (step == 2)
