@@ -31,8 +31,8 @@ class BankGradient {
 
   void run() {
     const Shape& s = shape_;
-    static thread_local Buffer<T> scratch, partial;
-    T* x = scratch.of(images_ * (image_ + products_.grad_elements()));
+    static thread_local Buffer<T> partial;
+    T* x = scratch<T>().of(images_ * (image_ + products_.grad_elements()));
     T* grads = x + images_ * image_;
     T* banks = to_.grad_bank && parts_ > 1 ? partial.of((parts_ - 1) * s.g * to_.expert()) : nullptr;
     const i64 blocks = divided_up(s.group_out(), rows_), sets = s.groups * blocks;

@@ -17,9 +17,8 @@ struct Tensors {
 
 template <typename Kind, typename T, typename B>
 void run(Problem<T, B>& problem) {
-  static thread_local Buffer<T> scratch;
   Kind conv(problem);
-  problem.scratch = scratch.of(conv.scratch_elements());
+  problem.scratch = scratch<T>().of(conv.scratch_elements());
   conv.run();
 }
 

@@ -84,6 +84,13 @@ class Buffer {
   i64 size_ = 0;
 };
 
+// Where a conv, or a gradient, lays out its input: one for whatever a thread computes, one after the other.
+template <typename T>
+Buffer<T>& scratch() {
+  static thread_local Buffer<T> buffer;
+  return buffer;
+}
+
 // torch's own thread pool: `torch_parallel_for` of its stable C interface, which returns 0 or what failed.
 using Body = void (*)(i64 begin, i64 end, void* context);
 using ParallelFor = int32_t (*)(i64 begin, i64 end, i64 grain, Body body, void* context);
