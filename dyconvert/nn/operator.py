@@ -25,7 +25,12 @@ _library.define(
 
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the operator is for this conv, asked while compiling."""
-    return x.is_cpu and x.dim() == 4 and weight.dtype in native.BANKS.get(x.dtype, ()) and _built()
+    if not x.is_cpu or x.dim() != 4 or weight.dtype not in native.BANKS.get(x.dtype, ()) or not _built():
+        return False
+    # A single image with its channels last is a matmul for a 1 x 1 conv, which torch has; the compiled kernels would
+    # turn it round.
+    single = isinstance(x.shape[0], int) and x.shape[0] == 1
+    return not (single and weight.shape[2:].numel() == 1 and native.writes_channels_last(x.shape, x.stride()))
 
 
 def dynamic_conv(

@@ -3,6 +3,7 @@
 #include "conv.h"
 #include "depthwise.h"
 #include "depthwise_bank_gradient.h"
+#include "depthwise_last.h"
 #include "winograd_conv.h"
 
 namespace {
@@ -40,7 +41,9 @@ void convolve(const Shape& s, ParallelFor parallel_for, const Tensors& t) {
                         static_cast<const T*>(t.shift),
                         static_cast<T*>(t.out),
                         nullptr};
-  if (s.group_in() == 1)
+  if (!gradient && DepthwiseLast<T, B>::takes(s))
+    DepthwiseLast<T, B>(problem).run();
+  else if (s.group_in() == 1)
     Depthwise<T, B, gradient>(problem).run();
   else if (winograd_pays<T>(s))
     run<WinogradConv<T, B, gradient>>(problem);

@@ -14,7 +14,7 @@ struct Part {
   // the kernel.
   std::vector<int32_t> table = {}, steps = {};
 
-  const int32_t* offsets(int = 1) const { return table.data(); }
+  const int32_t* offsets() const { return table.data(); }
 
   i64 elements() const { return steps.size(); }
 

@@ -83,17 +83,19 @@ class Tiles {
   // A^T s A, and what is added, of a panel of the rows of tiles from `row` on: sums[36, rows, width], of as many
   // channels of the result.
   void write(const Panel& panel, const T* sums, i64 rows, i64 row, const T* added, T* out) const {
-    for (i64 r = 0; r < rows; r++, sums += panel.width(), out += grid_.channel)
-      for (int j = 0; j < panel.together; j++) {
-        Vector<T> s[Winograd::size][Winograd::size], y[Winograd::tile][Winograd::tile];
-#pragma GCC unroll 36
-        for (int e = 0; e < Winograd::elements; e++)
-          s[e / Winograd::size][e % Winograd::size] = load(sums + e * rows * panel.width() + j * kLanes<T>);
-        both_axes<Winograd::size, Winograd::tile>(
-            s, [](const auto& from, auto& to) { Winograd::output(from, to); },
-            [&](int i, int k, Vector<T> value) { y[i][k] = value + added[r]; });
-        write_tiles(places_.data() + (panel.vector + j) * kLanes<T>, y, row, out);
-      }
+    const i64 width = panel.width(), apart = rows * width;
+    for (int j = 0; j < panel.together; j++, sums += kLanes<T>) {
+      const Place* places = places_.data() + (panel.vector + j) * kLanes<T>;
+      Vector<T> y[Winograd::tile][Winograd::tile];
+      if (grid_.channel == 1)
+        for (i64 r = 0; r < rows; r += kLanes<T>)
+          write_channels_last(places, sums + r * width, width, apart, min(kLanes<T>, rows - r), row, added + r, out + r);
+      else
+        for (i64 r = 0; r < rows; r++) {
+          transform_back(sums + r * width, apart, added[r], y);
+          write_tiles(places, y, row, out + r * grid_.channel);
+        }
+    }
   }
 
  private:
@@ -102,7 +104,42 @@ class Tiles {
     i64 offset;  // of the first element it reads in a padded plane
   };
 
-  // y[i][k]: of each tile the result at (i, k).
+  // y[i][k]: of each of a vector's tiles the result at (i, k).
+  static void transform_back(const T* sums, i64 apart, T added, Vector<T> (&y)[Winograd::tile][Winograd::tile]) {
+    Vector<T> s[Winograd::size][Winograd::size];
+#pragma GCC unroll 36
+    for (int e = 0; e < Winograd::elements; e++) s[e / Winograd::size][e % Winograd::size] = load(sums + e * apart);
+    both_axes<Winograd::size, Winograd::tile>(
+        s, [](const auto& from, auto& to) { Winograd::output(from, to); },
+        [&](int i, int k, Vector<T> value) { y[i][k] = value + added; });
+  }
+
+  // Up to a vector of channels, which lie one behind the other.
+  void write_channels_last(const Place* places, const T* sums, i64 width, i64 apart, i64 channels, i64 row,
+                           const T* added, T* out) const {
+    constexpr i64 n = kLanes<T>;
+    alignas(64) T results[Winograd::tile][Winograd::tile][n * n], pixels[n * n];
+    for (i64 c = 0; c < channels; c++) {
+      Vector<T> y[Winograd::tile][Winograd::tile];
+      transform_back(sums + c * width, apart, added[c], y);
+      for (int i = 0; i < Winograd::tile; i++)
+        for (int k = 0; k < Winograd::tile; k++) store(results[i][k] + c * n, y[i][k]);
+    }
+    for (int i = 0; i < Winograd::tile; i++)
+      for (int k = 0; k < Winograd::tile; k++) {
+        transpose_square(results[i][k], n, pixels, n);
+        for (i64 t = 0; t < n; t++) {
+          const i64 y = row * Winograd::tile + places[t].y + i, x = places[t].x + k;
+          if (y >= grid_.height || x >= grid_.width) continue;
+          T* to = out + y * grid_.row + x * grid_.column;
+          if (channels == n)
+            store(to, load(pixels + t * n));
+          else
+            std::copy(pixels + t * n, pixels + t * n + channels, to);
+        }
+      }
+  }
+
   void write_tiles(const Place* places, Vector<T> (&y)[Winograd::tile][Winograd::tile], i64 row, T* out) const {
     const Place& last = places[kLanes<T> - 1];
     bool whole = grid_.column == 1 && row * Winograd::tile + last.y + Winograd::tile <= grid_.height;
@@ -142,6 +179,8 @@ class Tiles {
         for (i64 c = 0; c < channels; c++) std::fill(to + c * plane_ + begin, to + c * plane_ + end, T(0));
       else if (s.x_column == 1 && channels == 1)
         copy(to + begin, from, end - begin);
+      else if (s.x_channel == 1)
+        transpose(from, s.x_column, end - begin, channels, to + begin, plane_);
       else
         for (i64 at = begin; at < end; at++, from += s.x_column)
           for (i64 c = 0; c < channels; c++) to[c * plane_ + at] = from[c * s.x_channel];
