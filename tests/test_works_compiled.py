@@ -11,6 +11,8 @@ from nets import FlatNet, ResidualNet, image, seeded, trained
 from test_works_under import EXACT, apart, assert_same, gradients
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
+from dyconvert.nn import DynamicConv2d, native
+
 
 @pytest.fixture
 def fresh_dynamo() -> Any:
@@ -82,3 +84,49 @@ def test_compiling_with_inductor(memory_format: torch.memory_format) -> None:
         x = image(batch).contiguous(memory_format=memory_format)
         # float32, with operations fused in another order.
         assert apart(compiled(x), dynamic(x)) < 1e-4
+
+
+def operator_calls(per: str, training: bool, memory_format: torch.memory_format) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, eta, shift = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 8, 9, 7), (2 * 6, 8, 3, 3), (2 * 6,), (3, 2, 6 if per == "channel" else 1), (6,))
+    )
+    x = x.contiguous(memory_format=memory_format)
+    if training:  # bias and shift are then left to autograd
+        return (
+            x.requires_grad_(),
+            weight.requires_grad_(),
+            None,
+            eta.requires_grad_(),
+            None,
+            [1, 2],
+            [1, 1],
+            [1, 1],
+            1,
+        )
+    return (x, weight, bias, eta, shift, [1, 2], [1, 1], [1, 1], 1)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("per", ["layer", "channel"])
+def test_the_operator_is_what_it_tells_the_compiler(
+    per: str, training: bool, memory_format: torch.memory_format
+) -> None:
+    torch.library.opcheck(torch.ops.dyconvert.dynamic_conv.default, operator_calls(per, training, memory_format))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+def test_compiled_kernels_are_one_operator_to_the_compiler() -> None:
+    dynamic = trained(seeded(FlatNet), g=2, example=image())
+    targets = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(dynamic, backend=backend, fullgraph=True)(image(2))
+    convs = sum(isinstance(module, DynamicConv2d) for module in dynamic.modules())
+    assert sum("dyconvert.dynamic_conv" in str(target) for target in targets) == convs > 0

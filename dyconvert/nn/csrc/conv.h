@@ -1,7 +1,7 @@
 // A dynamic conv, and the gradient of its input, which is a conv of the output's gradient. Parts of a kernel are mixed
 // and used while they are in cache, so that no image's kernel is ever written to memory and the bank is read once.
 #pragma once
-#include "column.h"
+#include "panel_column.h"
 #include "mix.h"
 #include "panels.h"
 #include "parts.h"

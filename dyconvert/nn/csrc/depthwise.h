@@ -1,8 +1,8 @@
 // Convs of one input channel per group, and the gradients of their inputs. There is nothing to share between channels,
 // so each is done by itself, as many as stay in the innermost cache one after the other.
 #pragma once
-#include "columns.h"
-#include "mix_taps.h"
+#include "depthwise_columns.h"
+#include "depthwise_mix.h"
 
 namespace dyconvert {
 

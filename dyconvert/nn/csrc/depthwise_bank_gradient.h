@@ -1,7 +1,7 @@
 // The gradients of the bank and the coefficients of a conv of one input channel per group: sums over a plane, of the
 // output's gradient times what each tap meets.
 #pragma once
-#include "correlate.h"
+#include "depthwise_correlate.h"
 #include "reduce.h"
 
 namespace dyconvert {

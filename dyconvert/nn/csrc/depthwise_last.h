@@ -1,7 +1,7 @@
 // Convs of one input and one output channel per group on inputs with their channels last: a vector is that many
 // channels of a pixel. Narrow maps, most of whose pixels are at an edge, are padded first; wide ones are read in place.
 #pragma once
-#include "mix_taps.h"
+#include "depthwise_mix.h"
 #include "transpose.h"
 
 namespace dyconvert {

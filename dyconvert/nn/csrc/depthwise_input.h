@@ -1,7 +1,7 @@
 // How planes are read in convs of one input channel per group: where they lie, if the conv has a stride of one, with
 // what is beside a row masked out of its vectors; else laid out first.
 #pragma once
-#include "rows.h"
+#include "depthwise_rows.h"
 
 namespace dyconvert {
 

@@ -1,7 +1,7 @@
 // Convs of one plane: a kernel as columns of taps. Taps one below the other meet a row of the input after the other, so
 // that a row that is loaded once serves all of them, each for another row of the result.
 #pragma once
-#include "input.h"
+#include "depthwise_input.h"
 #include "parts.h"
 
 namespace dyconvert {

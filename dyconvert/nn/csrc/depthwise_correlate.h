@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "columns.h"
+#include "depthwise_columns.h"
 #include "transpose.h"
 
 namespace dyconvert {
