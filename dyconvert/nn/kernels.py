@@ -146,7 +146,7 @@ def dynamic_conv(
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     out = STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
-    return out if shift is None else out + shift.view(-1, *[1] * (x.dim() - 2))
+    return _with_shift(out, shift)
 
 
 def _compiling(
@@ -162,7 +162,7 @@ def _compiling(
     if not needs_backward(x, weight, bias, coefficients, shift):
         return operator.dynamic_conv(x, weight, bias, coefficients, geometry, shift)
     out = _with_bias(operator.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry), bias, coefficients)
-    return out if shift is None else out + shift.view(-1, 1, 1)
+    return _with_shift(out, shift)
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> str:
@@ -238,6 +238,10 @@ def _differentiable(
 ) -> Tensor:
     """A dynamic conv whose kernels are mixed again for backward; its bias is left to autograd."""
     return _with_bias(MixedAgainConv.apply(x, weight, coefficients, geometry, engine, how), bias, coefficients)
+
+
+def _with_shift(out: Tensor, shift: Tensor | None) -> Tensor:
+    return out if shift is None else out + shift.view(-1, *[1] * (out.dim() - 2))
 
 
 def _with_bias(out: Tensor, bias: Tensor | None, coefficients: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 // A dynamic conv, and the gradient of its input, which is a conv of the output's gradient. Parts of a kernel are mixed
 // and used while they are in cache, so that no image's kernel is ever written to memory and the bank is read once.
 #pragma once
-#include "panel_column.h"
 #include "mix.h"
+#include "panel_column.h"
 #include "panels.h"
 #include "parts.h"
 #include "planes.h"
@@ -21,15 +21,6 @@ constexpr i64 kWhole = 80 * 1024;
 constexpr i64 kKernels = 512 * 1024;
 // Vectors of pixels that are written at a time: output channels lie far apart, and going from one to the next is dear.
 constexpr i64 kStrip = 13;
-
-// Channels of the result in blocks of at most so many, of one size as far as possible, and as many as the threads can
-// share evenly. others: into how many pieces the work is split besides.
-inline i64 rows_together(i64 channels, i64 most, i64 others, i64 threads) {
-  i64 blocks = divided_up(channels, most);
-  const auto idle = [&] { return rounded_up(blocks * others, threads) - blocks * others; };
-  while (idle() * 8 > blocks * others && blocks * 4 < channels) blocks++;
-  return min(channels, rounded_up(divided_up(channels, blocks), 4));
-}
 
 // Layout: `Planes`, or `Panels` where each element of the input meets many channels of the result. gradient: of the
 // input, of which the problem's x is the output's gradient, and its out the result.

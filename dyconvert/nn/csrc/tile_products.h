@@ -112,12 +112,7 @@ class TileProducts {
         at[t] = plane + ((tile + t) / across_ * shape_.out_width + (tile + t) % across_) * Winograd::tile;
       Vector<T> y[Winograd::tile][Winograd::tile];
 #pragma GCC unroll 4
-      for (int i = 0; i < Winograd::tile; i++) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++)
-          y[i][k] = load_fours(at[k] + i * shape_.out_width, at[(k + 4) % kLanes<T>] + i * shape_.out_width);
-        turn(y[i]);
-      }
+      for (int i = 0; i < Winograd::tile; i++) load_columns(at, i * shape_.out_width, y[i]);
       both_axes<Winograd::tile, Winograd::size>(
           y, [](const auto& along, auto& result) { Winograd::output_gradient(along, result); },
           [&](int i, int k, Vector<T> value) { store(to + (i * Winograd::size + k) * ld_ + tile, value); });

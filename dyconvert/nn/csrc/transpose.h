@@ -62,6 +62,14 @@ inline void load_columns(const T* from, i64 ld, Vector<T> (&columns)[4]) {
   turn(columns);
 }
 
+// The same of rows that lie anywhere: what is `offset` from where each of them starts.
+template <typename T>
+inline void load_columns(const T* const (&rows)[kLanes<T>], i64 offset, Vector<T> (&columns)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) columns[i] = load_fours(rows[i] + offset, rows[(i + 4) % kLanes<T>] + offset);
+  turn(columns);
+}
+
 // to[j, i] = from[i, j] for a vector's width of rows and columns.
 template <typename T>
 inline void transpose_square(const T* from, i64 ldf, T* to, i64 ldt) {

@@ -99,6 +99,15 @@ using ParallelFor = int32_t (*)(i64 begin, i64 end, i64 grain, Body body, void* 
 // as some ten thousands.
 inline i64 grain_of(i64 multiplications) { return max<i64>(1, 65536 / max<i64>(1, multiplications)); }
 
+// Channels of the result in blocks of at most so many, of one size as far as possible, and as many as the threads can
+// share evenly. others: into how many pieces the work is split besides.
+inline i64 rows_together(i64 channels, i64 most, i64 others, i64 threads) {
+  i64 blocks = divided_up(channels, most);
+  const auto idle = [&] { return rounded_up(blocks * others, threads) - blocks * others; };
+  while (idle() * 8 > blocks * others && blocks * 4 < channels) blocks++;
+  return min(channels, rounded_up(divided_up(channels, blocks), 4));
+}
+
 template <typename F>
 void parallel(ParallelFor parallel_for, i64 count, i64 grain, const F& body) {
   const int32_t failed = parallel_for(

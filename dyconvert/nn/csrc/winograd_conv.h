@@ -43,15 +43,12 @@ class WinogradConv {
     depth_ = s.bank_last ? inner_ : divided_up(inner_, divided_up(inner_, kDepth));
     ld_ = rounded_up(depth_, kLanes<T>);
     const i64 most = max<i64>(4, min(kRows, kTransformed / (elements * ld_)));
-    i64 blocks = divided_up(group_, most);
-    const i64 others = s.groups * images_;
-    if (others * blocks < 4 * s.threads) blocks = divided_up(rounded_up(others * blocks, s.threads), others);
-    rows_ = min(group_, rounded_up(divided_up(group_, blocks), 4));
+    rows_ = rows_together(group_, most, s.groups * images_, s.threads);
     apart_ = rows_ * ld_ + 64 / sizeof(T);  // see `Tiles::Panel`
     whole_ = depth_ == inner_;
     held_ = elements * rows_ * kLanes<T> * (whole_ ? kTogether : tiles_.vectors());
     together_ = max<i64>(1, kHeld / held_);
-    kernel_ = gradient ? depth_ * rows_ * 9 : rows_ * depth_ * 9;
+    kernel_ = rows_ * depth_ * 9;
     mixed_ = max<i64>(1, min(together_, kMixedTogether / kernel_));
     for (i64 k = 0; k < depth_; k++) steps_.push_back(k);
   }

@@ -197,14 +197,8 @@ class Tiles {
       for (int i = 0; i < Winograd::size; i++) {
         // The first four columns, and the next, of which tiles have two.
         Vector<T> first[4], next[4];
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) {
-          const T *from = at[k] + i * pitch, *other = at[(k + 4) % kLanes<T>] + i * pitch;
-          first[k] = load_fours(from, other);
-          next[k] = load_fours(from + 4, other + 4);
-        }
-        turn(first);
-        turn(next);
+        load_columns(at, i * pitch, first);
+        load_columns(at, i * pitch + 4, next);
         for (int k = 0; k < Winograd::size; k++) d[i][k] = k < 4 ? first[k] : next[k - 4];
       }
       both_axes<Winograd::size, Winograd::size>(
