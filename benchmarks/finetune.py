@@ -26,11 +26,11 @@ from torch import nn
 
 from dyconvert import Recipe, load_recipe
 from dyconvert.finetuning import run
-from dyconvert.finetuning.data import Part, load_part
-from dyconvert.finetuning.loading import train_loader
-from dyconvert.finetuning.module import distillation
+from dyconvert.finetuning.data.datasets import Part, load_part
+from dyconvert.finetuning.data.loading import train_loader
 from dyconvert.finetuning.network import create_original, transform
-from dyconvert.finetuning.optim import lr_factor, make_optimizer
+from dyconvert.finetuning.training.module import distillation
+from dyconvert.finetuning.training.optim import lr_factor, make_optimizer
 
 WARM_UP = 3
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from dyconvert import models
+from dyconvert.copying import copied
 from dyconvert.errors import CheckpointError, PlanError
-from dyconvert.narrowing.record import Narrowing, narrowing_of, rebuild_narrowed
+from dyconvert.marks import mark_source, narrowing_of, source_of
+from dyconvert.narrowing.record import Narrowing, rebuild_narrowed
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.convert import check_converted, rebuild
-from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.plan import Plan, problems
 from dyconvert.version import __version__
 
@@ -35,9 +36,6 @@ WEIGHTS = ("model.safetensors", "model-1.safetensors")
 
 # safetensors' names of the floating dtypes.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# On a model that was saved or loaded: its models.Source, if it has one.
-SOURCE_ATTRIBUTE = "dyconvert_source"
 
 
 class Description(BaseModel):
@@ -84,7 +82,7 @@ def save(
     """
     narrowing = narrowing_of(model)
     plan = _plan_of(model, static or narrowing is not None)
-    source = source or getattr(model, SOURCE_ATTRIBUTE, None)
+    source = source or source_of(model)
     directory = Path(directory)
     check_writable(directory, replace=True, force=force)
     if any(t.is_meta for t in model.state_dict().values() if isinstance(t, torch.Tensor)):
@@ -119,7 +117,7 @@ def save(
             "what was saved there before is unchanged."
         ) from error
     if source is not None:
-        setattr(model, SOURCE_ATTRIBUTE, source)
+        mark_source(model, source)
     return directory
 
 
@@ -152,7 +150,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     if digest != description.sha256:
         raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
     source = _source(description, directory)
-    static = _build(source, directory, trust_code) if model is None else _copied(model)
+    static = _build(source, directory, trust_code) if model is None else copied(model)
     try:
         if description.narrowing is not None:
             static = rebuild_narrowed(static, description.narrowing)
@@ -165,7 +163,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
             "Pass the static model that it was made from as model=..."
         ) from error
     if source is not None:
-        setattr(model, SOURCE_ATTRIBUTE, source)
+        mark_source(model, source)
     return model.eval()
 
 
@@ -247,10 +245,6 @@ def _plan_of(model: nn.Module, may_be_static: bool) -> Plan | None:
 def _first_lines(error: Exception) -> str:
     # torch lists every key that differs; the first says it.
     return " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(". ")
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    return skeleton(model, lambda t: t.detach().clone())
 
 
 def _take_dtypes(model: nn.Module, weights: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from dyconvert.arguments import as_arguments
 from dyconvert.errors import ModelError
 
 
@@ -65,7 +66,7 @@ def verify(model: nn.Module, dynamic: nn.Module, example: Any) -> Differences:
 
 
 def _outputs(model: nn.Module, example: Any) -> list[tuple[str, Tensor]]:
-    arguments = example if isinstance(example, tuple) else (example,)
+    arguments = as_arguments(example)
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from finetune_nets import recipe
 
 import dyconvert.finetuning.run  # noqa: F401  (before the forks, for it takes seconds)
 from dyconvert import Recipe, finetune
-from dyconvert.finetuning.module import FineTuner
+from dyconvert.finetuning.training.module import FineTuner
 
 # All that a resumed run has to go on with: averages, temperatures, dropout, mixing, accumulated batches.
 SECTIONS = {

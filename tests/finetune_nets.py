@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dyconvert import Recipe
-from dyconvert.finetuning.recipe import load_recipe
+from dyconvert.finetuning.recipes.recipe import load_recipe
 
 FILE = Path(__file__)
 

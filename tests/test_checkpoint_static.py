@@ -9,14 +9,15 @@ from torch import nn
 
 import dyconvert
 from dyconvert import CheckpointError, ModelError, models
-from dyconvert.narrowing.record import NARROWING_ATTRIBUTE, Narrowing, changes
+from dyconvert.marks import mark_narrowing
+from dyconvert.narrowing.record import Narrowing, changes
 
 
 def narrowed_by_hand(net: nn.Module) -> nn.Module:
     """`ResidualNet` of half the width, as if it had been narrowed."""
     narrow = seeded(ResidualNet, width=4, seed=3)
     narrowing = Narrowing(model="ResidualNet", width=0.5, init="l1", modules=changes(net, narrow))
-    setattr(narrow, NARROWING_ATTRIBUTE, narrowing)
+    mark_narrowing(narrow, narrowing)
     return narrow
 
 

@@ -14,12 +14,12 @@ from torchvision import models as tv
 
 import dyconvert
 from dyconvert import finetune
-from dyconvert.finetuning.augment import train_transform
-from dyconvert.finetuning.data import load_part
-from dyconvert.finetuning.loading import train_loader, val_loader
-from dyconvert.finetuning.module import distillation
-from dyconvert.finetuning.optim import lr_factor, parameter_groups
-from dyconvert.finetuning.schema import Dynamic, Train
+from dyconvert.finetuning.data.augment import train_transform
+from dyconvert.finetuning.data.datasets import load_part
+from dyconvert.finetuning.data.loading import train_loader, val_loader
+from dyconvert.finetuning.recipes.schema import Dynamic, Train
+from dyconvert.finetuning.training.module import distillation
+from dyconvert.finetuning.training.optim import lr_factor, parameter_groups
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 
 

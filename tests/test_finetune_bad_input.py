@@ -73,7 +73,7 @@ def test_corrupt_images_are_named_or_skipped_and_counted(folder):
 
 def test_corrupt_images_that_are_read_during_training(folder, monkeypatch, capfd):
     """Where the images don't fit into memory only their headers are looked at first."""
-    monkeypatch.setattr("dyconvert.finetuning.data.IN_MEMORY", 0)
+    monkeypatch.setattr("dyconvert.finetuning.data.datasets.IN_MEMORY", 0)
     (folder / "images/train/a/0.png").write_bytes(b"no image")
     refused(from_folder(folder), "train/a/0.png")
     (folder / "images/train/a/0.png").unlink()

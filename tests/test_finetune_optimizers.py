@@ -10,8 +10,8 @@ from torchvision.models import resnet18
 
 import dyconvert
 from dyconvert import CoefficientPredictor, finetune
-from dyconvert.finetuning.optim import make_optimizer, parameter_groups
-from dyconvert.finetuning.schema import Dynamic, Train
+from dyconvert.finetuning.recipes.schema import Dynamic, Train
+from dyconvert.finetuning.training.optim import make_optimizer, parameter_groups
 
 
 def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:

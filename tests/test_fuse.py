@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from varied import coefficient_spread, randomised, with_statistics
 
 import dyconvert
-from dyconvert.nn import DynamicConv, kernels
+from dyconvert.nn import DynamicConv
+from dyconvert.nn import dispatch as kernels
 from dyconvert.surgery.collapse import collapse
 from dyconvert.surgery.fuse import fuse
 

@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyconvert
-from dyconvert.nn import kernels, tiles
-from dyconvert.nn.kernels import STRATEGIES, dynamic_conv, force
+from dyconvert.nn import dispatch as kernels
+from dyconvert.nn import tiles
+from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
 
 # dims, c_in, c_out, kernel, stride, padding, dilation, groups, bias
 CASES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kernels import compare, reference
 
-from dyconvert.nn.kernels import dynamic_conv
+from dyconvert.nn.dispatch import dynamic_conv
 
 
 def draw(rng, *, dtype=torch.float64):

@@ -9,9 +9,9 @@ import pytest
 
 import dyconvert
 from dyconvert import RecipeError, load_recipe
-from dyconvert.finetuning.recipe import json_schema
-from dyconvert.finetuning.shipped import shipped_recipes, shipped_sweeps
-from dyconvert.finetuning.sweep import load_sweep
+from dyconvert.finetuning.recipes.recipe import json_schema
+from dyconvert.finetuning.recipes.shipped import shipped_recipes, shipped_sweeps
+from dyconvert.finetuning.sweeps.schema import load_sweep
 
 MINIMAL = """\
 model:

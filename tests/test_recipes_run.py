@@ -6,7 +6,7 @@ import pytest
 
 import dyconvert
 from dyconvert import load_recipe
-from dyconvert.finetuning.shipped import shipped_recipes
+from dyconvert.finetuning.recipes.shipped import shipped_recipes
 
 pytest.importorskip("lightning")
 

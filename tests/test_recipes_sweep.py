@@ -6,9 +6,9 @@ import json
 import pytest
 
 from dyconvert import RecipeError
-from dyconvert.finetuning.sweep import load_sweep
-from dyconvert.finetuning.sweep_runner import Runner
-from dyconvert.finetuning.sweep_table import markdown, table_rows
+from dyconvert.finetuning.sweeps.runner import Runner
+from dyconvert.finetuning.sweeps.schema import load_sweep
+from dyconvert.finetuning.sweeps.table import markdown, table_rows
 
 pytest.importorskip("lightning")
 

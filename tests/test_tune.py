@@ -8,7 +8,7 @@ from nets import FlatNet, ResidualNet, image, seeded
 from torch import nn
 
 import dyconvert
-from dyconvert.nn import kernels
+from dyconvert.nn import dispatch as kernels
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert.analysis.timing import Timing, bandwidth, in_turns, peak_memory
+from dyconvert.arguments import as_arguments
 from dyconvert.methods import Method, get_method
-from dyconvert.nn.kernels import dynamic_conv, force
+from dyconvert.nn.dispatch import dynamic_conv, force
 
 
 class Layer(NamedTuple):
@@ -217,7 +218,7 @@ def bench_model(
         training: time a forward, a backward from the outputs' sum, and no optimizer step.
         cpu: count CPU time, see :func:`~dyconvert.analysis.timing.in_turns`.
     """
-    arguments = example if isinstance(example, tuple) else (example,)
+    arguments = as_arguments(example)
     read = read or bandwidth(cpu)
     calls = {"static": model_call(static, arguments, training), "dynamic": model_call(dynamic, arguments, training)}
     if other is not None:

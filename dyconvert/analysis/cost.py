@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyconvert.analysis.flops import parameters
+from dyconvert.copying import clear_hooks, on_meta, skeleton
 from dyconvert.errors import brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.surgery.observe import clear_hooks, on_meta, skeleton
 from dyconvert.surgery.plan import Plan
 
 # The part of a model that is in none of its blocks.

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyconvert.surgery.observe import clear_hooks, on_meta, skeleton
+from dyconvert.arguments import as_arguments
+from dyconvert.copying import clear_hooks, on_meta, skeleton
 
 
 def macs(model: nn.Module, example: Any) -> int:
@@ -19,7 +20,7 @@ def macs(model: nn.Module, example: Any) -> int:
     Args:
         example: an input tensor, or the tuple of the forward's arguments; its batch size is what is counted.
     """
-    arguments = example if isinstance(example, tuple) else (example,)
+    arguments = as_arguments(example)
     try:
         return _counted(on_meta(model), tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
     except Exception:

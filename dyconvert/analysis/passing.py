@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dyconvert.analysis.coefficients import Coefficients, CoefficientStatistics
 from dyconvert.analysis.correlation import LayerCorrelation, MapCorrelation
+from dyconvert.copying import skeleton
 from dyconvert.errors import ModelError, brief, some
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.watch import arguments_of, watch_coefficients
 
 

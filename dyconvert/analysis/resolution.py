@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from dyconvert.analysis.flops import macs
 from dyconvert.analysis.timing import Timing, in_turns
+from dyconvert.copying import skeleton
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.nn.convs import DynamicConvTranspose
 from dyconvert.nn.mixing import mix, mix_fast
-from dyconvert.nn.transposed import DynamicConvTranspose
-from dyconvert.surgery.observe import example_for, skeleton
+from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.watch import watch_coefficients
 
 SIZES = (96, 160, 224, 288, 352, 448)

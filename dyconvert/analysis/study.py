@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import nn
 
 from dyconvert.analysis import findings
 from dyconvert.analysis.ablation import Ablation, Run
@@ -23,9 +23,10 @@ from dyconvert.analysis.findings import Finding
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.passing import check_finite, pass_over
 from dyconvert.analysis.resolution import SIZES, Resolution, resolution, takes_images
+from dyconvert.arguments import as_arguments, first_image
 from dyconvert.errors import ModelError
+from dyconvert.marks import plan_of
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
@@ -122,10 +123,10 @@ def analyse(
         check_finite(given[key], name)
     if example is None:
         example = example_for(model, batch=1)
-    example = example if isinstance(example, tuple) else (example,)
-    one = tuple(value[:1] if isinstance(value, Tensor) else value for value in example)
-    own = getattr(model, PLAN_ATTRIBUTE, None)
-    plan = own if isinstance(own, Plan) else plan_model(model, example=one)
+    example = as_arguments(example)
+    one = first_image(example)
+    own = plan_of(model)
+    plan = own or plan_model(model, example=one)
     dynamic = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
     result = Analysis(
         name=called["model"],

@@ -4,7 +4,7 @@ import os
 import sys
 
 from dyconvert.cli.app import app, command_names
-from dyconvert.cli.output import fail
+from dyconvert.console import fail
 from dyconvert.errors import DyconvertError
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from dyconvert.analysis.timing import Timing
-from dyconvert.cli.output import err, out
+from dyconvert.console import err, out
 from dyconvert.errors import ModelError
 
 app = typer.Typer(help="Time dynamic convs and whole models against what they replace.", no_args_is_help=True)

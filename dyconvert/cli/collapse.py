@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyconvert.analysis.flops import parameters
 from dyconvert.analysis.images import ImageSet
 from dyconvert.cli.options import Mean, Std, check_free, images_for, loaded, parse_size
-from dyconvert.cli.output import count, err, out
+from dyconvert.console import count, err, out
 from dyconvert.errors import ModelError
 from dyconvert.exporting.exported import written
 from dyconvert.surgery.collapse import collapse as collapse_model

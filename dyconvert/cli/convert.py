@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -15,13 +14,13 @@ from torch import nn
 
 from dyconvert import builtin, checkpoint, models
 from dyconvert.analysis.flops import macs, parameters
+from dyconvert.arguments import first_image
 from dyconvert.cli.narrowing import Options, print_narrowing
 from dyconvert.cli.options import Mean, Std, parse_size
-from dyconvert.cli.output import count, err, out
+from dyconvert.console import count, err, out
 from dyconvert.errors import ModelError
-from dyconvert.narrowing.record import narrowing_of
+from dyconvert.marks import narrowing_of, plan_of
 from dyconvert.surgery.blocks import check_convertible
-from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.convert import convert as convert_model
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview
@@ -138,7 +137,7 @@ def convert(
 
         if narrowing.wanted:
             dynamic = narrowing.narrow(static, example, seed, tell, {} if narrowing.static else chosen)
-            plan = getattr(dynamic, PLAN_ATTRIBUTE, None)
+            plan = plan_of(dynamic)
         else:
             plan = plan_model(static, **chosen, example=example)
             dynamic = convert_model(static, plan, seed=seed, progress=lambda _, *at: tell("converting", *at))
@@ -203,7 +202,7 @@ def _checked(static: nn.Module, dynamic: nn.Module, example: Any) -> Differences
 
 
 def _figures(static: nn.Module, dynamic: nn.Module, example: tuple[Any, ...]) -> dict[str, list[float]]:
-    one = tuple(value[:1] if isinstance(value, torch.Tensor) else value for value in example)
+    one = first_image(example)
     return {
         "parameters": [parameters(static), parameters(dynamic)],
         "macs": [macs(static, one), macs(dynamic, one)],

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dyconvert.cli.options import check_free, loaded, parse_size
-from dyconvert.cli.output import count, err, out
+from dyconvert.console import count, err, out
 from dyconvert.errors import DyconvertError
 from dyconvert.exporting.export import export_onnx, export_torch
 from dyconvert.surgery.fuse import fuse as fuse_model

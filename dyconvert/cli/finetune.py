@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli.output import err, out
+from dyconvert.console import err, out
 from dyconvert.finetuning import finetune as run
 from dyconvert.finetuning import load_recipe
 
@@ -40,7 +40,7 @@ def finetune(
             out.print("\nDry run: nothing was written.")
         return
     summary = run(loaded, resume=resume)
-    from dyconvert.finetuning.trainers import is_main_process
+    from dyconvert.finetuning.training.trainers import is_main_process
 
     if not is_main_process():  # of several; all have the same summary
         return

@@ -12,10 +12,10 @@ from dyconvert.analysis.correlation import expert_correlation
 from dyconvert.analysis.cost import cost
 from dyconvert.analysis.passing import check_finite, pass_over
 from dyconvert.cli.options import Mean, Std, images_for, parse_size
-from dyconvert.cli.output import count, err, out
 from dyconvert.cli.report import image_size_for, opened
+from dyconvert.console import count, err, out
+from dyconvert.marks import plan_of
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.watch import predictor_of
@@ -44,7 +44,7 @@ def inspect(
         check_finite(model, str(directory))
         example = example_for(model, batch=1, size=size or image_size_for(found, data))
         # Of a static model, saved as a control, what would become of it.
-        plan = getattr(model, PLAN_ATTRIBUTE, None) or plan_model(model, example=example)
+        plan = plan_of(model) or plan_model(model, example=example)
         static = models.build(found.source) if found.source is not None else None
         costs = cost(model, plan, example, static, seconds=0)
         coefficients = None

@@ -9,7 +9,7 @@ from rich.columns import Columns
 from rich.text import Text
 
 from dyconvert import models
-from dyconvert.cli.output import out
+from dyconvert.console import out
 from dyconvert.errors import ModelError
 
 

@@ -2,7 +2,7 @@
 
 from rich.text import Text
 
-from dyconvert.cli.output import out
+from dyconvert.console import out
 from dyconvert.methods import METHODS, Method
 
 

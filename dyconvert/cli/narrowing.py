@@ -8,10 +8,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from dyconvert.cli.options import images_for
-from dyconvert.cli.output import out
+from dyconvert.console import out
 from dyconvert.errors import PlanError
+from dyconvert.marks import narrowing_of
 from dyconvert.narrowing.narrow import narrow
-from dyconvert.narrowing.record import Narrowing, narrowing_of
+from dyconvert.narrowing.record import Narrowing
 
 
 @dataclass

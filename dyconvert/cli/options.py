@@ -9,6 +9,7 @@ from torch import nn
 from dyconvert import checkpoint, models
 from dyconvert.analysis.images import IMAGENET, ImageSet, read_images
 from dyconvert.errors import ModelError
+from dyconvert.marks import source_of
 from dyconvert.surgery.observe import example_for
 
 # Of images that a command reads.
@@ -75,5 +76,5 @@ def loaded(
 ) -> tuple[nn.Module, models.Source | None, tuple[Any, ...]]:
     """A saved model, where it came from, and an input for it: of `size`, or of its source's."""
     model = checkpoint.load(directory, trust_code=trust_code)
-    source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)
+    source = source_of(model)
     return model, source, example_for(model, batch=batch, size=size or (source.input_size if source else None))

@@ -10,12 +10,12 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from dyconvert.cli.output import count, err, out
+from dyconvert.console import count, err, out
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning import load_recipe
-from dyconvert.finetuning.recipe import json_schema
-from dyconvert.finetuning.shipped import find_recipe, shipped_recipes, shipped_sweeps
-from dyconvert.finetuning.sweep import is_sweep, load_sweep
+from dyconvert.finetuning.recipes.recipe import json_schema
+from dyconvert.finetuning.recipes.shipped import find_recipe, shipped_recipes, shipped_sweeps
+from dyconvert.finetuning.sweeps.schema import is_sweep, load_sweep
 
 app = typer.Typer(help="List, show, copy and check recipes for `dyconvert finetune`.", no_args_is_help=True)
 
@@ -128,8 +128,8 @@ def sweep(
 
     Each run's row is saved to sweep.csv as it ends; the same command goes on after a stop.
     """
-    from dyconvert.finetuning.sweep_runner import Runner
-    from dyconvert.finetuning.sweep_table import markdown, table_rows
+    from dyconvert.finetuning.sweeps.runner import Runner
+    from dyconvert.finetuning.sweeps.table import markdown, table_rows
 
     loaded = load_sweep(file, overrides or [])
     runner = Runner(loaded, output or Path("runs") / loaded.name, only=only or (), seeds=_seeds(seeds))

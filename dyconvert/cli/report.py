@@ -15,11 +15,11 @@ from torch import nn
 from dyconvert import checkpoint, models
 from dyconvert.analysis.images import image_files, image_size
 from dyconvert.cli.options import Mean, Std, images_for, parse_size
-from dyconvert.cli.output import err, out
+from dyconvert.console import err, out
 from dyconvert.errors import ModelError
+from dyconvert.marks import plan_of, source_of
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.blocks import STEM, check_convertible
-from dyconvert.surgery.carry_out import PLAN_ATTRIBUTE
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
 
@@ -129,7 +129,7 @@ def opened(text: str, weights: str, trust_code: bool) -> Opened:
     directory = Path(text)
     if directory.is_dir() or (directory / checkpoint.DESCRIPTION).exists():
         model = checkpoint.load(directory, trust_code=trust_code)
-        source = getattr(model, checkpoint.SOURCE_ATTRIBUTE, None)
+        source = source_of(model)
         size = source.input_size if source else None
         return Opened(model, directory.resolve().name, source, True, size or _size_in_plan(model))
     model, source = models.create(text, weights, {})
@@ -151,7 +151,7 @@ def original_of(main: Opened) -> Opened | None:
 
 def _size_in_plan(model: nn.Module) -> tuple[int, ...] | None:
     """What the model's input was when it was converted: the map that its stem reads."""
-    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = plan_of(model)
     stems = [conv for conv in plan.convs if conv.reason == STEM] if isinstance(plan, Plan) else []
     if not stems or not stems[0].map_size:
         return None

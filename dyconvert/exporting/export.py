@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from dyconvert.arguments import as_arguments
+from dyconvert.copying import skeleton
 from dyconvert.errors import ExportError
 from dyconvert.exporting.exported import (
     Exported,
@@ -18,7 +20,6 @@ from dyconvert.exporting.exported import (
     quiet,
     written,
 )
-from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.rewrite import replace_everywhere
 
 # A protobuf message, and so an ONNX file, can't be larger than 2 GB; then the weights are in a file beside it.
@@ -149,7 +150,7 @@ def _arguments(
     model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bool
 ) -> tuple[tuple[Any, ...], tuple[dict[int, str], ...]]:
     """The example on the CPU, with two images or more where their number is dynamic, and the dynamic axes."""
-    arguments = example if isinstance(example, tuple) else (example,)
+    arguments = as_arguments(example)
     if not arguments or not all(isinstance(a, Tensor) and a.dim() > 2 for a in arguments):
         raise ExportError(
             f"{type(model).__name__} is to be exported with an example of {', '.join(map(_kind, arguments)) or '()'}. "

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dyconvert.finetuning.recipe import Recipe, load_recipe
+from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from dyconvert.finetuning.run import Summary

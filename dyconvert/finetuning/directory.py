@@ -6,9 +6,9 @@ from typing import Any
 
 from dyconvert.checkpoint import check_writable
 from dyconvert.errors import RecipeError, brief, some
-from dyconvert.finetuning.recipe import Recipe, load_recipe
+from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 from dyconvert.finetuning.summary import Summary, write_json
-from dyconvert.finetuning.trainers import is_main_process
+from dyconvert.finetuning.training.trainers import is_main_process
 
 RECIPE = "recipe.yaml"
 BEFORE = "before.json"

@@ -13,8 +13,9 @@ from torch import nn
 
 from dyconvert import models
 from dyconvert.analysis.flops import macs, parameters
+from dyconvert.console import count
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning.recipe import Recipe
+from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.models.weights import names_file
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import plan as plan_model
@@ -54,8 +55,8 @@ class DryRun:
 
     def _milestones(self) -> list[dict[str, float | bool | None]]:
         """The schedule at the start of about ten epochs, after the warm-up, and at the last step."""
-        from dyconvert.finetuning.optim import lr_factor
-        from dyconvert.finetuning.schedules import TemperatureSchedule
+        from dyconvert.finetuning.training.optim import lr_factor
+        from dyconvert.finetuning.training.schedules import TemperatureSchedule
 
         train, dynamic, per = self.recipe.train, self.recipe.dynamic, self.steps_per_epoch
         factor = lr_factor(train, self.steps, per)
@@ -88,7 +89,7 @@ class DryRun:
         for title in ("", *self.figures):
             figures.add_column(title, justify="right" if title else "left")
         for index, title in enumerate(("parameters", "MACs, one image")):
-            figures.add_row(title, *(_count(numbers[index]) for numbers in self.figures.values()))
+            figures.add_row(title, *(count(numbers[index]) for numbers in self.figures.values()))
         yield figures
         yield ""
         yield self._schedule()
@@ -141,8 +142,8 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -
         RecipeError: the data or the weights aren't there, or don't fit the recipe.
         ModelError, PlanError: the model can't be built or converted.
     """
-    from dyconvert.finetuning.data import check_classes, load_part
-    from dyconvert.finetuning.loading import steps_per_epoch
+    from dyconvert.finetuning.data.datasets import check_classes, load_part
+    from dyconvert.finetuning.data.loading import steps_per_epoch
     from dyconvert.finetuning.network import count_outputs
 
     section = recipe.model
@@ -170,10 +171,3 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -
 
 def _figures(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
     return parameters(model), macs(model, torch.zeros(1, *recipe.input_size))
-
-
-def _count(number: float) -> str:
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dyconvert import models
 from dyconvert.errors import ModelError, brief
-from dyconvert.finetuning.module import outputs_of
-from dyconvert.finetuning.recipe import Recipe
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.training.module import outputs_of
 from dyconvert.surgery.convert import convert
 from dyconvert.surgery.pairing import pair_experts
 

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from dyconvert import checkpoint
 from dyconvert.analysis.flops import macs, parameters
-from dyconvert.cli.output import err
+from dyconvert.console import err
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning.augment import val_transform
-from dyconvert.finetuning.checkpoints import Checkpoints, position
-from dyconvert.finetuning.data import Part, check_classes, load_part
+from dyconvert.finetuning.data.augment import val_transform
+from dyconvert.finetuning.data.datasets import Part, check_classes, load_part
+from dyconvert.finetuning.data.loading import Prepared, steps_per_epoch, train_loader, val_loader
 from dyconvert.finetuning.directory import RECIPE, Run, open_run
-from dyconvert.finetuning.guard import CHECKPOINT, DivergenceGuard
-from dyconvert.finetuning.interrupts import Interrupted, Interrupts
-from dyconvert.finetuning.loading import Prepared, steps_per_epoch, train_loader, val_loader
-from dyconvert.finetuning.module import METRIC, METRIC_NAMES, FineTuner
 from dyconvert.finetuning.network import Networks, count_outputs, create_original, transform
-from dyconvert.finetuning.recipe import Recipe
-from dyconvert.finetuning.results import Results, make_loggers
-from dyconvert.finetuning.schedules import Ema, FrozenExperts, TemperatureSchedule
+from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.summary import Summary
-from dyconvert.finetuning.trainers import check_devices, is_main_process, make_trainer
+from dyconvert.finetuning.training.checkpoints import Checkpoints, position
+from dyconvert.finetuning.training.guard import CHECKPOINT, DivergenceGuard
+from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
+from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
+from dyconvert.finetuning.training.results import Results, make_loggers
+from dyconvert.finetuning.training.schedules import Ema, FrozenExperts, TemperatureSchedule
+from dyconvert.finetuning.training.trainers import check_devices, is_main_process, make_trainer
 
 Report = Callable[[str], None]
 

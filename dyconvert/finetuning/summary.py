@@ -10,6 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dyconvert.console import count
+
 FILE = "summary.json"
 
 
@@ -72,7 +74,7 @@ class Summary:
         table.add_column(f"{self.name}")
         for name in (f"{self.metric} %", "", "parameters", "MACs"):
             table.add_column(name, justify="right")
-        sizes = [[_count(n) for n in self.parameters], [_count(n) for n in self.macs or ()] or ["", ""]]
+        sizes = [[count(n) for n in self.parameters], [count(n) for n in self.macs or ()] or ["", ""]]
         before, after = ([parameters, macs] for parameters, macs in zip(*sizes, strict=True))
         rows = [
             ("original", self.original, before),
@@ -98,13 +100,6 @@ def write_json(file: Path, content: Any) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     part.replace(file)
-
-
-def _count(number: float) -> str:
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
 
 
 def _duration(seconds: float) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from dyconvert.copying import clear_hooks, on_meta, skeleton
 from dyconvert.errors import DyconvertError, ModelError, PlanError, brief, some
 from dyconvert.narrowing.adapters import Padding, follow_padding, obstacle, tracing_graph
-from dyconvert.surgery.observe import clear_hooks, on_meta, skeleton
 
 STEM = "the stem"
 OUTPUT = "the model's output"

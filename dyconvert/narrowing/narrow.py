@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dyconvert.analysis.flops import macs
+from dyconvert.arguments import as_arguments, first_image
+from dyconvert.copying import clear_hooks, copied, on_meta, skeleton
 from dyconvert.errors import ModelError, PlanError, brief
+from dyconvert.marks import mark_narrowing, narrowing_of
 from dyconvert.methods import Method
 from dyconvert.narrowing import choose
 from dyconvert.narrowing.budget import by_flops, by_width
@@ -18,10 +21,10 @@ from dyconvert.narrowing.cut import Choice, Folds, cut
 from dyconvert.narrowing.flow import find_aims
 from dyconvert.narrowing.graph import Graph, Group, channel_groups
 from dyconvert.narrowing.reconstruct import reconstruct
-from dyconvert.narrowing.record import NARROWING_ATTRIBUTE, NarrowedGroup, Narrowing, changes, rebuild_narrowed
+from dyconvert.narrowing.record import NarrowedGroup, Narrowing, changes, rebuild_narrowed
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import convert, plan, preview
-from dyconvert.surgery.observe import clear_hooks, example_for, on_meta, skeleton
+from dyconvert.surgery.observe import example_for
 
 # Mixing kernels takes multiply-adds too, as many more as there are weights: known when the channels are.
 _ATTEMPTS = 5
@@ -122,7 +125,7 @@ def narrow(
     if width is not None:
         chosen = pick(by_width(graph, width, round_to))
     else:
-        whole, one = macs(original, _one(example)), _one(example)
+        whole, one = macs(original, first_image(example)), first_image(example)
         reserve = 0.0
         for _ in range(_ATTEMPTS):
             chosen = pick(by_flops(graph, flops, similarity, round_to, reserve))
@@ -136,7 +139,7 @@ def narrow(
             reserve += over + 1e-3
 
     folds = Folds(graph, chosen)
-    narrowed = skeleton(model, lambda t: t.detach().clone())
+    narrowed = copied(model)
     _cut(narrowed, graph, folds, merge=init != "l1")
     _check_runs(original, narrowed, example)
     if init == "least-squares":
@@ -158,7 +161,7 @@ def narrow(
         ],
         modules=changes(model, narrowed),
     )
-    setattr(narrowed, NARROWING_ATTRIBUTE, record)
+    mark_narrowing(narrowed, record)
     planned = None if static else plan(narrowed, method, g, example=example, **choices)
     if inplace:
         rebuild_narrowed(model, record).load_state_dict(narrowed.state_dict())
@@ -187,7 +190,7 @@ def _check(
     choices: dict[str, Any],
 ) -> str:
     check_convertible(model)
-    if getattr(model, NARROWING_ATTRIBUTE, None) is not None:
+    if narrowing_of(model) is not None:
         raise ModelError("The model is narrowed already. Narrow the original, by as much as is wanted in all.")
     if (width is None) == (flops is None):
         raise PlanError("narrow() takes a width or a share of the multiply-adds (flops). Give one of the two.")
@@ -216,11 +219,7 @@ def _example(model: nn.Module, example: Any, images: Tensor | None) -> tuple[Any
         example = images[:2]
     if example is None:
         return example_for(model)
-    return example if isinstance(example, tuple) else (example,)
-
-
-def _one(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value[:1] if isinstance(value, Tensor) else value for value in example)
+    return as_arguments(example)
 
 
 def _runner(model: nn.Module) -> nn.Module:

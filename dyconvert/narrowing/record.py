@@ -8,10 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from dyconvert.errors import PlanError
+from dyconvert.marks import mark_narrowing
 from dyconvert.narrowing.layers import ChannelSlice
-
-# On a narrowed model: its Narrowing. `save` writes it.
-NARROWING_ATTRIBUTE = "dyconvert_narrowing"
 
 
 class NarrowedGroup(BaseModel):
@@ -123,7 +121,7 @@ def rebuild_narrowed(model: nn.Module, narrowing: Narrowing) -> nn.Module:
             ) from None
         if entry.channels is not None:
             put(model, entry.name, ChannelSlice(module, *entry.channels).train(module.training))
-    setattr(model, NARROWING_ATTRIBUTE, narrowing.model_copy(deep=True))
+    mark_narrowing(model, narrowing)
     return model
 
 
@@ -131,12 +129,6 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Set a submodule by name; setattr would refuse the numbers of a Sequential."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = module
-
-
-def narrowing_of(model: nn.Module) -> Narrowing | None:
-    """How this model was narrowed, or None if it wasn't."""
-    found = getattr(model, NARROWING_ATTRIBUTE, None)
-    return found if isinstance(found, Narrowing) else None
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyconvert.arguments import as_arguments
 from dyconvert.errors import ModelError
-from dyconvert.nn.conv import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.nn.kernels import STRATEGIES, Geometry, Key, dynamic_conv, force, key, tuned
+from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.nn.dispatch import STRATEGIES, Geometry, Key, dynamic_conv, force, key, tuned
 
 # In a plain loop the strategies that can win; mixing feature maps takes g times the work.
 _CANDIDATES = tuple(name for name in STRATEGIES if name != "features")
@@ -38,7 +39,7 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     convs = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     if not convs:
         raise ModelError(f"{type(model).__name__} has no dynamic conv to tune. Pass what dyconvert.convert returned.")
-    calls = _observe(model, convs, example if isinstance(example, tuple) else (example,))
+    calls = _observe(model, convs, as_arguments(example))
     chosen = {}
     for name, (tensors, geometry) in calls.items():
         with torch.set_grad_enabled(model.training):

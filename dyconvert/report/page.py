@@ -10,6 +10,7 @@ from dyconvert.analysis.coefficients import ConvCoefficients
 from dyconvert.analysis.findings import UNTRAINED
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
+from dyconvert.console import count
 from dyconvert.report import coefficient_figures, figures
 from dyconvert.report.style import PALETTE
 
@@ -206,7 +207,7 @@ def render(analysis: Analysis, sections: dict[str, list[Drawing]], shown: list[G
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"count": _count, "percent": lambda share: f"{100 * share:.1f} %", "size": _size}
+    environment.filters |= {"count": count, "percent": lambda share: f"{100 * share:.1f} %", "size": _size}
     text = resources.files("dyconvert.report").joinpath("template.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         a=analysis,
@@ -233,7 +234,7 @@ def facts(analysis: Analysis) -> list[tuple[str, str, str]]:
         for what, field in (("parameters", "parameters"), ("multiply-adds", "macs")):
             value, was = getattr(after, field), getattr(before, field) if before else None
             if value is not None:
-                found.append((what, _count(value), f"original {_count(was)}" if was else ""))
+                found.append((what, count(value), f"original {count(was)}" if was else ""))
         if after.seconds is not None:
             was = f"original {_ms(before.seconds)}" if before and before.seconds else ""
             found.append(("one image", _ms(after.seconds), was))
@@ -259,15 +260,6 @@ def _dead(analysis: Analysis) -> dict[str, int]:
         "saturated": sum(conv.is_saturated for conv in convs),
         "constant": sum(conv.is_constant for conv in convs),
     }
-
-
-def _count(number: float | None) -> str:
-    if number is None:
-        return "–"
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
 
 
 def _ms(seconds: float | None) -> str:

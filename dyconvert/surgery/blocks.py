@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from dyconvert.copying import on_meta
 from dyconvert.errors import ModelError, PlanError, some
 from dyconvert.methods import Method
+from dyconvert.names import matching, within
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.adapters import CONVS, unsupported
-from dyconvert.surgery.observe import Call, Observation, observe, on_meta
-from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv, matching, within
+from dyconvert.surgery.observe import Call, Observation, observe
+from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
 
 STEM = "the stem, which reads the image"

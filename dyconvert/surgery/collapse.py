@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from dyconvert.copying import skeleton
 from dyconvert.errors import ModelError, some
-from dyconvert.narrowing.record import NARROWING_ATTRIBUTE
+from dyconvert.marks import remove_marks
 from dyconvert.nn import (
     CoefficientPredictor,
     DynamicConv,
@@ -21,7 +22,6 @@ from dyconvert.nn import (
     DynamicConvTranspose3d,
 )
 from dyconvert.nn.padding import TF_SAME
-from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.rewrite import PREDICTOR, SharesPredictor, hand_over, replace_everywhere
 from dyconvert.surgery.watch import predictor_of, run_over, watch_coefficients
 
@@ -92,8 +92,7 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
             del module._modules[PREDICTOR]
     result = replace_everywhere(result, replacements)
     # The plan and the source speak of the dynamic model; what was narrowed stays narrow.
-    for key in [key for key in vars(result) if key.startswith("dyconvert_") and key != NARROWING_ATTRIBUTE]:
-        delattr(result, key)
+    remove_marks(result, but_narrowing=True)
     return result
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 from torch import nn
 
+from dyconvert.copying import on_meta
 from dyconvert.errors import ModelError, PlanError
+from dyconvert.marks import fused_of, plan_of
 from dyconvert.methods import Method, get_method
+from dyconvert.names import within
+from dyconvert.surgery.apply import carry_out, static_conv
 from dyconvert.surgery.blocks import check_convertible, find
-from dyconvert.surgery.carry_out import FUSED_ATTRIBUTE, PLAN_ATTRIBUTE, carry_out, static_conv
-from dyconvert.surgery.observe import on_meta
-from dyconvert.surgery.plan import Plan, within
+from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
 from dyconvert.surgery.trainable import Trainable, check_trainable, set_trainable
 
@@ -172,13 +174,13 @@ def check_converted(model: nn.Module) -> Plan:
     Raises:
         ModelError: it isn't a model that :func:`convert` or `load` returned.
     """
-    if hasattr(model, FUSED_ATTRIBUTE):
+    if fused_of(model) is not None:
         raise ModelError(
             f"This {type(model).__name__} was fused: its batch norms are in its convs, and no plan describes that. "
             "Do this with the model before it was fused, and fuse after loading."
         )
-    found = getattr(model, PLAN_ATTRIBUTE, None)
-    if not isinstance(found, Plan):
+    found = plan_of(model)
+    if found is None:
         raise ModelError(
             f"{type(model).__name__} isn't what dyconvert.convert or dyconvert.load returned. "
             "Pass that model itself, not a part or a wrapper of it."

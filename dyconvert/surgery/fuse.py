@@ -19,13 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torchvision.ops import FrozenBatchNorm2d
 
+from dyconvert.copying import clear_hooks, copied, on_meta
 from dyconvert.errors import ModelError
+from dyconvert.marks import mark_fused, remove_marks
 from dyconvert.nn import DynamicConv
-from dyconvert.nn.transposed import DynamicConvTranspose
+from dyconvert.nn.convs import DynamicConvTranspose
 from dyconvert.surgery.adapters import unsupported
-from dyconvert.surgery.carry_out import FUSED_ATTRIBUTE
 from dyconvert.surgery.collapse import STATIC_CLASSES
-from dyconvert.surgery.observe import clear_hooks, observe, on_meta, skeleton
+from dyconvert.surgery.observe import observe
 from dyconvert.surgery.rewrite import replace_everywhere
 from dyconvert.surgery.trace import BlockTracer
 
@@ -65,7 +66,7 @@ def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | Non
     if bank_dtype not in (None, torch.float16, torch.bfloat16):
         raise ModelError(f"bank_dtype={bank_dtype} isn't half precision. Take torch.float16 or torch.bfloat16.")
     pairs = list(_pairs(model, example))
-    result = skeleton(model, lambda t: t.detach().clone())
+    result = copied(model)
     modules = dict(result.named_modules())
     identities = {}
     for conv_name, norm_name in pairs:
@@ -78,9 +79,8 @@ def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | Non
             if isinstance(module, DynamicConv) and not isinstance(module, DynamicConvTranspose):
                 module.weight = _halved(name, module.weight, bank_dtype)
     # A plan describes what `convert` makes of the static model, and this is no longer that.
-    for key in [key for key in vars(result) if key.startswith("dyconvert_")]:
-        delattr(result, key)
-    setattr(result, FUSED_ATTRIBUTE, tuple(pairs))
+    remove_marks(result)
+    mark_fused(result, pairs)
     return result
 
 

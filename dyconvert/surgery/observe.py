@@ -1,6 +1,5 @@
 """A trial run without data: what each module reads, on the meta device where the model allows it."""
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from dyconvert.arguments import as_arguments
+from dyconvert.copying import clear_hooks, on_meta, skeleton
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import DynamicConv
 
@@ -56,38 +57,6 @@ class Observation:
         return tensors[0].shape[1 if batched else 0]
 
 
-def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy of the model that has `tensor(t)` in place of each parameter and buffer t.
-
-    Raises:
-        ModelError: the model can't be copied.
-    """
-    memo: dict[int, Any] = {}
-    # weight_norm's hook leaves a result of autograd as a plain attribute, which deepcopy refuses.
-    attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
-    for t in (*model.parameters(), *model.buffers(), *attributes):
-        with torch.no_grad():
-            new = tensor(t)
-        memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} can't be copied: {error} "
-            "copy.deepcopy(model) has to work; remove tensors that are no parameters or buffers, or that "
-            "belong to an autograd graph."
-        ) from error
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """A deep copy of the model without its values: it has shapes, and takes no memory.
-
-    Raises:
-        ModelError: the model can't be copied.
-    """
-    return skeleton(model, lambda t: t.to("meta"))
-
-
 def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observation | None:
     """Run the model once, in eval mode, and record the calls of the modules named in `watched`.
 
@@ -107,7 +76,7 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
         # Its output is shaped as its input, and on the meta device it takes most of the run's time.
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.forward = lambda x: x
-    given = [example if isinstance(example, tuple) else (example,)] if example is not None else None
+    given = [as_arguments(example)] if example is not None else None
     failure: Exception | None = None
     # Detection and optical flow look at values, which the meta device doesn't have: they get a real run.
     for real in (False, True):
@@ -134,13 +103,6 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
 
 def _is_about_values(error: Exception) -> bool:
     return "meta" in str(error).lower() or isinstance(error, NotImplementedError)
-
-
-def clear_hooks(model: nn.Module) -> None:
-    """Remove forward hooks: a user's hook is not to see a trial run's tensors."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
 
 
 def _record(model: nn.Module, watched: set[str], arguments: tuple[Any, ...], real: bool) -> Observation:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyconvert.copying import skeleton
 from dyconvert.errors import ModelError
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.surgery.observe import skeleton
 from dyconvert.surgery.watch import run_over
 
 

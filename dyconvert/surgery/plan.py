@@ -1,9 +1,7 @@
 """Plan: every conv of a model, converted or skipped with a reason. Readable, editable, JSON."""
 
-import fnmatch
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +10,7 @@ from rich.table import Table
 
 from dyconvert.errors import PlanError
 from dyconvert.methods import Method
+from dyconvert.names import matching
 
 SCHEMA = 1
 
@@ -196,24 +195,3 @@ def problems(error: ValidationError) -> str:
     """A validation error's findings in one line."""
     found = [f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()]
     return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
-
-
-def within(block: str, name: str) -> str:
-    """What a conv called `name` is called within its block."""
-    return name[len(block) + 1 :] if block else name
-
-
-def matching(patterns: Iterable[str], names: list[str]) -> list[str]:
-    """The names that match a shell pattern, or stand inside of a module that matches.
-
-    Raises:
-        PlanError: a pattern matches nothing.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        hits = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")}
-        if not hits:
-            examples = ", ".join(names[:3])
-            raise PlanError(f"No conv's name matches {pattern!r}. Names look like {examples}; try '*{pattern}*'.")
-        found |= hits
-    return [name for name in names if name in found]

@@ -10,11 +10,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from dyconvert.errors import RecipeError, some
-from dyconvert.finetuning.checking import Source, validated
-from dyconvert.finetuning.recipe import Recipe, load_recipe
-from dyconvert.finetuning.schema import Section
-from dyconvert.finetuning.shipped import find_recipe
-from dyconvert.finetuning.yaml_file import read_yaml
+from dyconvert.finetuning.recipes.checking import Source, validated
+from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
+from dyconvert.finetuning.recipes.schema import Section
+from dyconvert.finetuning.recipes.shipped import find_recipe
+from dyconvert.finetuning.recipes.yaml_file import read_yaml
 
 
 class SweepRun(Section):

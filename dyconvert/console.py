@@ -1,4 +1,4 @@
-"""What the commands print with: results on stdout, progress and errors on stderr."""
+"""The terminal: results on stdout, progress and errors on stderr; numbers as people read them."""
 
 import textwrap
 
@@ -29,8 +29,10 @@ def _filled(line: str) -> str:
     )
 
 
-def count(number: float) -> str:
-    """25.56 M, 4.09 G."""
+def count(number: float | None) -> str:
+    """25.56 M, 4.09 G; a dash for what isn't known."""
+    if number is None:
+        return "–"
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.2f}{unit}"

@@ -14,8 +14,8 @@ from typing import Any
 
 from dyconvert.errors import DyconvertError, RecipeError
 from dyconvert.finetuning import finetune
-from dyconvert.finetuning.recipe import Recipe
-from dyconvert.finetuning.sweep import Job, Sweep, jobs_of
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.sweeps.schema import Job, Sweep, jobs_of
 
 COLUMNS = (
     "run", "seed", "recipe", "method", "g", "width", "static", "epochs",

@@ -1,6 +1,6 @@
 """What a recipe can say: one class a section, a reason and a unit with each key.
 
-`dyconvert recipes schema` prints this as JSON Schema; `dyconvert.finetuning.recipe` reads recipes with it.
+`dyconvert recipes schema` prints this as JSON Schema; `dyconvert.finetuning.recipes.recipe` reads recipes with it.
 """
 
 from typing import Annotated, Any, Literal

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
-from dyconvert.finetuning.augment import Transform, train_transform, val_transform
-from dyconvert.finetuning.data import Part
-from dyconvert.finetuning.randomness import seed_of
-from dyconvert.finetuning.recipe import Recipe
-from dyconvert.finetuning.schema import Data
+from dyconvert.finetuning.data.augment import Transform, train_transform, val_transform
+from dyconvert.finetuning.data.datasets import Part
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.recipes.schema import Data
+from dyconvert.finetuning.training.randomness import seed_of
 
 # What pads the validation images of a process that has fewer than the others; its target doesn't count.
 PADDING = -1

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dyconvert.finetuning.schema import Data
+from dyconvert.finetuning.recipes.schema import Data
 
 Transform = Callable[..., Any]
 

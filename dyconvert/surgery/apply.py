@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dyconvert.copying import skeleton
 from dyconvert.errors import PlanError
+from dyconvert.marks import mark_plan
 from dyconvert.methods import Method
+from dyconvert.names import within
 from dyconvert.nn import (
     CoefficientPredictor,
     DynamicConv,
@@ -19,8 +22,7 @@ from dyconvert.nn import (
 )
 from dyconvert.surgery.adapters import static_padding, static_weight, unsupported
 from dyconvert.surgery.expand import Deviations, empty_bank, expand
-from dyconvert.surgery.observe import skeleton
-from dyconvert.surgery.plan import Plan, PlannedConv, within
+from dyconvert.surgery.plan import Plan, PlannedConv
 from dyconvert.surgery.rewrite import PREDICTOR, block_class, hand_over, replace_everywhere, shared_forward
 from dyconvert.surgery.trace import BlockTrace
 
@@ -33,11 +35,6 @@ _CLASSES = {
     (True, 2): DynamicConvTranspose2d,
     (True, 3): DynamicConvTranspose3d,
 }
-
-# On a converted model: the plan that was carried out. `save` writes it.
-PLAN_ATTRIBUTE = "dyconvert_plan"
-# On a fused model: the (conv, batch norm) pairs, by name. It has no plan: a plan describes the model before.
-FUSED_ATTRIBUTE = "dyconvert_fused"
 
 
 def carry_out(
@@ -83,7 +80,7 @@ def carry_out(
         module.__class__ = cls
         module.add_module(PREDICTOR, predictor.train(module.training))
     model = replace_everywhere(model, replacements)
-    setattr(model, PLAN_ATTRIBUTE, plan.model_copy(deep=True))
+    mark_plan(model, plan)
     return model
 
 

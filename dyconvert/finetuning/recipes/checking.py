@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning.yaml_file import Document, Key, parse_yaml
+from dyconvert.finetuning.recipes.yaml_file import Document, Key, parse_yaml
 
 M = TypeVar("M", bound=BaseModel)
 

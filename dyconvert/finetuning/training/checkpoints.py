@@ -12,10 +12,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from dyconvert.errors import RecipeError, TrainingError, brief
-from dyconvert.finetuning.guard import DivergenceGuard
-from dyconvert.finetuning.interrupts import Interrupted, Interrupts
-from dyconvert.finetuning.module import FineTuner
-from dyconvert.finetuning.schema import Output
+from dyconvert.finetuning.recipes.schema import Output
+from dyconvert.finetuning.training.guard import DivergenceGuard
+from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
+from dyconvert.finetuning.training.module import FineTuner
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

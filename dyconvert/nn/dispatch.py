@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyconvert.errors import DyconvertError
-from dyconvert.nn import native, operator, strategies, tiles
+from dyconvert.nn import compile_op, native, strategies, tiles
 from dyconvert.nn.backward import Engine, MixedAgainConv
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
@@ -138,7 +138,7 @@ def dynamic_conv(
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if compiling and not _forced and operator.takes(x, weight):
+    if compiling and not _forced and compile_op.takes(x, weight):
         return _compiling(x, weight, bias, coefficients, geometry, shift)
     strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
     if strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift):
@@ -160,8 +160,8 @@ def _compiling(
     """The compiled kernels within what `torch.compile` makes."""
     x, geometry = _number_the_padding(x, weight, geometry)
     if not needs_backward(x, weight, bias, coefficients, shift):
-        return operator.dynamic_conv(x, weight, bias, coefficients, geometry, shift)
-    out = _with_bias(operator.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry), bias, coefficients)
+        return compile_op.dynamic_conv(x, weight, bias, coefficients, geometry, shift)
+    out = _with_bias(compile_op.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry), bias, coefficients)
     return _with_shift(out, shift)
 
 

@@ -8,10 +8,21 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning.checking import Source, validated
-from dyconvert.finetuning.schema import Convert, Data, Distill, Dynamic, Model, Narrow, Output, Pretrain, Section, Train
-from dyconvert.finetuning.shipped import find_recipe
-from dyconvert.finetuning.yaml_file import read_yaml
+from dyconvert.finetuning.recipes.checking import Source, validated
+from dyconvert.finetuning.recipes.schema import (
+    Convert,
+    Data,
+    Distill,
+    Dynamic,
+    Model,
+    Narrow,
+    Output,
+    Pretrain,
+    Section,
+    Train,
+)
+from dyconvert.finetuning.recipes.shipped import find_recipe
+from dyconvert.finetuning.recipes.yaml_file import read_yaml
 
 __all__ = ["Recipe", "load_recipe"]
 

@@ -17,9 +17,9 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from dyconvert.errors import RecipeError, brief, some
-from dyconvert.finetuning.randomness import seed_of
-from dyconvert.finetuning.recipe import Recipe
-from dyconvert.finetuning.schema import Data
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.recipes.schema import Data
+from dyconvert.finetuning.training.randomness import seed_of
 
 _MODES = {1: "L", 3: "RGB"}
 

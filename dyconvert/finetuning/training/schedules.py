@@ -6,8 +6,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dyconvert.finetuning.module import FineTuner
-from dyconvert.finetuning.schema import Temperature
+from dyconvert.finetuning.recipes.schema import Temperature
+from dyconvert.finetuning.training.module import FineTuner
 from dyconvert.nn import DynamicConv
 
 

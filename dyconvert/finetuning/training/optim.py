@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyconvert.finetuning.schema import Dynamic, Train
+from dyconvert.finetuning.recipes.schema import Dynamic, Train
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 
 # Adam's rate for a predictor's hidden layer, beside that of its last one. That starts at zero; the hidden layer starts

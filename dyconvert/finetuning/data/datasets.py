@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dyconvert.errors import RecipeError, some
-from dyconvert.finetuning.data_sources import CorruptImageError, Images, open_images
-from dyconvert.finetuning.randomness import seed_of
-from dyconvert.finetuning.recipe import Recipe
+from dyconvert.finetuning.data.sources import CorruptImageError, Images, open_images
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.training.randomness import seed_of
 
 # Decoded images of at most so many bytes are kept in memory: decoding CIFAR's PNGs takes longer than augmenting them.
 IN_MEMORY = 512 * 2**20

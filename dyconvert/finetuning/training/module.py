@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.transforms import v2
 
-from dyconvert.finetuning.loading import IGNORED
-from dyconvert.finetuning.optim import lr_factor, make_optimizer
-from dyconvert.finetuning.randomness import seed_of
-from dyconvert.finetuning.recipe import Recipe
+from dyconvert.finetuning.data.loading import IGNORED
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.training.optim import lr_factor, make_optimizer
+from dyconvert.finetuning.training.randomness import seed_of
 from dyconvert.nn import CoefficientPredictor
 
 # What is logged, and by which the best weights are chosen.

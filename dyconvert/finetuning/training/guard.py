@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dyconvert.errors import TrainingError, some
-from dyconvert.finetuning.module import FineTuner, guess_loss
+from dyconvert.finetuning.training.module import FineTuner, guess_loss
 
 # The checkpoint to resume from, in the output directory.
 CHECKPOINT = "resume.ckpt"

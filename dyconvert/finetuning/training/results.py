@@ -13,9 +13,9 @@ from torch import nn
 
 from dyconvert import checkpoint, models
 from dyconvert.errors import CheckpointError, RecipeError, brief
-from dyconvert.finetuning.module import METRIC, METRIC_NAMES, FineTuner
-from dyconvert.finetuning.recipe import Recipe
-from dyconvert.finetuning.schedules import Ema
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
+from dyconvert.finetuning.training.schedules import Ema
 
 _KEPT = ("best", "best_epoch", "last", "last_step")
 

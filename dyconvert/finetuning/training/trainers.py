@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dyconvert.cli.output import err
+from dyconvert.console import err
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning.checkpoints import AtomicCheckpointIO
-from dyconvert.finetuning.recipe import Recipe
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.training.checkpoints import AtomicCheckpointIO
 
 # Reading a loss from a GPU, and writing a row, for every step would be felt.
 _LOG_EVERY = 50

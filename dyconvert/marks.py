@@ -1,0 +1,64 @@
+"""The marks that dyconvert leaves on a model: the only file that knows the attributes' names.
+
+Marks are plain attributes, so they go along with copies and pickles; :func:`dyconvert.save` writes them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from dyconvert.models import Source
+    from dyconvert.narrowing.record import Narrowing
+    from dyconvert.surgery.plan import Plan
+
+_PLAN = "dyconvert_plan"
+_SOURCE = "dyconvert_source"
+_NARROWING = "dyconvert_narrowing"
+_FUSED = "dyconvert_fused"
+
+
+def plan_of(model: nn.Module) -> "Plan | None":
+    """The plan that was carried out on a converted model."""
+    return vars(model).get(_PLAN)
+
+
+def mark_plan(model: nn.Module, plan: "Plan") -> None:
+    """Note the plan that was carried out; a copy of it, for the caller may go on editing it."""
+    setattr(model, _PLAN, plan.model_copy(deep=True))
+
+
+def source_of(model: nn.Module) -> "Source | None":
+    """Where the static model came from, if the model was saved with a source or loaded."""
+    return vars(model).get(_SOURCE)
+
+
+def mark_source(model: nn.Module, source: "Source") -> None:
+    """Note where the static model came from."""
+    setattr(model, _SOURCE, source)
+
+
+def narrowing_of(model: nn.Module) -> "Narrowing | None":
+    """What was narrowed, or None: the model has its original width."""
+    return vars(model).get(_NARROWING)
+
+
+def mark_narrowing(model: nn.Module, narrowing: "Narrowing") -> None:
+    """Note what was narrowed; a copy of it."""
+    setattr(model, _NARROWING, narrowing.model_copy(deep=True))
+
+
+def fused_of(model: nn.Module) -> tuple[tuple[str, str], ...] | None:
+    """The (conv, batch norm) pairs of a fused model, by name. It has no plan: a plan describes the model before."""
+    return vars(model).get(_FUSED)
+
+
+def mark_fused(model: nn.Module, pairs: Any) -> None:
+    """Note which batch norms went into which convs."""
+    setattr(model, _FUSED, tuple(pairs))
+
+
+def remove_marks(model: nn.Module, but_narrowing: bool = False) -> None:
+    """Take the marks off a model that isn't dynamic any more; `but_narrowing` keeps what stays true of it."""
+    for name in (_PLAN, _SOURCE, _FUSED, *(() if but_narrowing else (_NARROWING,))):
+        vars(model).pop(name, None)
