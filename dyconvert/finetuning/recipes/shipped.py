@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dyconvert.errors import RecipeError
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def recipes_folder() -> Path:
