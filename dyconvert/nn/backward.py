@@ -1,34 +1,13 @@
-"""The autograd function around the compiled kernels and the tiles, which keeps no kernel of any image."""
+"""The autograd function around every engine: it keeps no kernel of any image."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyconvert.nn import strategies
+from dyconvert.nn.engines import Engine
 from dyconvert.nn.strategies import Geometry
-
-
-class Engine(Protocol):
-    """What computes a dynamic conv and its gradients without autograd: the modules `native` and `tiles`.
-
-    `how` is the engine's own: a :class:`~dyconvert.nn.native.Call`, or a :class:`~dyconvert.nn.tiles.Tile` or None.
-    """
-
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry, how: Any
-    ) -> Tensor: ...
-
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        coefficients: Tensor,
-        geometry: Geometry,
-        needs: tuple[bool, bool, bool],
-        how: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
 
 class MixedAgainConv(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyconvert.nn import native, tiles
+from dyconvert.nn import engines, native
 from dyconvert.nn.strategies import Geometry
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -69,11 +69,9 @@ def _forward(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    call = native.prepare(x, weight, bias, coefficients, geometry)
-    if call is None:
-        out = tiles.forward(x, weight, bias, coefficients, geometry, shift=shift)
-        return out.contiguous(memory_format=_format(x))
-    return native.forward(x, weight, bias, coefficients, geometry, call, shift)
+    engine, how = engines.by_rule(x, weight, bias, coefficients, geometry, backward=False)
+    out = engine.forward(x, weight, bias, coefficients, geometry, how, shift)
+    return out.contiguous(memory_format=_format(x))
 
 
 @torch.library.register_fake("dyconvert::dynamic_conv", lib=_library)
@@ -106,9 +104,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
-    call = native.prepare(x, weight, None, coefficients, geometry)
-    known = call is not None and call.differentiable and weight.dtype == x.dtype
-    engine, how = (native, call) if known else (tiles, None)
+    engine, how = engines.by_rule(x, weight, None, coefficients, geometry, backward=True)
     found = engine.backward(grad, x, weight, coefficients, geometry, tuple(needs), how)
     inputs = zip(found, (x, weight, coefficients), strict=True)
     return tuple(like.new_empty(0) if part is None else part.contiguous() for part, like in inputs)

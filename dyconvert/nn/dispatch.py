@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyconvert.errors import DyconvertError
-from dyconvert.nn import compile_op, native, strategies, tiles
-from dyconvert.nn.backward import Engine, MixedAgainConv
+from dyconvert.nn import compile_op, engines, native, recompute, strategies, tiles
+from dyconvert.nn.backward import MixedAgainConv
+from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
@@ -34,7 +36,7 @@ def tiled(
     return _differentiable(tiles, tile, x, weight, bias, coefficients, geometry)
 
 
-def compiled(
+def by_rule(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -42,32 +44,47 @@ def compiled(
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """The compiled kernels, where they were built and know the conv; else tiles, or for training with kernels that
-    are small, one grouped conv."""
+    """The engine that the rule names; for training with kernels that are small, one grouped conv."""
     x, geometry = _number_the_padding(x, weight, geometry)
-    call = native.prepare(x, weight, bias, coefficients, geometry)
-    if not needs_backward(x, weight, bias, coefficients):
-        if call is None:
-            return tiles.forward(x, weight, bias, coefficients, geometry, shift=shift)
-        return native.forward(x, weight, bias, coefficients, geometry, call, shift)
-    if call is not None and call.differentiable and weight.dtype == x.dtype:
-        return _differentiable(native, call, x, weight, bias, coefficients, geometry)
-    if _kernels_are_small(x, weight, coefficients):
+    backward = needs_backward(x, weight, bias, coefficients)
+    engine, how = engines.by_rule(x, weight, bias, coefficients, geometry, backward=backward)
+    if not backward:
+        return engine.forward(x, weight, bias, coefficients, geometry, how, shift)
+    if engine is not native and _kernels_are_small(x, weight, coefficients):
         return strategies.groups(x, weight, bias, coefficients, geometry)
-    return _differentiable(tiles, None, x, weight, bias, coefficients, geometry)
+    return _differentiable(engine, how, x, weight, bias, coefficients, geometry)
+
+
+def _recomputed(how: str) -> Strategy:
+    def strategy(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        coefficients: Tensor,
+        geometry: Geometry,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        x, geometry = _number_the_padding(x, weight, geometry)
+        if not needs_backward(x, weight, bias, coefficients):
+            return recompute.forward(x, weight, bias, coefficients, geometry, how, shift)
+        return _differentiable(recompute, how, x, weight, bias, coefficients, geometry)
+
+    return strategy
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "native": compiled,
+    "native": by_rule,
     "tiled": tiled,
     "groups": strategies.groups,
     "unfold": strategies.unfold,
+    "recompute_groups": _recomputed("groups"),
+    "recompute_unfold": _recomputed("unfold"),
     "features": strategies.features,
 }
 
 
 # Strategies that take half-precision banks, and the shift, by themselves, where no backward follows.
-_WITH_SHIFT = ("native", "tiled")
+_WITH_SHIFT = ("native", "tiled", "recompute_groups", "recompute_unfold")
 
 
 class Key(NamedTuple):
@@ -87,24 +104,23 @@ class Key(NamedTuple):
 # What `tune` has measured: the strategy's name.
 tuned: dict[Key, str] = {}
 
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("forced strategy", default=None)
 
 
 @contextmanager
 def force(name: str | None) -> Iterator[None]:
-    """Within it, every dynamic conv of this process is computed by the strategy `name`; None: by the best one.
+    """Within it, every dynamic conv of this thread is computed by the strategy `name`; None: by the best one.
 
     Raises:
         DyconvertError: there is no such strategy.
     """
-    global _forced
     if name is not None and name not in STRATEGIES:
         raise DyconvertError(f"There is no strategy {name!r}. The strategies are {', '.join(STRATEGIES)}.")
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 def dynamic_conv(
@@ -138,9 +154,10 @@ def dynamic_conv(
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if compiling and not _forced and compile_op.takes(x, weight):
+    forced = _forced.get()
+    if compiling and not forced and compile_op.takes(x, weight):
         return _compiling(x, weight, bias, coefficients, geometry, shift)
-    strategy = _forced or _choose(x, weight, bias, coefficients, geometry)
+    strategy = forced or _choose(x, weight, bias, coefficients, geometry)
     if strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift):
         return STRATEGIES[strategy](x, weight, bias, coefficients, geometry, shift)
     if weight.dtype != x.dtype:
@@ -174,15 +191,8 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
     if not _observed():
         if tuned and (found := tuned.get(key(x, weight, bias, coefficients, geometry))):
             return found
-        if x.is_cpu and x.dtype in _TILED_DTYPES:
-            return "native"
-    if not single and weight.shape[2:].numel() == 1 and geometry.groups == 1:
-        return "unfold"  # 1 x 1: one batched matmul
-    return "groups"
-
-
-# Tiles add up the bank's gradient part by part, for which half precision is too coarse.
-_TILED_DTYPES = (torch.float32, torch.float64)
+        return "native"
+    return "unfold" if engines.is_matmul(x, weight, geometry) else "groups"
 
 
 def _observed() -> bool:

@@ -55,11 +55,7 @@ def unfold(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor,
     Nothing in it depends on the number of images, so it exports with a dynamic batch.
     """
     kernel, mixed_bias = mixed(x, weight, bias, coefficients)
-    kernel_size = kernel.shape[3:]
-    taps = shifted(x, kernel_size, geometry)  # k1 k2 ... x [N, C_in, *out]
-    spatial = taps[0].shape[2:]
-    rows = taps[0] if len(taps) == 1 else torch.stack(taps, 2)  # [N, C_in, taps, *out]
-    rows = rows.unflatten(1, (geometry.groups, -1)).flatten(2, -1 - len(spatial)).flatten(3)
+    rows, spatial = unfolded(x, kernel.shape[3:], geometry)
     matrix = kernel.flatten(2).unflatten(1, (geometry.groups, -1))  # [N, groups, C_out / groups, C_in / groups taps]
     if matrix.shape[2] == 1 and matrix.shape[3] <= 64:
         # Depthwise: a matmul of one row. Summing the taps is less work than packing it.
@@ -69,6 +65,16 @@ def unfold(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor,
     if mixed_bias is not None:
         out = out + mixed_bias.unsqueeze(2)
     return out.unflatten(2, spatial)
+
+
+def unfolded(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple[Tensor, Sequence[int]]:
+    """What a kernel's elements meet at each pixel of the output, `[N, groups, C_in / groups * taps, L]`; the output's
+    size."""
+    taps = shifted(x, kernel_size, geometry)  # k1 k2 ... x [N, C_in, *out]
+    spatial = taps[0].shape[2:]
+    rows = taps[0] if len(taps) == 1 else torch.stack(taps, 2)  # [N, C_in, taps, *out]
+    rows = rows.unflatten(1, (geometry.groups, -1)).flatten(2, -1 - len(spatial)).flatten(3)
+    return rows, spatial
 
 
 def features(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:

@@ -1,0 +1,161 @@
+"""Plain operations that keep no image's kernel for backward: an engine for every device, dtype and number of dims.
+
+Autograd keeps what a backward needs. Of a dynamic conv that would be every image's kernel: 24 GB for ResNet50 at 256
+images in float32. The engine is run without autograd instead, and mixes the kernels again for backward, of so many
+images at a time that they take little memory beside the maps.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dyconvert.nn import strategies
+from dyconvert.nn.mixing import mix
+from dyconvert.nn.strategies import Geometry
+
+# Of the kernels, their gradients and the unfolded inputs that exist at the same time. A GPU has this many times over;
+# with much less, the matmuls of large kernels would be left with few images each.
+_BYTES = 512 * 2**20
+
+STRATEGIES = {"groups": strategies.groups, "unfold": strategies.unfold}
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    how: str,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """A dynamic conv without autograd.
+
+    Args:
+        x, weight, bias, coefficients, geometry, shift: as :func:`dyconvert.nn.dynamic_conv` takes them.
+        how: "groups" or "unfold", the strategy.
+    """
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    images = _images_at_a_time(x, weight, coefficients, how, gradients=False)
+    parts = [
+        STRATEGIES[how](x[part], weight, bias, coefficients[part], geometry) for part in _parts(x.shape[0], images)
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out if shift is None else out + shift.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+    how: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight` and `coefficients`, those that are needed; without autograd."""
+    needs_x, needs_bank, needs_eta = needs
+    bank = weight.unflatten(0, (coefficients.shape[1], -1))  # [g, C_out, C_in / groups, *kernel]
+    gradients = _unfolded_gradients if how == "unfold" else _grouped_gradients
+    parts_x, parts_eta = [], []
+    grad_bank: Tensor | None = None
+    for part in _parts(x.shape[0], _images_at_a_time(x, weight, coefficients, how, gradients=True)):
+        eta = coefficients[part]
+        kernels = mix(bank, eta)  # [n, C_out, C_in / groups, *kernel]
+        grad_x, grad_kernels = gradients(
+            grad[part], x[part], kernels, geometry, needs_x=needs_x, needs_kernels=needs_bank or needs_eta
+        )
+        if needs_x:
+            parts_x.append(grad_x)
+        if needs_bank:
+            found = _bank_gradient(grad_kernels, eta)
+            # Half precision is too coarse to add up in.
+            grad_bank = found if grad_bank is None else grad_bank.to(_wide(x.dtype)).add_(found)
+        if needs_eta:
+            parts_eta.append(_coefficient_gradient(bank, grad_kernels, eta.shape[2] > 1))
+    return (
+        _together(parts_x),
+        None if grad_bank is None else grad_bank.to(weight.dtype).view(weight.shape),
+        _together(parts_eta),
+    )
+
+
+def _together(parts: list[Tensor]) -> Tensor | None:
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def _images_at_a_time(x: Tensor, weight: Tensor, coefficients: Tensor, how: str, *, gradients: bool) -> int:
+    image = weight.numel() // coefficients.shape[1]
+    if how == "unfold":
+        image += weight.shape[2:].numel() * x[0].numel()
+    most = _BYTES // max(image * x.element_size() * (2 if gradients else 1), 1)
+    return max(min(most, x.shape[0]), 1)
+
+
+def _parts(images: int, at_a_time: int) -> Iterator[slice]:
+    for first in range(0, max(images, 1), at_a_time):
+        yield slice(first, first + at_a_time)
+
+
+def _grouped_gradients(
+    grad: Tensor, x: Tensor, kernels: Tensor, geometry: Geometry, *, needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of one conv whose groups are the images."""
+    images = x.shape[0]
+    grad_x, grad_kernels, _ = torch.ops.aten.convolution_backward(
+        # Not `reshape`: of one image with its channels last it makes strides that convolution_backward misreads.
+        grad.contiguous().view(1, -1, *grad.shape[2:]),
+        x.contiguous().view(1, -1, *x.shape[2:]),
+        kernels.contiguous().flatten(0, 1),
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * (x.dim() - 2),
+        geometry.groups * images,
+        [needs_x, needs_kernels, False],
+    )
+    return (
+        grad_x.view(x.shape) if needs_x else None,
+        grad_kernels.view(kernels.shape) if needs_kernels else None,
+    )
+
+
+def _unfolded_gradients(
+    grad: Tensor, x: Tensor, kernels: Tensor, geometry: Geometry, *, needs_x: bool, needs_kernels: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of one batched matmul with the unfolded input."""
+    with torch.enable_grad():  # for the unfolding alone, whose gradient is to add up what each tap met
+        leaf = x.detach().requires_grad_(needs_x)
+        rows, _ = strategies.unfolded(leaf, kernels.shape[3:], geometry)  # [n, groups, C_in / groups * taps, L]
+    flat = grad.flatten(2).unflatten(1, (geometry.groups, -1))  # [n, groups, C_out / groups, L]
+    matrix = kernels.flatten(2).unflatten(1, (geometry.groups, -1))  # [n, groups, C_out / groups, C_in / groups * taps]
+    grad_kernels = (flat @ rows.detach().transpose(2, 3)).view(kernels.shape) if needs_kernels else None
+    if not needs_x:
+        return None, grad_kernels
+    (grad_x,) = torch.autograd.grad(rows, leaf, matrix.transpose(2, 3) @ flat)
+    return grad_x, grad_kernels
+
+
+def _bank_gradient(grad_kernels: Tensor, eta: Tensor) -> Tensor:
+    """`sum_n eta[n, i, t] * grad_kernels[n, t]`, `[g * C_out, K]`."""
+    images, channels = grad_kernels.shape[:2]
+    if eta.shape[2] == 1:
+        return (eta.flatten(1).t() @ grad_kernels.view(images, -1)).view(-1, grad_kernels[0, 0].numel())
+    return torch.einsum("ngt,ntk->gtk", eta, grad_kernels.view(images, channels, -1)).flatten(0, 1)
+
+
+def _coefficient_gradient(bank: Tensor, grad_kernels: Tensor, per_channel: bool) -> Tensor:
+    """`<w[i, t], grad_kernels[n, t]>`: `[n, g, C_out]`, or summed over t `[n, g, 1]`."""
+    if not per_channel:
+        return (grad_kernels.flatten(1) @ bank.flatten(1).t()).unsqueeze(2)
+    return torch.einsum("gtk,ntk->ngt", bank.flatten(2), grad_kernels.flatten(2))
