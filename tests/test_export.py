@@ -1,6 +1,7 @@
 """Export: what the runtimes compute, at sizes that weren't exported, and what becomes of failures."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -327,6 +328,33 @@ def test_failures_name_the_node_and_the_workaround(build, said, tmp_path):
         export_onnx(model, file, images(2))
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert file.read_text() == "what was there"
+
+
+DECIDES = """
+import torch
+
+class Net(torch.nn.Sequential):
+    def forward(self, x):
+        x = super().forward(x)
+        return x if x.sum() > 0 else -x
+"""
+
+
+@pytest.mark.parametrize("folder", ["dyconvert", "torch/nn", "onnx_models", "lib/python3.12/mine", "lib/python3/onnx"])
+def test_the_line_is_found_whatever_the_folder_is_called(folder, tmp_path):
+    file = tmp_path / folder / "net.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(DECIDES)
+    net = runpy.run_path(str(file))["Net"](nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(ExportError, match=r"in net\.py, line 7 \(`return x if x\.sum\(\) > 0 else -x`\)"):
+        export_onnx(dyconvert.convert(net.eval(), example=images(2)), tmp_path / "m.onnx", images(2))
+
+
+def test_files_of_the_libraries_are_known():
+    files = [torch.nn.Module.__init__, onnxruntime.InferenceSession.__init__, dyconvert.convert, subprocess.run]
+    assert all(exported.is_of_libraries(each.__code__.co_filename) for each in files)
+    # Packages stand within the standard library's folder, and are none of it.
+    assert not exported.is_of_libraries(torchvision.models.ResNet.__init__.__code__.co_filename)
 
 
 def test_a_file_that_computes_something_else_is_not_written(net, tmp_path, monkeypatch):

@@ -3,14 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from finetune_nets import recipe
 
 import dyconvert
-
-HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
@@ -36,7 +33,7 @@ def test_two_processes_give_the_result_of_one(tmp_path, start):
     file.write_text(made("two", "train.devices=2").to_yaml(), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, *start, "-m", "dyconvert", "finetune", file],
-        env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], str]:
     """A folder of runs killed at every moment, how each process ended, and what they said."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, HERE / "finetune_killed.py", folder, *MOMENTS], env=environment, capture_output=True, text=True
     )

@@ -233,7 +233,7 @@ def test_list_models():
 
 def test_importing_models_leaves_timm_alone():
     code = "import dyconvert.models, sys; sys.exit('timm' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_timm(monkeypatch):

@@ -1,14 +1,18 @@
 """An exported file: written in one step, compared with torch, and what prevents it said in one message."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import site
+import sysconfig
 import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +145,40 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _line_of_the_model(chain: Sequence[BaseException]) -> str | None:
-    """The innermost line that is neither torch's, nor an ONNX library's, nor ours."""
-    ours = (f"{os.sep}torch{os.sep}", f"{os.sep}onnx", f"{os.sep}dyconvert{os.sep}", f"{os.sep}lib{os.sep}python")
+    """The innermost line of a forward that is neither torch's, nor an ONNX library's, nor ours."""
     for error in reversed(chain):
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            outside_of_torch = f"{os.sep}site-packages{os.sep}" in frame.filename or ours[3] not in frame.filename
-            if outside_of_torch and not any(part in frame.filename for part in ours[:3]) and frame.name == "forward":
+            if frame.name == "forward" and not is_of_libraries(frame.filename):
                 return f"{Path(frame.filename).name}, line {frame.lineno} (`{frame.line}`)"
     return None
+
+
+def is_of_libraries(file: str) -> bool:
+    """Whether a source file is the standard library's, torch's, an ONNX library's or ours, where those are installed.
+
+    A path says nothing by the names in it: a user's model may lie in a folder called `dyconvert` or `torch`.
+    """
+    path = Path(file).resolve()
+    standard, *others = _installed()
+    if any(path.is_relative_to(folder) for folder in others):
+        return True
+    # Other packages, the user's among them, are installed within the standard library's folder.
+    return path.is_relative_to(standard) and not any(path.is_relative_to(folder) for folder in _packages())
+
+
+@functools.cache
+def _installed() -> tuple[Path, ...]:
+    """The standard library's folder, and those of the packages that an export runs through."""
+    specs = filter(None, map(find_spec, ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "dyconvert")))
+    folders = (folder for spec in specs for folder in spec.submodule_search_locations or ())
+    return tuple(Path(folder).resolve() for folder in (sysconfig.get_path("stdlib"), *folders))
+
+
+@functools.cache
+def _packages() -> tuple[Path, ...]:
+    """The folders that packages are installed to."""
+    folders = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages())
+    return tuple(Path(folder).resolve() for folder in folders)
 
 
 def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, str]]) -> list[Inputs]:

@@ -64,6 +64,6 @@ def _is_download_error(error: Exception) -> bool:
     library = type(error).__module__.partition(".")[0]
     return (
         isinstance(error, OSError | HTTPException)
-        or library.startswith(("huggingface_hub", "httpx", "httpcore", "requests", "urllib3"))
+        or library in ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
         or "invalid hash value" in str(error)
     )
