@@ -1,95 +1,277 @@
 """Does the converted model compute what the original does?"""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_arguments
-from dyconvert.errors import ModelError
+from dyconvert.errors import ModelError, brief
+from dyconvert.nn import DynamicConv
+from dyconvert.outputs import tensors_in
+from dyconvert.trial import fresh, kept
+
+# A gradient that should be zero is rounding: below this part of the largest of all, differences are relative to that.
+NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one output tensor is from the original's.
+    """How far one tensor is from the original's.
 
     Attributes:
-        output: where the tensor stands in what the model returns; "" if it is all that is returned.
+        output: where the tensor stands in what the model returns, "" if it is all that is returned; or the name of the
+            parameter that a gradient is of, or of the conv that returned it.
         absolute: the largest absolute difference.
         relative: that, over the original's largest absolute value.
+        count: how many numbers were compared. Those that aren't finite, alike in both, don't count.
     """
 
     output: str
     absolute: float
     relative: float
+    count: int
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The differences of all output tensors; `absolute` and `relative` are the largest."""
+    """The differences of all tensors; `absolute`, `relative` and `count` are of the outputs and gradients together.
+
+    Attributes:
+        outputs: of the output tensors.
+        gradients: of the gradients, where :func:`verify` was asked for them.
+        of_convs: the outputs held no number, as a detector's that finds nothing; `outputs` are what the convs returned.
+    """
 
     outputs: tuple[Difference, ...]
+    gradients: tuple[Difference, ...] = ()
+    of_convs: bool = False
 
     @property
     def absolute(self) -> float:
-        return max((d.absolute for d in self.outputs), default=0.0)
+        return max((d.absolute for d in (*self.outputs, *self.gradients)), default=0.0)
 
     @property
     def relative(self) -> float:
-        return max((d.relative for d in self.outputs), default=0.0)
+        return max((d.relative for d in (*self.outputs, *self.gradients)), default=0.0)
+
+    @property
+    def count(self) -> int:
+        return sum(d.count for d in (*self.outputs, *self.gradients))
 
     def __str__(self) -> str:
-        return f"largest difference {self.relative:.1e} relative, {self.absolute:.1e} absolute"
+        what = f"{self.count:,} numbers"
+        if self.of_convs:
+            what += " that convs return; the outputs hold none"
+        if self.gradients:
+            what += f", {sum(d.count for d in self.gradients):,} of them gradients"
+        return f"largest difference {self.relative:.1e} relative, {self.absolute:.1e} absolute, of {what}"
 
 
-def verify(model: nn.Module, dynamic: nn.Module, example: Any) -> Differences:
-    """Run both models in eval mode on `example` and compare every tensor that they return.
+def verify(model: nn.Module, dynamic: nn.Module, example: Any, *, gradients: bool = False) -> Differences:
+    """Run both models in eval mode on `example` and compare every tensor that can be reached in what they return.
+
+    Both run from the same random numbers. Their modes, buffers and attributes are put back, and the global generators.
 
     Args:
         model: the original.
         dynamic: what it was converted to.
         example: an input tensor, or the tuple of the forward's arguments, on the models' device.
+        gradients: also compare the gradients of one weighted sum of the outputs, with respect to the original's
+            parameters that are trainable, and to the inputs. An expert's gradient is taken for what it gives the kernel
+            that it was made from, which is right as long as the predictors are as `convert` made them.
 
     Raises:
-        ModelError: a model rejects the example, or the two return different things.
+        ModelError: a model rejects the example, or the two return different things; there is no number to compare, or
+            not one that is finite.
     """
-    first, second = (_outputs(m, copy.deepcopy(example)) for m in (model, dynamic))
-    if [(path, t.shape) for path, t in first] != [(path, t.shape) for path, t in second]:
+    found = compare(model, dynamic, example, gradients=gradients)
+    if found.count:
+        return found
+    name = type(model).__name__
+    if any(t.numel() for _, t in _run(model, example)):
         raise ModelError(
-            f"The models return different things: {_shapes(first)} and {_shapes(second)}. "
-            "Was `dynamic` converted from `model`?"
+            f"Not one of the numbers that {name} returns for this example is finite, so nothing can be compared. Check "
+            "the model's weights, and give an example like the images that it is for."
         )
-    return Differences(tuple(_compare(path, a, b) for (path, a), (_, b) in zip(first, second, strict=True)))
+    raise ModelError(
+        f"There is nothing to compare: no tensor with numbers can be reached in what {name} returns for this example, "
+        "and its convs return none. Give an example for which it returns tensors, or compare parts of the models."
+    )
 
 
-def _outputs(model: nn.Module, example: Any) -> list[tuple[str, Tensor]]:
-    arguments = as_arguments(example)
-    modes = [(module, module.training) for module in model.modules()]
+def compare(model: nn.Module, dynamic: nn.Module, example: Any, *, gradients: bool = False) -> Differences:
+    """As :func:`verify`, but returns differences with a count of 0 where there is nothing to compare."""
+    first, second = (_run(each, example) for each in (model, dynamic))
+    if _shapes(first) != _shapes(second):
+        raise ModelError(
+            f"The models return different things: {_said(first)} and {_said(second)}. Was `dynamic` converted from "
+            "`model`?"
+        )
+    outputs = _compared(first, second)
+    of_convs = not any(t.numel() for _, t in first)
+    if of_convs:
+        outputs = _compare_convs(model, dynamic, example)
+    return Differences(outputs, _compare_gradients(model, dynamic, example) if gradients else (), of_convs)
+
+
+_Named = list[tuple[str, Tensor]]
+
+
+def _run(model: nn.Module, example: Any) -> _Named:
+    with kept(model), torch.no_grad():
+        return [(path, t.detach()) for path, t in _outputs(model, fresh(as_arguments(example)))]
+
+
+def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> _Named:
     try:
-        with torch.no_grad():
-            returned = model.eval()(*arguments)
+        model.eval()  # not model.eval()(...): a user's eval() may return nothing
+        returned = tensors_in(model(*arguments))
     except Exception as error:
-        raise ModelError(f"{type(model).__name__} rejects the example: {type(error).__name__}: {error}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    leaves = tree_flatten_with_path(returned)[0]
-    return [(keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+        raise ModelError(f"{type(model).__name__} rejects the example: {brief(error)}.") from error
+    if any(t.is_meta for _, t in returned):
+        raise ModelError(
+            f"{type(model).__name__} is on the meta device and computes no values. Load its weights first."
+        )
+    return returned
 
 
-def _shapes(outputs: list[tuple[str, Tensor]]) -> str:
-    return ", ".join(f"output{path} {list(t.shape)}" for path, t in outputs) or "no tensors"
+def _shapes(named: _Named) -> list[tuple[str, torch.Size]]:
+    return [(path, t.shape) for path, t in named]
 
 
-def _compare(path: str, original: Tensor, dynamic: Tensor) -> Difference:
-    a, b = (t.detach().double() if not t.is_complex() else t.detach() for t in (original, dynamic))
+def _said(named: _Named) -> str:
+    return ", ".join(f"output{path} {list(t.shape)}" for path, t in named) or "no tensors"
+
+
+def _compared(first: _Named, second: _Named) -> tuple[Difference, ...]:
+    return tuple(_difference(path, a, b) for (path, a), (_, b) in zip(first, second, strict=True))
+
+
+def _difference(path: str, original: Tensor, dynamic: Tensor, least: float = 0.0) -> Difference:
+    a, b = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (original, dynamic))
     if a.numel() == 0:
-        return Difference(path, 0.0, 0.0)
+        return Difference(path, 0.0, 0.0, 0)
     # Where both overflow alike there is no difference; a NaN on one side only is an infinite one.
-    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
+    alike = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(alike, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
     absolute = apart.max().item()
-    size = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
-    return Difference(path, absolute, absolute / size if size else absolute)
+    size = max(a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0, least)
+    count = a.numel() - int((alike & ~a.isfinite()).sum())
+    return Difference(path, absolute, absolute / size if size else absolute, count)
+
+
+# ---- What convs return, where a model returns no numbers ----
+
+
+def _compare_convs(model: nn.Module, dynamic: nn.Module, example: Any) -> tuple[Difference, ...]:
+    names = [name for name, module in dynamic.named_modules() if isinstance(module, DynamicConv | _ConvNd)]
+    first, second = (_calls(each, names, example) for each in (model, dynamic))
+    # What comes after a detector's proposals may differ in number by a rounding that ranks them otherwise.
+    same = [(a, b) for a, b in zip(first, second, strict=False) if a[0] == b[0] and a[1].shape == b[1].shape]
+    return _compared([a for a, _ in same], [b for _, b in same])
+
+
+def _calls(model: nn.Module, names: list[str], example: Any) -> _Named:
+    found: _Named = []
+    handles = []
+    modules = dict(model.named_modules())
+    for name in names:
+        if name in modules:
+
+            def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                found.extend((name, t.detach()) for _, t in tensors_in(output))
+
+            handles.append(modules[name].register_forward_hook(keep))
+    try:
+        _run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# ---- Gradients ----
+
+
+def _compare_gradients(model: nn.Module, dynamic: nn.Module, example: Any) -> tuple[Difference, ...]:
+    first = _gradients(model, example)
+    second = _gradients(dynamic, example)
+    modules = dict(dynamic.named_modules())
+    for name, gradient in second.items():
+        owner, _, kind = name.rpartition(".")
+        if gradient is not None and isinstance(modules.get(owner), DynamicConv) and kind in ("weight", "bias"):
+            second[name] = _of_kernel(modules[owner], gradient, dynamic)
+    # Names that `dynamic` lacks are of parameters that made the weight of a conv, as weight_norm's.
+    pairs = [(name, gradient, second[name]) for name, gradient in first.items() if name in second]
+    largest = max((g.abs().max().item() for _, g, _ in pairs if g is not None and g.numel()), default=0.0)
+    found = []
+    for name, a, b in pairs:
+        if a is None and b is None:
+            continue
+        a = torch.zeros_like(b) if a is None else a
+        b = torch.zeros_like(a) if b is None else b
+        if a.shape == b.shape:
+            found.append(_difference(name, a, b, least=NEGLIGIBLE * largest))
+    return tuple(found)
+
+
+def _of_kernel(conv: DynamicConv, gradient: Tensor, model: nn.Module) -> Tensor:
+    """The gradient of the static kernel W, from that of the experts :math:`W_i = s W + d_i`: s times their sum."""
+    initial = next(m.initial_coefficient for m in model.modules() if hasattr(m, "initial_coefficient"))
+    return gradient.unflatten(0, (conv.g, -1)).sum(0) / (conv.g * initial)
+
+
+def _gradients(model: nn.Module, example: Any) -> dict[str, Tensor | None]:
+    """Gradients by the parameters' names, and the inputs' by their number; None where there is none."""
+    with kept(model), torch.enable_grad():
+        leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = len(leaves)
+
+        def tracked(t: Tensor) -> Tensor:
+            if not t.is_floating_point():
+                return t
+            leaf = leaves[f"input {len(leaves) - parameters}"] = t.requires_grad_()
+            return leaf.clone()  # a forward may write into its input, but not into a leaf
+
+        arguments = tree_map_only(Tensor, tracked, fresh(as_arguments(example)))
+        total = _weighted_sum(_outputs(model, arguments))
+        if total is None:
+            return dict.fromkeys(leaves)
+        try:
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise ModelError(f"{type(model).__name__} has no gradients: {brief(error)}.") from error
+            # Reentrant checkpointing knows only backward().
+            found = _by_backward(_weighted_sum(_outputs(model, arguments)), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+def _weighted_sum(outputs: _Named) -> Tensor | None:
+    """One number that all outputs go into, each entry with a weight of its own; None if none has a gradient."""
+    total = None
+    for _, output in outputs:
+        if output.requires_grad and output.numel():
+            values = torch.view_as_real(output) if output.is_complex() else output
+            values = torch.where(values.isfinite(), values, 0)
+            generator = torch.Generator().manual_seed(values.numel())
+            weights = torch.randn(values.shape, generator=generator, device="cpu").to(values)
+            part = (values * weights).sum() / values.numel() ** 0.5
+            total = part if total is None else total + part.to(total)
+    return total
+
+
+def _by_backward(total: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        total.backward()
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad

@@ -154,7 +154,11 @@ def convert(
             "model": source.to_json(),
             "plan": plan and plan.model_dump(mode="json"),
             **narrowing.as_json(dynamic),
-            "difference": {"relative": differences.relative, "absolute": differences.absolute},
+            "difference": {
+                "relative": differences.relative,
+                "absolute": differences.absolute,
+                "numbers": differences.count,
+            },
             "seconds": seconds,
             "output": str(wanted),
             **figures,
@@ -228,7 +232,7 @@ def _report(
     if narrowing is None:
         out.print(
             f"\nlargest difference {differences.relative:.1e} relative (allowed {TOLERANCE:g}), "
-            f"{differences.absolute:.1e} absolute"
+            f"{differences.absolute:.1e} absolute, of {differences.count:,} numbers"
         )
     else:
         out.print(f"\nlargest difference {differences.relative:.1e} relative, on random images: it needs fine-tuning")
