@@ -16,7 +16,6 @@ from dyconvert import checkpoint
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.console import err
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning.data.augment import val_transform
 from dyconvert.finetuning.data.datasets import Part, check_classes, load_part
 from dyconvert.finetuning.data.loading import Prepared, steps_per_epoch, train_loader, val_loader
 from dyconvert.finetuning.directory import RECIPE, Run, open_run
@@ -224,7 +223,7 @@ def _calibration(recipe: Recipe, part: Part) -> Callable[[], Iterator[Tensor]]:
     count = min(wanted, len(part))
     generator = torch.Generator().manual_seed(recipe.train.seed)
     positions = torch.randperm(len(part), generator=generator)[:count].tolist()
-    prepared = Prepared(part, val_transform(recipe.data), recipe.train.seed, recipe.data)
+    prepared = Prepared(part, recipe.train.seed, recipe.data, training=False)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
 
     def batches() -> Iterator[Tensor]:

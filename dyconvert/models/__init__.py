@@ -5,7 +5,7 @@
 | `resnet50`                     | of torchvision, otherwise of this package                  |
 | `torchvision:resnet50`         | any of `torchvision.models.list_models()`                  |
 | `timm:resnet18`                | any of `timm.list_models()`                                |
-| `builtin:digits-resnet8`       | comes with this package, weights and all                   |
+| `builtin:cifar-resnet20`       | of this package; digits-resnet8 comes with its weights     |
 | `package.module:factory`       | what the factory returns; the current folder is importable |
 | `path/to/file.py:factory`      | the same, from a file                                      |
 """
@@ -57,8 +57,9 @@ def create(
         specifier: see the table above.
         weights: "default" (the library's default pretrained set; of a factory, what it returns), "none"
             (random; of a factory, again what it returns), the name of a weight set (torchvision's
-            "IMAGENET1K_V2", a timm tag), or a file that `read_state_dict` can read. A file named as
-            torchvision names its own is that weight set, with the settings that belong to it.
+            "IMAGENET1K_V2", a timm tag), or a file that `read_state_dict` can read; for a builtin model also the
+            folder that holds its file under the published name. A file named as torchvision names its own is that
+            weight set, with the settings that belong to it.
         arguments: passed to the model's builder; lists become tuples, so that JSON can keep them.
         num_classes: where the model has another number of classes once it has its weights, it gets a new,
             untrained head; the source says so.
@@ -96,7 +97,7 @@ def _make(
     chosen: str | Path = weights
     if names_file(weights):
         chosen = absolute(weights)
-        if load and not chosen.is_file():
+        if load and not chosen.exists():
             raise ModelError(f"There is no weights file {chosen}; give the path of an existing file.")
     head, colon, name = specifier.partition(":")
     if not colon:

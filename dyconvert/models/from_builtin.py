@@ -1,10 +1,11 @@
-"""This package's own models, each with the one weight set that comes with it."""
+"""This package's own models, with the weights that come with it, or those of a file of the user's."""
 
 from pathlib import Path
 
 from torch import nn
 
 from dyconvert import builtin
+from dyconvert.errors import ModelError
 from dyconvert.models.building import call, unknown_model, unknown_weights
 from dyconvert.models.source import Source
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
@@ -16,13 +17,35 @@ def builtin_model(name: str, weights: str | Path, arguments: dict, load: bool) -
         raise unknown_model(name)
     entry = builtin.MODELS[name]
     specifier = f"builtin:{name}"
-    if weights == "default":
-        weights = entry.weights_name
-    if isinstance(weights, str) and weights not in (entry.weights_name, "none"):
-        raise unknown_weights(specifier, weights, [entry.weights_name])
+    chosen = _chosen_weights(specifier, weights, load)
     model = call(specifier, entry.factory, arguments)
-    if load and weights != "none":
-        path = weights if isinstance(weights, Path) else entry.weights_path
+    if load and chosen != "none":
+        path = chosen if isinstance(chosen, Path) else entry.weights_path
         load_state_dict_into(model, read_state_dict(path), path)
-    recorded = None if weights == "none" else str(weights)
-    return model, Source(specifier, arguments, recorded, entry.input_size)
+    return model, Source(specifier, arguments, None if chosen == "none" else str(chosen), entry.input_size)
+
+
+def _chosen_weights(specifier: str, weights: str | Path, load: bool) -> str | Path:
+    """A weights file, the name of the set that comes with the package, or "none"."""
+    entry = builtin.MODELS[specifier.partition(":")[2]]
+    if isinstance(weights, Path):
+        if not weights.is_dir():
+            return weights
+        file = weights / (entry.file_name or "")
+        if load and not file.is_file():
+            raise ModelError(
+                f"The folder {weights} has no {entry.file_name or 'weights of ' + specifier}; give the path of the "
+                "weights file itself."
+            )
+        return file
+    if weights == "default":
+        weights = entry.weights_name or ("default" if load else "none")
+    if weights in (entry.weights_name, "none"):
+        return weights
+    if entry.weights_name is None:
+        raise ModelError(
+            f"The weights of {specifier} don't come with dyconvert. Give the file {entry.file_name}, or the folder "
+            f"that holds it, of {entry.origin} (`--weights PATH`, in a recipe model.weights); or ask for random weights "
+            "with `none`."
+        )
+    raise unknown_weights(specifier, weights, [entry.weights_name])

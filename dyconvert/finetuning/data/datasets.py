@@ -29,6 +29,7 @@ class Part:
         chosen: indices of those to use.
         corrupt: names of those that can't be read and are left out.
         kept: the decoded images and targets, in the order of `chosen`, if they are kept in memory.
+        stacked: the same images as one tensor `[N, C, H, W]`, if they are of one size, and their targets.
     """
 
     images: Images
@@ -36,6 +37,7 @@ class Part:
     skip_corrupt: bool
     corrupt: list[str] = field(default_factory=list)
     kept: list[tuple[Tensor, Any]] | None = None
+    stacked: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -158,15 +160,14 @@ def _read(part: Part, report: Callable[[str], None]) -> None:
         report(f"left out {len(messages)} images that can't be read: {some(messages, 3)}")
     part.corrupt = messages
     part.chosen = np.array(good, dtype=np.int64)
-    part.kept = _together(kept) if fits else None
-
-
-def _together(kept: list[tuple[Tensor, Any]]) -> list[tuple[Tensor, Any]]:
-    """In one piece of memory where they are of one size: the loader's processes share it."""
-    if len({(image.shape, image.dtype) for image, _ in kept}) != 1:
-        return kept
-    stacked = torch.stack([image for image, _ in kept])
-    return list(zip(stacked.unbind(), (target for _, target in kept), strict=True))
+    if not fits:
+        return
+    part.kept = kept
+    if len({(image.shape, image.dtype) for image, _ in kept}) == 1 and not isinstance(kept[0][1], Tensor):
+        # In one piece of memory: the loader's processes share it.
+        images, targets = torch.stack([image for image, _ in kept]), torch.tensor([target for _, target in kept])
+        part.kept = list(zip(images.unbind(), targets.tolist(), strict=True))
+        part.stacked = images, targets
 
 
 def _decoded_size(part: Part) -> float:

@@ -1,7 +1,7 @@
 """Batches that depend only on (seed, epoch, position): not on workers, processes, or where a run was resumed."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 
 from dyconvert.finetuning.data.augment import Transform, train_transform, val_transform
 from dyconvert.finetuning.data.datasets import Part
+from dyconvert.finetuning.data.views import has_views, views
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.schema import Data
 from dyconvert.finetuning.training.randomness import seed_of
@@ -21,6 +22,13 @@ PADDING = -1
 IGNORED = -100
 
 Key = tuple[int, int]
+
+
+class Batch(NamedTuple):
+    """Images `[N, C, H, W]`, and targets `[N]` or `[N, H, W]`."""
+
+    images: Tensor
+    targets: Tensor
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -76,17 +84,28 @@ class InOrder(Sampler[list[Key]]):
 
 
 class Prepared(Dataset):
-    """Images and targets as the network takes them, but for the normalisation, by (epoch, position)."""
+    """Images and targets as the network takes them, but for the normalisation, by (epoch, position).
 
-    def __init__(self, part: Part, transform: Transform, seed: int, data: Data) -> None:
-        self.part, self.transform, self.seed = part, transform, seed
+    Args:
+        training: whether images are augmented, as the recipe says.
+    """
+
+    def __init__(self, part: Part, seed: int, data: Data, training: bool) -> None:
+        self.part, self.seed = part, seed
+        self.transform: Transform = train_transform(data) if training else val_transform(data)
+        # Images of one size are augmented together.
+        self.preset = None
+        if part.stacked is not None and has_views(data, part.stacked[0].shape):
+            self.preset = data.augment if training else "none"
         self.segmentation = data.task == "segmentation"
         self.ignored = data.ignore_index if self.segmentation else IGNORED
 
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, Any]]:
+    def __getitems__(self, keys: Sequence[Key]) -> "list[tuple[Tensor, Any]] | Batch":
+        if self.preset is not None:
+            return self._views(keys)
         # Transforms draw from the global generator, which in the training process is the network's.
         generator = torch.default_generator
         state = generator.get_state()
@@ -94,6 +113,14 @@ class Prepared(Dataset):
             return [self._get(generator, *key) for key in keys]
         finally:
             generator.set_state(state)
+
+    def _views(self, keys: Sequence[Key]) -> "Batch":
+        images, targets = self.part.stacked
+        epochs, positions = np.array(keys).T
+        padding = torch.from_numpy(positions == PADDING)
+        taken = torch.from_numpy(np.maximum(positions, 0))
+        seen = views(images[taken], self.preset, self.seed, epochs, positions)
+        return Batch(seen, targets[taken].masked_fill(padding, self.ignored))
 
     def _get(self, generator: torch.Generator, epoch: int, position: int) -> tuple[Tensor, Any]:
         image, target = self.part.get(max(position, 0))
@@ -107,21 +134,23 @@ class Prepared(Dataset):
             target = torch.full_like(target, self.ignored) if self.segmentation else self.ignored
         return image, target
 
-    def collate(self, samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+    def collate(self, samples: "list[tuple[Tensor, Any]] | Batch") -> "Batch":
         """Images `[N, C, H, W]`, uint8 or floats of 0 to 1; targets `[N]` or `[N, H, W]`."""
+        if isinstance(samples, Batch):
+            return samples
         images, targets = zip(*samples, strict=True)
         if not self.segmentation:
-            return torch.stack(images), torch.tensor(targets)
+            return Batch(torch.stack(images), torch.tensor(targets))
         height, width = (max(image.shape[dim] for image in images) for dim in (-2, -1))
         if all(tuple(image.shape[-2:]) == (height, width) for image in images):
-            return torch.stack(images), torch.stack(targets)
+            return Batch(torch.stack(images), torch.stack(targets))
         # Whole validation images differ in size.
         batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
         masks = targets[0].new_full((len(images), height, width), self.ignored)
         for index, (image, mask) in enumerate(samples):
             batch[index, :, : image.shape[1], : image.shape[2]] = image
             masks[index, : mask.shape[0], : mask.shape[1]] = mask
-        return batch, masks
+        return Batch(batch, masks)
 
 
 def train_loader(recipe: Recipe, part: Part, rank: int, world: int, epoch: int = 0, done: int = 0) -> DataLoader:
@@ -131,14 +160,14 @@ def train_loader(recipe: Recipe, part: Part, rank: int, world: int, epoch: int =
     sampler = EpochBatches(
         len(part), batch, steps_per_epoch(recipe, part) * train.accumulate, train.seed, rank, world, epoch, done
     )
-    return _loader(Prepared(part, train_transform(recipe.data), train.seed, recipe.data), sampler, recipe)
+    return _loader(Prepared(part, train.seed, recipe.data, training=True), sampler, recipe)
 
 
 def val_loader(recipe: Recipe, part: Part, rank: int, world: int) -> DataLoader:
     """The loader of this process's share of the validation images."""
     batch = recipe.train.eval_batch or recipe.train.batch // world
     sampler = InOrder(len(part), batch, rank, world)
-    return _loader(Prepared(part, val_transform(recipe.data), recipe.train.seed, recipe.data), sampler, recipe)
+    return _loader(Prepared(part, recipe.train.seed, recipe.data, training=False), sampler, recipe)
 
 
 def steps_per_epoch(recipe: Recipe, part: Part) -> int:

@@ -1,5 +1,7 @@
 """Seeds from what is being done, not from what was done before: so that a run can stop and go on anywhere."""
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
 
 
@@ -12,3 +14,14 @@ def seed_of(*numbers: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def seeds_of(number: int, *arrays: np.ndarray) -> np.ndarray:
+    """`seed_of(number, *each)` for each row of integer arrays `[N]`, as uint64 `[N]`."""
+    state = np.zeros(arrays[0].shape, dtype=np.uint64)
+    for numbers in (np.full_like(arrays[0], number), *arrays):
+        state = (state ^ numbers.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state >> np.uint64(1)

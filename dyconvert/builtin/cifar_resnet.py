@@ -1,12 +1,16 @@
 """The CIFAR ResNets of He et al. 2016 (section 4.2), with shortcuts that have no parameters.
 
 The module names are those of https://github.com/akamaster/pytorch_resnet_cifar10, so its weights fit:
-`dyconvert recipes/cifar_resnet.py:resnet20 --weights resnet20-12fca82f.th`. They take RGB / 255, with
-mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225).
+`dyconvert builtin:cifar-resnet20 --weights resnet20-12fca82f.th`. They take RGB / 255, with mean (0.485, 0.456, 0.406)
+and standard deviation (0.229, 0.224, 0.225).
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dyconvert.errors import ModelError
+
+INPUT_SIZE = (3, 32, 32)
 
 
 class PadShortcut(nn.Module):
@@ -63,11 +67,12 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
-def resnet20(num_classes: int = 10) -> CifarResNet:
-    """ResNet-20, 0.27 M parameters."""
-    return CifarResNet(3, num_classes)
+def cifar_resnet(depth: int, num_classes: int = 10) -> CifarResNet:
+    """A ResNet of `depth` layers: 20 has 0.27 M parameters, 32 0.46 M, 44 0.66 M, 56 0.86 M.
 
-
-def resnet32(num_classes: int = 10) -> CifarResNet:
-    """ResNet-32, 0.46 M parameters."""
-    return CifarResNet(5, num_classes)
+    Raises:
+        ModelError: no such network has that many layers.
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ModelError(f"A CIFAR ResNet has 6 n + 2 layers (8, 14, 20, ...), and not {depth}; give another depth.")
+    return CifarResNet((depth - 2) // 6, num_classes)
