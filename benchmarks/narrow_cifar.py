@@ -22,7 +22,6 @@ import dyconvert
 from dyconvert import models
 from dyconvert.analysis.flops import macs
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "cifar_resnet.py"
 NETWORKS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -59,7 +58,7 @@ def main() -> None:
     results = []
     print(f"{'network':10}{'width':>6}{'MACs':>7}{'original':>10}{'least-squares':>22}{'merge':>8}{'l1':>8}")
     for network in arguments.networks:
-        model, _ = models.create(f"{RECIPE}:{network}", str(data / "cifar10_resnets" / NETWORKS[network]))
+        model, _ = models.create(f"cifar-{network}", str(data / "cifar10_resnets" / NETWORKS[network]))
         original = top1(model, *test)
         for width in arguments.widths:
             scores = []

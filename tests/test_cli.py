@@ -174,7 +174,7 @@ def test_next_command_for_a_factory_trusts_its_code(cli, models_file):
 
 def test_weights_that_were_saved_on_another_device(cli, data_dir, tmp_path):
     weights = data_dir / "cifar10_resnets" / "resnet20-12fca82f.th"
-    ran = cli(f"{RECIPES / 'cifar_resnet.py'}:resnet20", "--weights", weights, "--input-size", 32, "-o", "out")
+    ran = cli("cifar-resnet20", "--weights", weights, "--input-size", 32, "-o", "out")
     dynamic = converted(ran, tmp_path / "out")
     saved = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
     assert torch.equal(dynamic.linear.weight, saved["module.linear.weight"])

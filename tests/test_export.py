@@ -264,8 +264,7 @@ def test_torchvision_models(name, method, tmp_path):
 def test_cifar_resnet20_on_real_images(method, data_dir, tmp_path):
     from PIL import Image
 
-    recipe = Path(__file__).parents[1] / "recipes" / "cifar_resnet.py"
-    static, _ = models.create(f"{recipe}:resnet20", str(data_dir / "cifar10_resnets" / "resnet20-12fca82f.th"))
+    static, _ = models.create("cifar-resnet20", str(data_dir / "cifar10_resnets" / "resnet20-12fca82f.th"))
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         pixels = np.array(Image.open(data_dir / "cifar10" / "test.png").crop((0, 0, 32, 32 * 200)))

@@ -1,7 +1,6 @@
 """Models from every kind of specifier, with every kind of weights, and what is said when that fails."""
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import torch
 import torchvision
 from nets import equal
 
-from dyconvert.builtin import accuracy, load_digits_test
+from dyconvert.builtin import MODELS, accuracy, load_digits_test
 from dyconvert.errors import ModelError
 from dyconvert.models import (
     Source,
@@ -23,10 +22,10 @@ from dyconvert.models import (
     create,
     list_models,
     parse_arguments,
+    read_state_dict,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR_RESNET = ROOT / "recipes" / "cifar_resnet.py"
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +223,7 @@ def test_list_models():
     names = list_models()
     assert names["torchvision"] == torchvision.models.list_models()
     assert "resnet18" in names["timm"]
-    assert names["builtin"] == ["digits-resnet8"]
+    assert names["builtin"] == sorted(MODELS)
     assert list_models("builtin") == {"builtin": names["builtin"]}
     assert list_models("torchvision").keys() == {"torchvision"}
     with pytest.raises(ModelError, match="no model source 'keras'"):
@@ -286,22 +285,48 @@ def test_source_through_json():
         source.to_json()
 
 
-def test_cifar_resnet_recipe():
-    model, source = create(f"{CIFAR_RESNET}:resnet20")
-    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("tiny-resnet8", 78_186),
+        ("cifar-resnet20", 269_722),
+        ("cifar-resnet32", 464_154),
+        ("cifar-resnet44", 658_586),
+        ("cifar-resnet56", 853_018),
+    ],
+)
+def test_builtin_models_whose_weights_the_user_has(name, parameters, tmp_path):
+    model, source = create(name, "none")
+    assert source == Source(f"builtin:{name}", {}, None, (3, 32, 32))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     torch.fx.symbolic_trace(model)
-    assert source.specifier == f"{CIFAR_RESNET}:resnet20"
+    file_name = MODELS[name].file_name
+    with pytest.raises(ModelError, match=rf"don't come with dyconvert. Give {file_name} of https://.*`none`"):
+        create(name)
+    with pytest.raises(ModelError, match=rf"folder .* has no {file_name}"):
+        create(name, f"{tmp_path}/")
+    torch.save(model.state_dict(), tmp_path / file_name)
+    for weights in (tmp_path / file_name, tmp_path):
+        again, source = create(name, str(weights))
+        assert equal(model.state_dict(), again.state_dict())
+        assert source.weights == str(tmp_path / file_name)
+    (tmp_path / file_name).unlink()
+    assert type(build(source)) is type(model), "a saved model needs the file no more"
 
 
-def test_cifar_resnet_weights():
-    data = os.environ.get("DYCONVERT_DATA")
-    if not data:
-        pytest.skip("DYCONVERT_DATA, a folder with trained CIFAR-10 ResNets, isn't set")
-    path = Path(data) / "cifar10_resnets" / "resnet20-12fca82f.th"
-    model, _ = create(f"{CIFAR_RESNET}:resnet20", weights=str(path))
-    stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    assert torch.equal(model.linear.weight, stored["module.linear.weight"])
+def test_builtin_models_have_arguments():
+    assert create("tiny-resnet8", "none", {"num_classes": 7})[0](torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    assert create("cifar-resnet20", "none", {"num_classes": 7})[0](torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("folder", ["cifar10_resnets", "mlperf_tiny_resnet8"])
+def test_published_weights_of_builtin_models(folder, data_dir):
+    for name, entry in MODELS.items():
+        if entry.file_name and (data_dir / folder / entry.file_name).is_file():
+            model, _ = create(name, str(data_dir / folder))
+            last = list(read_state_dict(data_dir / folder / entry.file_name))[-2:]
+            assert [key for key in model.state_dict()][-2:] == last
 
 
 # ---- Pretrained weights ----

@@ -17,8 +17,6 @@ from dyconvert.analysis.flops import macs
 
 pytest.importorskip("torch_pruning")
 
-CIFAR_RESNETS = Path(__file__).parents[1] / "recipes" / "cifar_resnet.py"
-
 
 class Net(nn.Module):
     """Stem, residual blocks, and one more part that a case puts in between: `[N, 3, 16, 16]` to `[N, 5]`."""
@@ -340,7 +338,7 @@ def test_bad_input(make, options, kind, says):
 def test_a_cifar_resnet_of_half_the_width(name, file, data_dir):
     from test_real_weights import top1
 
-    model, _ = models.create(f"{CIFAR_RESNETS}:{name}", str(data_dir / "cifar10_resnets" / file))
+    model, _ = models.create(f"cifar-{name}", str(data_dir / "cifar10_resnets" / file))
     narrow = dyconvert.narrow(model, width=0.5, data=cifar(data_dir, "train_1")[0], static=True)
     assert macs(narrow, images(1)) / macs(model, images(1)) < 0.27
     # The bar of the project, measured on all 10,000; these are 4,000, whose standard error is 0.8.

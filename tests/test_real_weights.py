@@ -11,8 +11,6 @@ from torch import Tensor, nn
 import dyconvert
 from dyconvert import models
 
-CIFAR_RESNETS = Path(__file__).parents[1] / "recipes" / "cifar_resnet.py"
-
 # Top-1 of the trained files over the 10,000 test images, in percent.
 CIFAR = {"resnet20": ("resnet20-12fca82f.th", 91.73), "resnet32": ("resnet32-d509ac18.th", 92.63)}
 
@@ -53,12 +51,12 @@ def test_cifar_resnets_score_the_same(
 ) -> None:
     file, expected = CIFAR[name]
     weights = data_dir / "cifar10_resnets" / file
-    specifier = f"{CIFAR_RESNETS}:{name}"
+    specifier = f"builtin:cifar-{name}"
     ran = cli(specifier, "--weights", weights, "--method", method, "--g", 6, "--input-size", 32, "--output", "out")
     assert ran.code == 0, ran.stderr
     if method == "dynet":  # before the conversion: once is enough
         assert top1(models.create(specifier, str(weights))[0], *cifar10_test) == pytest.approx(expected, abs=0.005)
-    dynamic = dyconvert.load(tmp_path / "out", trust_code=True)
+    dynamic = dyconvert.load(tmp_path / "out")
     # One image of 10,000 may change sides by rounding.
     assert top1(dynamic, *cifar10_test) == pytest.approx(expected, abs=0.015)
 

@@ -213,10 +213,14 @@ def test_the_commands(cli, tmp_path):
     assert cli("recipes", "show", "quickstart").stdout == shipped_recipes()["quickstart"].read_text()
 
     mine = tmp_path / "mine.yaml"
-    copied = cli("recipes", "cp", "cifar10-resnet20", mine)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "net.py").write_text("")
+    (theirs / "net.yaml").write_text(MINIMAL.replace("builtin:digits-resnet8", "net.py:make"))
+    copied = cli("recipes", "cp", theirs / "net.yaml", mine)
     assert copied.code == 0
-    assert (tmp_path / "cifar_resnet.py").is_file(), "the model's file goes with it"
-    assert load_recipe(mine).model.specifier == f"{tmp_path / 'cifar_resnet.py'}:resnet20"
+    assert (tmp_path / "net.py").is_file(), "the model's file goes with it"
+    assert load_recipe(mine).model.specifier == f"{tmp_path / 'net.py'}:make"
     again = cli("recipes", "cp", "quickstart", mine)
     assert again.code == 2
     assert "exists already" in again.said

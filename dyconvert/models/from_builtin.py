@@ -44,8 +44,7 @@ def _chosen_weights(specifier: str, weights: str | Path, load: bool) -> str | Pa
         return weights
     if entry.weights_name is None:
         raise ModelError(
-            f"The weights of {specifier} don't come with dyconvert. Give the file {entry.file_name}, or the folder "
-            f"that holds it, of {entry.origin} (`--weights PATH`, in a recipe model.weights); or ask for random weights "
-            "with `none`."
+            f"The weights of {specifier} don't come with dyconvert. Give {entry.file_name} of {entry.origin}, or the "
+            "folder that holds it (`--weights PATH`, in a recipe model.weights), or `none` for random weights."
         )
     raise unknown_weights(specifier, weights, [entry.weights_name])

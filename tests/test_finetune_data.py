@@ -1,0 +1,95 @@
+"""Batches of training images: cropped and flipped together, the same whoever asks for them."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dyconvert import load_recipe
+from dyconvert.finetuning.data.datasets import load_part
+from dyconvert.finetuning.data.loading import Prepared, train_loader, val_loader
+from dyconvert.finetuning.data.views import views
+from dyconvert.finetuning.training.randomness import seed_of, seeds_of
+
+IMAGES = torch.randint(1, 256, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+POSITIONS = np.arange(64)
+
+
+def test_seeds_of_arrays_are_those_of_numbers():
+    epochs, positions = np.array([0, 3, 7]), np.array([5, -1, 2**40])
+    assert seeds_of(9, epochs, positions).tolist() == [
+        seed_of(9, int(e), int(p)) for e, p in zip(epochs, positions, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "padding", "flips"), [("none", 0, 0), ("flip", 0, 1), ("shift", 1, 0), ("cifar", 4, 1)]
+)
+def test_every_view_is_a_crop_of_the_padded_image(preset, padding, flips):
+    found = {}
+    for epoch in range(40):
+        seen = views(IMAGES, preset, 1, np.full(64, epoch), POSITIONS)
+        assert seen.shape == IMAGES.shape
+        assert seen.dtype == torch.uint8
+        for image, view in zip(F.pad(IMAGES, [padding] * 4), seen, strict=True):
+            which = [
+                (down, right, flip)
+                for down in range(2 * padding + 1)
+                for right in range(2 * padding + 1)
+                for flip in range(flips + 1)
+                if torch.equal(_flipped(image[:, down : down + 8, right : right + 8], flip), view)
+            ]
+            assert len(which) == 1
+            found[which[0]] = found.get(which[0], 0) + 1
+    # 2560 draws, evenly over at most 162 views: 16 each, with a standard deviation of 4.
+    expected = 2560 / ((2 * padding + 1) ** 2 * (flips + 1))
+    assert len(found) == (2 * padding + 1) ** 2 * (flips + 1)
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in found.values())
+
+
+def _flipped(image, flip):
+    return image.flip(2) if flip else image
+
+
+def test_a_view_depends_on_nothing_but_seed_epoch_and_position():
+    whole = views(IMAGES, "cifar", 1, np.full(64, 2), POSITIONS)
+    chosen = np.array([40, 3, 17])
+    assert torch.equal(views(IMAGES[chosen], "cifar", 1, np.full(3, 2), chosen), whole[chosen])
+    for seed, epoch in ((2, 2), (1, 3)):
+        assert not torch.equal(views(IMAGES, "cifar", seed, np.full(64, epoch), POSITIONS), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_from_any_process(workers):
+    recipe = load_recipe(
+        "quickstart",
+        [
+            "data.dataset=fake",
+            "data.images=40",
+            "data.size=8",
+            "data.augment=cifar",
+            "train.batch=16",
+            f"data.workers={workers}",
+        ],
+    )
+    part = load_part(recipe, "train", 10, print)
+    prepared = Prepared(part, recipe.train.seed, recipe.data, training=True)
+    assert prepared.preset == "cifar"
+    for epoch in (0, 5):
+        first, second = train_loader(recipe, part, 0, 1, epoch)
+        assert first.images.shape == (16, 1, 8, 8)
+        [resumed] = train_loader(recipe, part, 0, 1, epoch, done=1)
+        assert torch.equal(resumed.images, second.images)
+        assert torch.equal(resumed.targets, second.targets)
+        halves = [next(iter(train_loader(recipe, part, rank, 2, epoch))) for rank in (0, 1)]
+        assert torch.equal(torch.cat([half.images for half in halves]), first.images)
+    targets = [target for index in range(40) for target in [part.get(index)[1]]]
+    assert torch.cat([batch.targets for batch in val_loader(recipe, part, 0, 1)]).tolist() == targets
+
+
+def test_images_that_need_resizing_go_one_by_one():
+    recipe = load_recipe("quickstart", ["data.dataset=fake", "data.images=20", "data.size=8", "data.resize=12"])
+    part = load_part(recipe, "train", 10, print)
+    prepared = Prepared(part, 0, recipe.data, training=True)
+    assert prepared.preset is None
+    assert prepared.collate(prepared.__getitems__([(0, 1), (0, 2)])).images.shape == (2, 1, 8, 8)
