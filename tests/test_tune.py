@@ -8,27 +8,27 @@ from nets import FlatNet, ResidualNet, image, seeded
 from torch import nn
 
 import dyconvert
-from dyconvert.nn import dispatch as kernels
+from dyconvert.nn.choice import Choices, using
+from dyconvert.nn.dispatch import STRATEGIES
 
 
 @pytest.fixture(autouse=True)
-def nothing_tuned() -> Iterator[None]:
-    kernels.tuned.clear()
-    yield
-    kernels.tuned.clear()
+def choices() -> Iterator[Choices]:
+    with using(Choices()) as choices:
+        yield choices
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_every_conv_gets_a_strategy_and_computes_the_same(training: bool) -> None:
+def test_every_conv_gets_a_strategy_and_computes_the_same(training: bool, choices: Choices) -> None:
     dynamic = dyconvert.convert(seeded(ResidualNet).double()).train(training)
     x = image(3, dtype=torch.float64)
     chosen = dyconvert.tune(dynamic, x, repeats=1)
     assert set(chosen) == {conv.name for conv in dynamic.dyconvert_plan.converted}
-    assert set(chosen.values()) <= set(kernels.STRATEGIES) - {"features"}
-    assert set(kernels.tuned.values()) == set(chosen.values())
+    assert set(chosen.values()) <= set(STRATEGIES) - {"features"}
+    assert {found.strategy for found in choices.items().values()} == set(chosen.values())
     tuned = dynamic.eval()(x)
-    kernels.tuned.clear()
-    assert torch.allclose(tuned, dynamic(x), atol=1e-12)
+    with using(Choices()):
+        assert torch.allclose(tuned, dynamic(x), atol=1e-12)
 
 
 def test_what_a_conv_pads_itself_is_measured_as_it_is_called() -> None:

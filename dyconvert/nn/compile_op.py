@@ -69,7 +69,7 @@ def _forward(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    engine, how = engines.by_rule(x, weight, bias, coefficients, geometry, backward=False)
+    engine, how = engines.known_or_by_rule(x, weight, bias, coefficients, geometry, backward=False)
     out = engine.forward(x, weight, bias, coefficients, geometry, how, shift)
     return out.contiguous(memory_format=_format(x))
 
@@ -104,7 +104,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
-    engine, how = engines.by_rule(x, weight, None, coefficients, geometry, backward=True)
+    engine, how = engines.known_or_by_rule(x, weight, None, coefficients, geometry, backward=True)
     found = engine.backward(grad, x, weight, coefficients, geometry, tuple(needs), how)
     inputs = zip(found, (x, weight, coefficients), strict=True)
     return tuple(like.new_empty(0) if part is None else part.contiguous() for part, like in inputs)

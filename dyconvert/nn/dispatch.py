@@ -3,19 +3,21 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
-from dyconvert.nn import compile_op, engines, native, recompute, strategies, tiles
+from dyconvert.nn import choice, compile_op, engines, native, strategies, tiles
 from dyconvert.nn.backward import MixedAgainConv
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.trials import key, needs_backward, trial
 
 Strategy = Callable[..., Tensor]  # of x, weight, bias, coefficients and geometry
 
@@ -30,10 +32,7 @@ def tiled(
     tile: tiles.Tile | None = None,
 ) -> Tensor:
     """A few images and output channels at a time, for CPUs; keeps no image's kernel for backward."""
-    x, geometry = _number_the_padding(x, weight, geometry)
-    if not needs_backward(x, weight, bias, coefficients):
-        return tiles.forward(x, weight, bias, coefficients, geometry, tile, shift)
-    return _differentiable(tiles, tile, x, weight, bias, coefficients, geometry)
+    return _run_engine((tiles, tile), x, weight, bias, coefficients, geometry, shift)
 
 
 def by_rule(
@@ -45,31 +44,27 @@ def by_rule(
     shift: Tensor | None = None,
 ) -> Tensor:
     """The engine that the rule names; for training with kernels that are small, one grouped conv."""
+    return _run_engine(None, x, weight, bias, coefficients, geometry, shift)
+
+
+def _run_engine(
+    named: tuple[Engine, Any] | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """By the engine `named`, and how it is to compute; None: by the rule's."""
     x, geometry = _number_the_padding(x, weight, geometry)
     backward = needs_backward(x, weight, bias, coefficients)
-    engine, how = engines.by_rule(x, weight, bias, coefficients, geometry, backward=backward)
+    engine, how = named or engines.by_rule(x, weight, bias, coefficients, geometry, backward=backward)
     if not backward:
         return engine.forward(x, weight, bias, coefficients, geometry, how, shift)
-    if engine is not native and _kernels_are_small(x, weight, coefficients):
+    if named is None and engine is not native and _kernels_are_small(x, weight, coefficients):
         return strategies.groups(x, weight, bias, coefficients, geometry)
     return _differentiable(engine, how, x, weight, bias, coefficients, geometry)
-
-
-def _recomputed(how: str) -> Strategy:
-    def strategy(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        coefficients: Tensor,
-        geometry: Geometry,
-        shift: Tensor | None = None,
-    ) -> Tensor:
-        x, geometry = _number_the_padding(x, weight, geometry)
-        if not needs_backward(x, weight, bias, coefficients):
-            return recompute.forward(x, weight, bias, coefficients, geometry, how, shift)
-        return _differentiable(recompute, how, x, weight, bias, coefficients, geometry)
-
-    return strategy
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -77,32 +72,14 @@ STRATEGIES: dict[str, Strategy] = {
     "tiled": tiled,
     "groups": strategies.groups,
     "unfold": strategies.unfold,
-    "recompute_groups": _recomputed("groups"),
-    "recompute_unfold": _recomputed("unfold"),
+    **{name: partial(_run_engine, engine) for name, engine in engines.ENGINES.items()},
     "features": strategies.features,
 }
 
 
 # Strategies that take half-precision banks, and the shift, by themselves, where no backward follows.
-_WITH_SHIFT = ("native", "tiled", "recompute_groups", "recompute_unfold")
+_WITH_SHIFT = ("native", "tiled", *engines.ENGINES)
 
-
-class Key(NamedTuple):
-    """What the best strategy for a dynamic conv depends on."""
-
-    shape: tuple[int, ...]
-    weight: tuple[int, ...]
-    coefficients: tuple[int, ...]
-    geometry: Geometry
-    dtype: torch.dtype
-    device: str
-    channels_last: bool
-    training: bool
-    threads: int
-
-
-# What `tune` has measured: the strategy's name.
-tuned: dict[Key, str] = {}
 
 _forced: ContextVar[str | None] = ContextVar("forced strategy", default=None)
 
@@ -158,6 +135,18 @@ def dynamic_conv(
     if compiling and not forced and compile_op.takes(x, weight):
         return _compiling(x, weight, bias, coefficients, geometry, shift)
     strategy = forced or _choose(x, weight, bias, coefficients, geometry)
+    return _run(strategy, x, weight, bias, coefficients, geometry, shift)
+
+
+def _run(
+    strategy: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+) -> Tensor:
     if strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift):
         return STRATEGIES[strategy](x, weight, bias, coefficients, geometry, shift)
     if weight.dtype != x.dtype:
@@ -188,11 +177,72 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(batch, int):
         # A group count is a constant of the graph, so folding the batch into it would fix the batch.
         return "groups" if single else "unfold"
-    if not _observed():
-        if tuned and (found := tuned.get(key(x, weight, bias, coefficients, geometry))):
-            return found
+    if x.is_meta or _observed():
+        return "unfold" if engines.is_matmul(x, weight, geometry) else "groups"
+    choices = choice.current()
+    if choices.cpu if x.is_cpu else x.device.type in _MEASURED:
+        return _measured(choices, x, weight, bias, coefficients, geometry)
+    if len(choices) and (known := choices.known(key(x, weight, bias, coefficients, geometry))):
+        return known  # by `tune`
+    return "native"
+
+
+# Devices for which there is no rule worth the name.
+_MEASURED = ("cuda", "mps", "xpu")
+
+
+def _measured(
+    choices: choice.Choices,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+) -> str:
+    """The fastest strategy; where nothing may be measured, what is known already, else the rule's."""
+    mode = choice.mode()
+    if mode == "off" or engines.deterministic() or type(x) not in (Tensor, nn.Parameter):  # a fake tensor takes no time
         return "native"
-    return "unfold" if engines.is_matmul(x, weight, geometry) else "groups"
+    asked = key(x, weight, bias, coefficients, geometry)
+    if known := choices.known(asked):
+        return known
+    # What was read, but never ran here, isn't compiled yet: a graph's capture is no time to do it.
+    if engines.capturing(x):
+        return "native"
+    if mode == "read-only":
+        return choices.read(asked) or "native"
+    return choices.choose(asked, trials(x, weight, bias, coefficients, geometry), "native")
+
+
+# Unfolded inputs of more bytes aren't tried: what they take would be missing elsewhere.
+_UNFOLDED = 512 * 2**20
+
+
+def trials(
+    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry
+) -> dict[str, Callable[[], None]]:
+    """What is to be timed to find the fastest strategy: each that can serve a call like this one.
+
+    Mixing feature maps takes g times the work, and is never tried. In training, strategies that keep every image's
+    kernel are tried where those are small.
+    """
+    training = needs_backward(x, weight, bias, coefficients)
+    if x.is_cpu:
+        names = ["native", "tiled", "groups", "unfold"]
+    else:
+        names = [name for name in engines.ENGINES if engines.can(name, x, weight, coefficients, geometry)]
+        if weight.shape[2:].numel() * x.numel() * x.element_size() > _UNFOLDED:
+            names.remove("recompute_unfold")
+        if training and _kernels_are_small(x, weight, coefficients):
+            names += ["groups", "unfold"] if engines.is_matmul(x, weight, geometry) else ["groups"]
+    tensors = (x, weight, bias, coefficients)
+    return {name: trial(partial(_run_on, name, geometry), tensors) for name in names}
+
+
+def _run_on(
+    name: str, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
+) -> Tensor:
+    return _run(name, x, weight, bias, coefficients, geometry)
 
 
 def _observed() -> bool:
@@ -202,26 +252,6 @@ def _observed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
-
-
-def key(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Key:
-    """What :data:`tuned` is looked up by."""
-    return Key(
-        tuple(x.shape),
-        tuple(weight.shape),
-        tuple(coefficients.shape),
-        geometry,
-        x.dtype,
-        x.device.type,
-        tiles.is_channels_last(x),
-        needs_backward(x, weight, bias, coefficients),
-        torch.get_num_threads(),
-    )
-
-
-def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether a backward through what is computed from the tensors may follow."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dyconvert.nn import native, recompute, tiles
+from dyconvert.nn import choice, native, recompute, tiles
 from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.trials import key
 
 
 class Engine(Protocol):
@@ -56,6 +57,39 @@ def by_rule(
             return native, call
         return tiles, None
     return recompute, "unfold" if is_matmul(x, weight, geometry) else "groups"
+
+
+# Engines by the names that they have as strategies; the CPU's stand in the rule alone.
+ENGINES: dict[str, tuple[Engine, Any]] = {
+    "recompute_groups": (recompute, "groups"),
+    "recompute_unfold": (recompute, "unfold"),
+}
+
+
+def can(name: str, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry) -> bool:
+    """Whether the engine `name` of :data:`ENGINES` knows the conv."""
+    return name in ENGINES
+
+
+def known_or_by_rule(
+    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry, *, backward: bool
+) -> tuple[Engine, Any]:
+    """The engine that was measured to be the fastest in this process, else the rule's; nothing is measured here."""
+    if not x.is_cpu and choice.mode() != "off" and not deterministic():
+        known = choice.current().known(key(x, weight, bias, coefficients, geometry, training=backward))
+        if known in ENGINES:
+            return ENGINES[known]
+    return by_rule(x, weight, bias, coefficients, geometry, backward=backward)
+
+
+def deterministic() -> bool:
+    """Whether the user wants the same bits each time: which strategy is the fastest can change from run to run."""
+    return torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether what runs on `x` is being recorded into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 # Tiles add up the bank's gradient part by part, for which half precision is too coarse.

@@ -1,7 +1,5 @@
 """tune(model, example): the fastest strategy for every dynamic conv, measured once on this machine."""
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,23 +8,25 @@ from torch import Tensor, nn
 
 from dyconvert.arguments import as_arguments
 from dyconvert.errors import ModelError
+from dyconvert.nn import choice
 from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.nn.dispatch import STRATEGIES, Geometry, Key, dynamic_conv, force, key, tuned
-
-# In a plain loop the strategies that can win; mixing feature maps takes g times the work.
-_CANDIDATES = tuple(name for name in STRATEGIES if name != "features")
+from dyconvert.nn.dispatch import trials
+from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.trials import key
 
 
 def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     """Measure the strategies on every dynamic conv of `model`, and use the fastest from now on.
 
     What is found holds in this process, for convs of the same shapes, batch, dtype, device, mode (training or
-    inference) and number of threads as here; others are left to the rules.
+    inference) and number of threads as here; other convs on a CPU are left to the rules. On a GPU every new shape is
+    measured at its first call anyway (:mod:`dyconvert.nn.choice`); this measures again, before a graph is captured
+    or a model compiled.
 
     Args:
         model: a converted model, in the mode to tune for: in training mode, forward and backward are measured.
         example: an input or the tuple of the forward's arguments, of the batch size to tune for.
-        repeats: measurements of each strategy, in turns, of which the median counts.
+        repeats: how often each strategy is measured; the lowest counts.
 
     Returns:
         each dynamic conv's name and its strategy; transposed ones have only one, and are left out
@@ -40,13 +40,18 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     if not convs:
         raise ModelError(f"{type(model).__name__} has no dynamic conv to tune. Pass what dyconvert.convert returned.")
     calls = _observe(model, convs, as_arguments(example))
-    chosen = {}
+    choices = choice.current()
+    chosen: dict[str, str] = {}
+    measured: dict[choice.Key, str] = {}  # convs of one shape share it
     for name, (tensors, geometry) in calls.items():
         with torch.set_grad_enabled(model.training):
-            found: Key = key(*tensors, geometry)
-            if found not in tuned:
-                tuned[found] = _fastest(lambda t=tensors, k=geometry: _run(t, k), tensors[0].device, repeats)
-            chosen[name] = tuned[found]
+            asked = key(*tensors, geometry)
+            if asked not in measured:
+                file = not tensors[0].is_cpu  # a CPU's convs aren't looked up in a file
+                measured[asked] = choices.measure(
+                    asked, trials(*tensors, geometry), "native", repeats=repeats, file=file
+                )
+            chosen[name] = measured[asked]
     return chosen
 
 
@@ -76,30 +81,9 @@ def _observe(
         if name in convs
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), choice.measuring("off"):
             model(*arguments)
     finally:
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def _run(tensors: list[Tensor | None], geometry: Geometry) -> None:
-    out = dynamic_conv(*tensors, *geometry)
-    if out.requires_grad:
-        wanted = [t for t in tensors if t is not None and t.requires_grad]
-        torch.autograd.grad(out.sum(), wanted)
-
-
-def _fastest(run: Callable[[], None], device: torch.device, repeats: int) -> str:
-    times: dict[str, list[float]] = {name: [] for name in _CANDIDATES}
-    for turn in range(repeats + 1):
-        for name, found in times.items():
-            with force(name):
-                start = time.perf_counter()
-                run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if turn:  # the first is to warm up
-                    found.append(time.perf_counter() - start)
-    return min(times, key=lambda name: statistics.median(times[name]))

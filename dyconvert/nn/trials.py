@@ -1,0 +1,84 @@
+"""What measured choice measures: one dynamic conv by one strategy, under the mode that it was called in."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dyconvert.nn import tiles
+from dyconvert.nn.choice import Key
+from dyconvert.nn.strategies import Geometry
+
+
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether a backward through what is computed from the tensors may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def key(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    training: bool | None = None,
+) -> Key:
+    """What :class:`~dyconvert.nn.choice.Choices` are looked up by.
+
+    Args:
+        training: whether a backward may follow; None: as the tensors say.
+    """
+    if training is None:
+        training = needs_backward(x, weight, bias, coefficients)
+    padding = geometry.padding if isinstance(geometry.padding, str) else tuple(geometry.padding)
+    return Key(
+        tuple(x.shape),
+        tuple(weight.shape),
+        tuple(coefficients.shape),
+        tuple(geometry.stride),
+        padding,
+        tuple(geometry.dilation),
+        geometry.groups,
+        x.dtype,
+        weight.dtype,
+        x.device,
+        tiles.is_channels_last(x),
+        tiles.is_channels_last(weight),
+        bias is not None,
+        training,
+        torch.get_num_threads() if x.is_cpu else 0,
+        _precision() if x.is_cuda else "",
+    )
+
+
+def _precision() -> str:
+    """What float32 is computed in on a GPU, and whether cuDNN looks for its fastest algorithm."""
+    backends = torch.backends
+    names = [backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision]
+    return "/".join(names) + (" benchmark" if backends.cudnn.benchmark else "")
+
+
+def trial(run: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Callable[[], None]:
+    """A call of `run` on tensors of its own, with a backward where one through `tensors` may follow.
+
+    Nothing of it is seen by what the caller is in the middle of: autograd's graph, the hooks by which activation
+    checkpointing counts what is saved, and autocast, which has changed the tensors already.
+    """
+    leaves = [t if t is None else t.detach().requires_grad_(needs_backward(t)) for t in tensors]
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    device = next(leaf.device.type for leaf in leaves if leaf is not None)
+    grad: list[Tensor] = []
+
+    def call() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself), torch.autocast(device, enabled=False):
+            out = run(*leaves)
+            if wanted:
+                if not grad:
+                    grad.append(torch.ones_like(out))
+                torch.autograd.grad(out, wanted, grad)
+
+    return call
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
