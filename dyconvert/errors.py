@@ -16,6 +16,10 @@ class PlanError(DyconvertError):
     """A plan, or what was asked of one (method, g, patterns), doesn't make sense or doesn't fit the model."""
 
 
+class ArgumentError(DyconvertError, RuntimeError):
+    """The tensors or numbers that a layer is called with don't fit together; a RuntimeError, as torch's own is."""
+
+
 class CheckpointError(DyconvertError):
     """A saved model can't be written, or can't be read back as it was written."""
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyconvert.nn import engines, native
+from dyconvert.errors import ArgumentError
+from dyconvert.nn import engines, fitting, native
 from dyconvert.nn.strategies import Geometry
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -69,7 +70,7 @@ def _forward(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    engine, how = engines.known_or_by_rule(x, weight, bias, coefficients, geometry, backward=False)
+    engine, how = engines.known_or_by_rule(x, weight, bias, coefficients, geometry, shift, backward=False)
     out = engine.forward(x, weight, bias, coefficients, geometry, how, shift)
     return out.contiguous(memory_format=_format(x))
 
@@ -86,7 +87,9 @@ def _(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    size = native.size_of_output(x.shape[2:], weight.shape[2:], Geometry(stride, padding, dilation, groups))
+    geometry = Geometry(stride, padding, dilation, groups)
+    fitting.check(x, weight, bias, coefficients, geometry, shift)
+    size = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
     channels = weight.shape[0] // coefficients.shape[1]
     return x.new_empty(x.shape[0], channels, *size).contiguous(memory_format=_format(x))
 
@@ -105,6 +108,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
     engine, how = engines.known_or_by_rule(x, weight, None, coefficients, geometry, backward=True)
+    size = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
+    if grad.shape != (len(x), weight.shape[0] // coefficients.shape[1], *size) or grad.dtype != x.dtype:
+        raise ArgumentError(
+            f"The output's gradient has the shape {list(grad.shape)} and type {grad.dtype}. They must be the output's."
+        )
     found = engine.backward(grad, x, weight, coefficients, geometry, tuple(needs), how)
     inputs = zip(found, (x, weight, coefficients), strict=True)
     return tuple(like.new_empty(0) if part is None else part.contiguous() for part, like in inputs)
@@ -122,6 +130,7 @@ def _(
     groups: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    fitting.check(x, weight, None, coefficients, Geometry(stride, padding, dilation, groups))
     inputs = zip((x, weight, coefficients), needs, strict=True)
     return tuple(like.new_empty(like.shape if needed else 0) for like, needed in inputs)
 

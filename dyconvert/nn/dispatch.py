@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
-from dyconvert.nn import choice, compile_op, engines, native, strategies, tiles
+from dyconvert.nn import choice, compile_op, engines, fitting, native, strategies, tiles
 from dyconvert.nn.backward import MixedAgainConv
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
@@ -57,9 +57,9 @@ def _run_engine(
     shift: Tensor | None = None,
 ) -> Tensor:
     """By the engine `named`, and how it is to compute; None: by the rule's."""
-    x, geometry = _number_the_padding(x, weight, geometry)
+    x, geometry = _number_the_padding(x, weight, bias, coefficients, geometry)
     backward = needs_backward(x, weight, bias, coefficients)
-    engine, how = named or engines.by_rule(x, weight, bias, coefficients, geometry, backward=backward)
+    engine, how = named or engines.by_rule(x, weight, bias, coefficients, geometry, shift, backward=backward)
     if not backward:
         return engine.forward(x, weight, bias, coefficients, geometry, how, shift)
     if named is None and engine is not native and _kernels_are_small(x, weight, coefficients):
@@ -124,6 +124,9 @@ def dynamic_conv(
 
     Returns:
         `[N, C_out, *spatial]`
+
+    Raises:
+        ArgumentError: they don't fit together.
     """
     geometry = Geometry(stride, padding, dilation, groups)
     # At a batch of one each question asked here is felt, and a device's type takes longer to read than all others.
@@ -147,10 +150,16 @@ def _run(
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> Tensor:
-    if strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift):
+    alone = strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift)
+    symbols = torch.compiler.is_compiling() or torch.jit.is_tracing()  # that stand for sizes
+    if not symbols and not (alone and strategy == "native"):  # by the rule, it is asked at less cost
+        fitting.check(x, weight, bias, coefficients, geometry, shift)
+    if alone:
         return STRATEGIES[strategy](x, weight, bias, coefficients, geometry, shift)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     out = STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
     return _with_shift(out, shift)
 
@@ -164,16 +173,19 @@ def _compiling(
     shift: Tensor | None,
 ) -> Tensor:
     """The compiled kernels within what `torch.compile` makes."""
-    x, geometry = _number_the_padding(x, weight, geometry)
+    x, geometry = _number_the_padding(x, weight, bias, coefficients, geometry)
     if not needs_backward(x, weight, bias, coefficients, shift):
         return compile_op.dynamic_conv(x, weight, bias, coefficients, geometry, shift)
-    out = _with_bias(compile_op.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry), bias, coefficients)
+    out = compile_op.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry)
+    out = _with_bias(out, bias if bias is None else bias.to(x.dtype), coefficients)
     return _with_shift(out, shift)
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> str:
-    batch = x.shape[0]
+    batch = x.shape[0] if x.dim() else 0  # what doesn't fit is refused later
     single = isinstance(batch, int) and batch == 1
+    if isinstance(batch, int) and batch == 0:
+        return "unfold"  # the one that doesn't make pieces of the batch
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(batch, int):
         # A group count is a constant of the graph, so folding the batch into it would fix the batch.
         return "groups" if single else "unfold"
@@ -291,10 +303,14 @@ def _with_bias(out: Tensor, bias: Tensor | None, coefficients: Tensor) -> Tensor
     return out + mixed.view(*mixed.shape, *[1] * (out.dim() - 2))
 
 
-def _number_the_padding(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+def _number_the_padding(
+    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry
+) -> tuple[Tensor, Geometry]:
     """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
     if not isinstance(geometry.padding, str):
         return x, geometry
+    if not torch.compiler.is_compiling():
+        fitting.check(x, weight, bias, coefficients, geometry)  # amounts are those of what fits
     kernel_size = weight.shape[2:]
     # (before, after) of the last dimension first
     amounts = amounts_of_padding(kernel_size, geometry.padding, geometry.dilation)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dyconvert.nn import choice, native, recompute, tiles
+from dyconvert.nn import choice, fitting, native, recompute, tiles
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key
 
@@ -41,7 +41,14 @@ class Engine(Protocol):
 
 
 def by_rule(
-    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry, *, backward: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+    *,
+    backward: bool,
 ) -> tuple[Engine, Any]:
     """The engine for a call, and how it is to compute it; padding as numbers.
 
@@ -50,12 +57,18 @@ def by_rule(
 
     Args:
         backward: whether a backward may follow.
+
+    Raises:
+        ArgumentError: the arguments don't fit together.
     """
-    if x.is_cpu and x.dtype in _TILED_DTYPES:
-        call = native.prepare(x, weight, bias, coefficients, geometry)
+    if x.is_cpu and x.dtype in _TILED_DTYPES and x.shape[:1] != (0,):
+        call = native.prepare(x, weight, bias, coefficients, geometry, shift)  # which checks them
         if call is not None and (not backward or (call.differentiable and weight.dtype == x.dtype)):
             return native, call
         return tiles, None
+    fitting.check(x, weight, bias, coefficients, geometry, shift)
+    if x.shape[0] == 0:
+        return recompute, "unfold"  # the one that makes no pieces of the batch
     return recompute, "unfold" if is_matmul(x, weight, geometry) else "groups"
 
 
@@ -72,14 +85,22 @@ def can(name: str, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Ge
 
 
 def known_or_by_rule(
-    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry, *, backward: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+    *,
+    backward: bool,
 ) -> tuple[Engine, Any]:
     """The engine that was measured to be the fastest in this process, else the rule's; nothing is measured here."""
     if not x.is_cpu and choice.mode() != "off" and not deterministic():
         known = choice.current().known(key(x, weight, bias, coefficients, geometry, training=backward))
         if known in ENGINES:
+            fitting.check(x, weight, bias, coefficients, geometry, shift)
             return ENGINES[known]
-    return by_rule(x, weight, bias, coefficients, geometry, backward=backward)
+    return by_rule(x, weight, bias, coefficients, geometry, shift, backward=backward)
 
 
 def deterministic() -> bool:

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dyconvert.errors import ArgumentError
+from dyconvert.nn import fitting
+from dyconvert.nn.fitting import Looks
 from dyconvert.nn.strategies import Geometry
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as `csrc/native.cpp` numbers them
@@ -28,18 +31,19 @@ BANKS = {
 # Tensors with memory of their own, unlike what a subclass may be.
 _PLAIN = (Tensor, nn.Parameter)
 
+LIBRARY = Path(__file__).with_name("_native.so")
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None: not built, not for this processor or torch, or switched off by
     `DYCONVERT_NATIVE=0` in the environment."""
-    path = Path(__file__).with_name("_native.so")
-    if os.environ.get("DYCONVERT_NATIVE") == "0" or not path.exists() or _parallel_for() is None:
+    if os.environ.get("DYCONVERT_NATIVE") == "0" or not LIBRARY.exists() or _parallel_for() is None:
         return None
     if platform.machine().lower() in ("x86_64", "amd64") and "AVX" not in torch.backends.cpu.get_cpu_capability():
         return None  # it is compiled for AVX2
     try:
-        found = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
     for function, tensors, types in (
@@ -70,36 +74,53 @@ class Call(NamedTuple):
     differentiable: bool  # whether :func:`backward` knows it
 
 
-def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Call | None:
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+) -> Call | None:
     """How :func:`forward` is to compute a dynamic conv; None if it can't.
 
-    Arguments are those of a strategy, padding as numbers.
+    Arguments are those of a strategy, padding as numbers. On the way it is checked that they fit together: what has
+    been answered once is looked up, so that it costs nothing beside the rest.
+
+    Raises:
+        ArgumentError: they don't.
     """
-    last = not weight.is_contiguous()
-    if (
-        library() is None
-        or x.dim() != 4
-        or not x.is_cpu
-        or weight.dtype not in BANKS.get(x.dtype, ())
-        or coefficients.dtype != x.dtype
-        or (bias is not None and (bias.dtype != weight.dtype or not bias.is_contiguous()))
-        or (last and not weight.is_contiguous(memory_format=torch.channels_last))
-        or not all(type(t) in _PLAIN for t in (x, weight, coefficients))
+    if library() is None or not (
+        _ordinary(x)
+        and _ordinary(weight)
+        and _ordinary(coefficients)
+        and (bias is None or _ordinary(bias))
+        and (shift is None or _ordinary(shift))
     ):
+        fitting.check(x, weight, bias, coefficients, geometry, shift)
         return None
-    return _call(
+    last = not weight.is_contiguous()
+    found = _call(
         x.shape,
         x.stride(),
+        x.dtype,
         weight.shape,
         last,
+        weight.dtype,
         coefficients.shape,
         coefficients.stride(),
-        tuple(geometry.stride),
-        tuple(geometry.padding),
-        tuple(geometry.dilation),
-        geometry.groups,
+        coefficients.dtype,
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
+        None if shift is None else (shift.shape, shift.stride(), shift.dtype),
+        *fitting.numbered(geometry),
         torch.get_num_threads(),
     )
+    return None if last and not weight.is_contiguous(memory_format=torch.channels_last) else found
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    """Whether the tensor's elements lie in this computer's memory as its strides say."""
+    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def forward(
@@ -113,7 +134,7 @@ def forward(
 ) -> Tensor:
     """A dynamic conv without autograd, with what :func:`prepare` found for these arguments."""
     if call.channels_last:
-        out = torch.empty(call.size, dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty(call.size, dtype=x.dtype, device=_CPU, memory_format=torch.channels_last)
     else:
         out = x.new_empty(call.size)
     if shift is not None:
@@ -121,12 +142,12 @@ def forward(
     failed = library().dyconvert_conv(
         call.shape,
         _parallel_for(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        coefficients.data_ptr(),
-        _address(bias),
-        _address(shift),
-        out.data_ptr(),
+        _address(x),
+        _address(weight),
+        _address(coefficients),
+        None if bias is None else _address(bias),
+        None if shift is None else _address(shift),
+        _address(out),
         _TYPES[x.dtype],
         _TYPES[weight.dtype],
     )
@@ -144,14 +165,20 @@ def backward(
     call: Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `x`, `weight` and `coefficients`, those that are needed, where the call is differentiable."""
+    # Between forward and backward, a parameter's memory may have been replaced (`weight.data = ...`): asked anew.
+    call = prepare(x, weight, None, coefficients, geometry)
+    if call is None or not call.differentiable or grad.shape != call.size or not _ordinary(grad):
+        raise ArgumentError(
+            "The arguments of a dynamic conv were replaced by others between forward and backward. Call forward again."
+        )
     needs_x, needs_bank, needs_eta = needs
-    grad = grad.contiguous()
+    grad = grad.to(x.dtype).contiguous()
     dtype = _TYPES[x.dtype]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    bank, eta = weight.data_ptr(), coefficients.data_ptr()
-    if needs_x:
+    bank, eta = _address(weight), _address(coefficients)
+    if grad_x is not None:
         failed = library().dyconvert_input_gradient(
-            call.shape, _parallel_for(), grad.data_ptr(), bank, eta, grad_x.data_ptr(), dtype
+            call.shape, _parallel_for(), _address(grad), bank, eta, _address(grad_x), dtype
         )
         _check(failed, call)
     grad_bank = torch.empty_like(weight) if needs_bank else None
@@ -160,20 +187,26 @@ def backward(
         failed = library().dyconvert_bank_gradient(
             call.shape,
             _parallel_for(),
-            grad.data_ptr(),
-            x.data_ptr(),
+            _address(grad),
+            _address(x),
             bank,
             eta,
-            _address(grad_bank),
-            _address(grad_eta),
+            None if grad_bank is None else _address(grad_bank),
+            None if grad_eta is None else _address(grad_eta),
             dtype,
         )
         _check(failed, call)
     return grad_x, grad_bank, grad_eta
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if not address:
+        raise ArgumentError(
+            "A tensor of a dynamic conv has no memory: it was freed. FSDP does so with parameters that are used "
+            "outside of the forward of the module that it wraps."
+        )
+    return address
 
 
 def _check(failed: int, call: Call) -> None:
@@ -194,33 +227,53 @@ def writes_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return strides[1] == 1 and shape[1] > 1 and strides[3] > 1
 
 
+_CPU = torch.device("cpu")
+_Vector = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # a tensor's shape, strides and type
+
+
 @functools.lru_cache(maxsize=1024)
 def _call(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
+    dtype: torch.dtype,
     bank: tuple[int, ...],
     bank_last: bool,
+    bank_dtype: torch.dtype,
     coefficients: tuple[int, ...],
     coefficient_strides: tuple[int, ...],
+    coefficient_dtype: torch.dtype,
+    bias: _Vector | None,
+    shift: _Vector | None,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
     threads: int,
 ) -> Call | None:
+    geometry = Geometry(stride, padding, dilation, groups)
+    looks = (
+        Looks(shape, dtype, _CPU),
+        Looks(bank, bank_dtype, _CPU),
+        bias and Looks(bias[0], bias[2], _CPU),
+        Looks(coefficients, coefficient_dtype, _CPU),
+        shift and Looks(shift[0], shift[2], _CPU),
+    )
+    fitting.check_looks(*looks, geometry)
+    vectors = (bias is None or (bias[1] == (1,) and bias[2] == bank_dtype)) and (shift is None or shift[1] == (1,))
+    if len(shape) != 4 or bank_dtype not in BANKS.get(dtype, ()) or not vectors:
+        return None
     images, in_channels, *size = shape
     g = coefficients[1]
     channels = bank[0] // g
-    out = size_of_output(size, bank[2:], Geometry(stride, padding, dilation, groups))
-    sizes = (in_channels, *size, images)
-    if min(*out, *sizes) < 1 or min(padding) < 0 or in_channels != bank[1] * groups or channels % groups:
-        return None  # torch says best what doesn't fit
-    if (
-        in_channels
-        * math.prod(length + 2 * max(pad, jump) for length, pad, jump in zip(size, padding, stride, strict=True))
-        >= 2**31
-    ):
-        return None  # `csrc` counts an image's elements in 32 bits
+    out = size_of_output(size, bank[2:], geometry)
+    if min(*out, in_channels, *size, images, channels) < 1:
+        return None  # empty
+    laid_out = in_channels * math.prod(
+        length + 2 * max(pad, jump) for length, pad, jump in zip(size, padding, stride, strict=True)
+    )
+    span = sum((length - 1) * step for length, step in zip(shape[1:], strides[1:], strict=True))
+    if max(laid_out, span, math.prod(bank[1:])) >= 2**31:
+        return None  # `csrc` counts the elements of an image, and of a kernel, in 32 bits
     last = writes_channels_last(shape, strides)
     fields = [
         *(images, in_channels, *size, channels, *out, g, groups, *bank[2:]),

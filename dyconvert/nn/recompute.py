@@ -95,7 +95,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _images_at_a_time(x: Tensor, weight: Tensor, coefficients: Tensor, how: str, *, gradients: bool) -> int:
     image = weight.numel() // coefficients.shape[1]
     if how == "unfold":
-        image += weight.shape[2:].numel() * x[0].numel()
+        image += weight.shape[2:].numel() * x.shape[1:].numel()
     most = _BYTES // max(image * x.element_size() * (2 if gradients else 1), 1)
     return max(min(most, x.shape[0]), 1)
 

@@ -89,8 +89,8 @@ class _Shapes:
         return Tile(images, min(blocks * _CHANNELS, self.channels))
 
     def flat(self, kernels: Tensor) -> Tensor:
-        """Kernels `[rows, C_in / groups, *kernel]` as `[rows, K]`, in the bank's order."""
-        return (kernels.movedim(1, -1) if self.last else kernels).reshape(kernels.shape[0], -1)
+        """Kernels `[rows, C_in / groups, *kernel]` as `[rows, K]`, contiguous, in the bank's order."""
+        return (kernels.movedim(1, -1) if self.last else kernels).reshape(kernels.shape[0], -1).contiguous()
 
     def unflat(self, kernels: Tensor) -> Tensor:
         """The inverse of `flat`, from `[..., K]`."""
@@ -159,7 +159,7 @@ def _biases(bias: Tensor | None, coefficients: Tensor, shift: Tensor | None) -> 
     """What is added to each image's output channels, `[N, C_out]`."""
     if bias is None:
         return None if shift is None else shift.expand(coefficients.shape[0], -1)
-    biases = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)
+    biases = mix(bias.to(coefficients.dtype).unflatten(0, (coefficients.shape[1], -1)), coefficients)
     return biases if shift is None else biases + shift
 
 

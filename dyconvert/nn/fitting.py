@@ -1,0 +1,176 @@
+"""Whether a dynamic conv's arguments fit together: asked before any of them is computed with."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from dyconvert.errors import ArgumentError
+from dyconvert.nn.strategies import Geometry
+
+
+class Looks(NamedTuple):
+    """What decides whether a tensor fits: hashable, so that answers are kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout = torch.strided
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "Looks | None":
+        return None if tensor is None else cls(tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+) -> None:
+    """Refuse a dynamic conv's arguments that don't fit together, `nn.dynamic_conv` says how they should.
+
+    Sizes that are only known as symbols, as while a program is exported, are believed.
+
+    Raises:
+        ArgumentError: which argument doesn't fit, and what would.
+    """
+    looks = [Looks.of(tensor) for tensor in (x, weight, bias, coefficients, shift)]
+    try:
+        check_looks(*looks, geometry=numbered(geometry))
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise  # symbols can't be hashed
+
+
+def numbered(geometry: Geometry) -> Geometry:
+    """The geometry with tuples in place of other sequences, so that it can be hashed."""
+    stride, padding, dilation, groups = geometry
+    try:
+        return Geometry(tuple(stride), padding if isinstance(padding, str) else tuple(padding), tuple(dilation), groups)
+    except TypeError:
+        raise ArgumentError(
+            f"stride, padding and dilation have a number for each of the input's dimensions, as in (1, 1). "
+            f"They are {stride}, {padding} and {dilation}."
+        ) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def check_looks(
+    x: Looks, weight: Looks, bias: Looks | None, coefficients: Looks, shift: Looks | None, geometry: Geometry
+) -> None:
+    """:func:`check`, of what it reads."""
+    g = _check_shapes(x.shape, weight.shape, coefficients.shape, geometry.groups)
+    channels = weight.shape[0] // g
+    for name, vector, length, meaning in (
+        ("bias", bias, weight.shape[0], "g * C_out"),
+        ("shift", shift, channels, "C_out"),
+    ):
+        if vector is not None and vector.shape != (length,):
+            raise ArgumentError(f"{name} has the shape {_text(vector)}. It must be [{meaning}], here [{length}].")
+    _check_geometry(x.shape, weight.shape, geometry)
+    others = ("weight", weight), ("bias", bias), ("coefficients", coefficients), ("shift", shift)
+    for name, tensor in (("the input", x), *others):
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
+            raise ArgumentError(f"{name} is of the layout {tensor.layout}. Make it dense: .to_dense().")
+        if tensor.device != x.device:
+            raise ArgumentError(
+                f"{name} is on {tensor.device}, and the input on {x.device}. Move the model or the input: .to(device)."
+            )
+        if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+            raise ArgumentError(f"{name} is of {tensor.dtype}. A dynamic conv computes with floating-point numbers.")
+    if weight.dtype != x.dtype and not (weight.dtype in _HALF and x.dtype in (torch.float32, torch.float64)):
+        raise ArgumentError(
+            f"The bank is of {weight.dtype}, and the input of {x.dtype}. They must be the same, or the bank of half "
+            "precision: convert the input, x.to(weight.dtype)."
+        )
+    if bias is not None and bias.dtype not in (weight.dtype, x.dtype):
+        raise ArgumentError(f"The bias is of {bias.dtype}, and the bank of {weight.dtype}. They must be the same.")
+    if coefficients.dtype != x.dtype:
+        raise ArgumentError(
+            f"coefficients are of {coefficients.dtype}, and the input of {x.dtype}. "
+            f"Convert one of them: coefficients.to(x.dtype)."
+        )
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _check_shapes(x: Sequence[int], weight: Sequence[int], coefficients: Sequence[int], groups: int) -> int:
+    """Returns g."""
+    if len(x) not in (3, 4, 5) or len(weight) != len(x):
+        raise ArgumentError(
+            f"The input has the shape {list(x)} and the bank {list(weight)}. They must be [N, C_in, *spatial] and "
+            "[g * C_out, C_in / groups, *kernel], with one to three spatial dimensions, as many in both."
+        )
+    if len(coefficients) != 3:
+        raise ArgumentError(
+            f"coefficients have the shape {list(coefficients)}. They must be [N, g, 1] or [N, g, C_out]."
+        )
+    images, g, per = coefficients
+    if images != x[0]:
+        raise ArgumentError(
+            f"There are coefficients of {images} images, and {x[0]} images in the input. A conv whose input has "
+            "another batch than the predictor's needs a predictor of its own: plan.unshare(conv), or scope='layer'."
+        )
+    if g < 1 or weight[0] < g or weight[0] % g:
+        raise ArgumentError(
+            f"There are coefficients of {g} experts, which a bank of {weight[0]} rows, [g * C_out, ...], doesn't have."
+        )
+    channels = weight[0] // g
+    if per not in (1, channels):
+        raise ArgumentError(
+            f"There are {per} coefficients per expert. There must be one, or one for each of {channels} output "
+            "channels."
+        )
+    if not _is_number(groups, 1):
+        raise ArgumentError(f"groups must be a number from 1 on. It is {groups!r}.")
+    if weight[1] * groups != x[1]:
+        raise ArgumentError(
+            f"The input has {x[1]} channels, and the bank is for {weight[1] * groups}: {weight[1]} for each of "
+            f"{groups} groups."
+        )
+    if channels % groups:
+        raise ArgumentError(f"{channels} output channels can't be shared by {groups} groups evenly.")
+    return g
+
+
+def _check_geometry(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> None:
+    dims = len(x) - 2
+    padding = geometry.padding
+    for name, values, least in (
+        ("stride", geometry.stride, 1),
+        ("padding", padding, 0),
+        ("dilation", geometry.dilation, 1),
+    ):
+        if isinstance(values, str):
+            if values not in ("same", "valid"):
+                raise ArgumentError(f"padding {values!r} isn't known. Give numbers, 'same' or 'valid'.")
+        elif len(values) != dims or not all(_is_number(value, least) for value in values):
+            raise ArgumentError(f"{name} must be {dims} whole numbers from {least} on. It is {values}.")
+    if padding == "same" and any(step != 1 for step in geometry.stride):
+        raise ArgumentError(f"padding='same' needs a stride of 1. It is {geometry.stride}.")
+    if 0 in weight[1:] or 0 in x[1:]:  # no images at all are fine
+        raise ArgumentError(f"The bank, {list(weight)}, or an image, {list(x[1:])}, is empty.")
+    for dim, (length, kernel, step) in enumerate(zip(x[2:], weight[2:], geometry.dilation, strict=True)):
+        reach = step * (kernel - 1) + 1
+        padded = length + (reach - 1 if padding == "same" else 0 if padding == "valid" else 2 * padding[dim])
+        if padded < reach:
+            raise ArgumentError(
+                f"A kernel that reaches over {reach} pixels is larger than the padded input, {padded} pixels. "
+                "Take larger images, or leave this conv static: exclude it."
+            )
+
+
+def _is_number(value: Any, least: int) -> bool:
+    return isinstance(value, SupportsIndex) and least <= value < 2**31
+
+
+def _text(tensor: Looks) -> list[int]:
+    return list(tensor.shape)
