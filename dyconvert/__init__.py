@@ -5,41 +5,88 @@
 >>> dynamic = dyconvert.convert(model, method="dynet", g=6)
 """
 
-from dyconvert.checkpoint import load, save
-from dyconvert.errors import (
-    CheckpointError,
-    DyconvertError,
-    ExportError,
-    ModelError,
-    PlanError,
-    RecipeError,
-    TrainingError,
-)
-from dyconvert.exporting.export import export_onnx, export_torch
-from dyconvert.exporting.exported import Exported
-from dyconvert.finetuning import Recipe, finetune, load_recipe
-from dyconvert.methods import METHODS, Method
-from dyconvert.narrowing.narrow import narrow
-from dyconvert.narrowing.record import Narrowing
-from dyconvert.nn import (
-    CoefficientPredictor,
-    DynamicConv,
-    DynamicConv1d,
-    DynamicConv2d,
-    DynamicConv3d,
-    DynamicConvTranspose1d,
-    DynamicConvTranspose2d,
-    DynamicConvTranspose3d,
-)
-from dyconvert.nn.tune import tune
-from dyconvert.surgery.collapse import collapse
-from dyconvert.surgery.convert import convert, plan
-from dyconvert.surgery.fuse import fuse
-from dyconvert.surgery.pairing import pair_experts
-from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
-from dyconvert.surgery.trainable import set_trainable
-from dyconvert.verify import Differences, verify
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dyconvert.version import __version__
+
+if TYPE_CHECKING:
+    from dyconvert.checkpoint import load, save
+    from dyconvert.differences import Differences, verify
+    from dyconvert.errors import (
+        CheckpointError,
+        DyconvertError,
+        ExportError,
+        ModelError,
+        PlanError,
+        RecipeError,
+        TrainingError,
+    )
+    from dyconvert.exporting.export import export_onnx, export_torch
+    from dyconvert.exporting.exported import Exported
+    from dyconvert.finetuning import Recipe, finetune, load_recipe
+    from dyconvert.methods import METHODS, Method
+    from dyconvert.narrowing.narrow import narrow
+    from dyconvert.narrowing.record import Narrowing
+    from dyconvert.nn import (
+        CoefficientPredictor,
+        DynamicConv,
+        DynamicConv1d,
+        DynamicConv2d,
+        DynamicConv3d,
+        DynamicConvTranspose1d,
+        DynamicConvTranspose2d,
+        DynamicConvTranspose3d,
+    )
+    from dyconvert.nn.tune import tune
+    from dyconvert.surgery.collapse import collapse
+    from dyconvert.surgery.convert import convert, plan
+    from dyconvert.surgery.fuse import fuse
+    from dyconvert.surgery.pairing import pair_experts
+    from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
+    from dyconvert.surgery.trainable import set_trainable
+
+# Where each name is defined. A name's module is imported when the name is first asked for: torch and all that stands on
+# it take seconds to import. Type checkers read the imports above instead; a test compares the two.
+_HOMES = {
+    "checkpoint": ("load", "save"),
+    "differences": ("Differences", "verify"),
+    "errors": (
+        "CheckpointError",
+        "DyconvertError",
+        "ExportError",
+        "ModelError",
+        "PlanError",
+        "RecipeError",
+        "TrainingError",
+    ),
+    "exporting.export": ("export_onnx", "export_torch"),
+    "exporting.exported": ("Exported",),
+    "finetuning": ("Recipe", "finetune", "load_recipe"),
+    "methods": ("METHODS", "Method"),
+    "narrowing.narrow": ("narrow",),
+    "narrowing.record": ("Narrowing",),
+    "nn": (
+        "CoefficientPredictor",
+        "DynamicConv",
+        "DynamicConv1d",
+        "DynamicConv2d",
+        "DynamicConv3d",
+        "DynamicConvTranspose1d",
+        "DynamicConvTranspose2d",
+        "DynamicConvTranspose3d",
+    ),
+    "nn.tune": ("tune",),
+    "surgery.collapse": ("collapse",),
+    "surgery.convert": ("convert", "plan"),
+    "surgery.fuse": ("fuse",),
+    "surgery.pairing": ("pair_experts",),
+    "surgery.plan": ("Plan", "PlannedBlock", "PlannedConv"),
+    "surgery.trainable": ("set_trainable",),
+}
+_HOME_OF = {name: f"dyconvert.{home}" for home, names in _HOMES.items() for name in names}
+# `import dyconvert` has always brought these.
+_PACKAGES = ("analysis", "builtin", "exporting", "finetuning", "models", "narrowing", "nn", "report", "surgery")
 
 __all__ = [
     "METHODS",
@@ -83,3 +130,17 @@ __all__ = [
     "tune",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
+    if name in _PACKAGES:
+        return importlib.import_module(f"dyconvert.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -22,6 +22,7 @@ from torch import nn
 from dyconvert import models
 from dyconvert.copying import copied
 from dyconvert.errors import CheckpointError, PlanError
+from dyconvert.installation import upgrade_command
 from dyconvert.marks import mark_source, narrowing_of, source_of
 from dyconvert.narrowing.record import Narrowing, rebuild_narrowed
 from dyconvert.nn import DynamicConv
@@ -160,7 +161,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     except (PlanError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"The architecture isn't the one that was saved in {directory}: {_first_lines(error)}. "
-            "Pass the static model that it was made from as model=..."
+            "Pass the static model that it was made from as `model=...`."
         ) from error
     if source is not None:
         mark_source(model, source)
@@ -185,7 +186,7 @@ def describe(directory: str | Path) -> Description:
     if isinstance(version, int) and version > SCHEMA:
         raise CheckpointError(
             f"{file} has schema version {version}, and this dyconvert ({__version__}) reads up to {SCHEMA}. "
-            "Upgrade: pip install -U dyconvert."
+            f"Upgrade: {upgrade_command()}."
         )
     try:
         description = Description.model_validate(content)
@@ -227,11 +228,11 @@ def _check_writable(directory: Path, replace: bool, force: bool) -> None:
     if (directory / DESCRIPTION).exists():
         if not replace:
             raise CheckpointError(
-                f"{directory} holds a model already. Replace it with --force, or choose another --output."
+                f"{directory} holds a model already. Replace it with `force=True`, or choose another: `directory=...`."
             )
     else:
         raise CheckpointError(
-            f"{directory} holds other files. Write there with --force (force=True), or choose another."
+            f"{directory} holds other files. Write there with `force=True`, or choose another: `directory=...`."
         )
 
 
@@ -277,7 +278,7 @@ def _build(source: "models.Source | None", directory: Path, trust_code: bool) ->
     if source.runs_user_code and not trust_code:
         raise CheckpointError(
             f"{directory} was made from {source.specifier}, which is code that loading would run. Pass the static "
-            "model as model=..., or, if you trust that code, trust_code=True."
+            "model as `model=...`, or, if you trust that code, `trust_code=True`."
         )
     return models.build(source)
 

@@ -9,16 +9,16 @@ SMALL = ("--layer", "8,8,3,8", "--layer", "8,16,1,8,2", "--batch", "1,2", "--rep
 
 
 @pytest.mark.parametrize("mode", ["--inference", "--train"])
-def test_layers_against_the_static_conv_timms_and_mixing_feature_maps(cli, tmp_path, mode):
+def test_layers_against_the_static_conv_timms_and_mixing_feature_maps(cli, mode):
     pytest.importorskip("timm")
-    ran = cli("bench", "layers", *SMALL, mode, "--json", tmp_path / "found.json")
+    ran = cli("bench", "layers", *SMALL, mode)
     assert ran.code == 0, ran.said
     assert "3x3 8 @8" in ran.said
     assert "1x1/2 8-16 @8" in ran.said
     assert "timm / condconv:" in ran.said
     assert "features / condconv:" in ran.said
     assert max(map(len, ran.stdout.splitlines())) <= 80
-    rows = json.loads((tmp_path / "found.json").read_text())["results"]
+    rows = json.loads(cli("bench", "layers", *SMALL, mode, "--json").stdout)["results"]
     assert [(row["layer"], row["batch"]) for row in rows] == [
         (layer, batch) for batch in (1, 2) for layer in ("3x3 8 @8", "1x1/2 8-16 @8")
     ]
@@ -35,13 +35,13 @@ def test_without_mixing_feature_maps_and_for_dynets_coefficients(cli):
     assert "timm: left out" in ran.said  # its conv has no coefficients per channel
 
 
-def test_peak_memory(cli, tmp_path):
+def test_peak_memory(cli):
     shape = ("--layer", "16,16,3,64", "--batch", 8, "--train", "--repeats", 1)
     held = torch.ones(2**27)  # what this process holds isn't counted, though theirs were started from it
-    ran = cli("bench", "layers", *shape, "--memory", "--json", tmp_path / "found.json")
+    ran = cli("bench", "layers", *shape, "--memory", "--json")
     del held
     assert ran.code == 0, ran.said
-    (row,) = json.loads((tmp_path / "found.json").read_text())["results"]
+    (row,) = json.loads(ran.stdout)["results"]
     # Mixing feature maps keeps those of each of the g = 6 experts for the backward.
     maps = 8 * 16 * 64 * 64 * 4
     assert row["memory"]["static"] > maps
@@ -59,7 +59,7 @@ def test_peak_memory(cli, tmp_path):
         ("--against", "digits-resnet8"),
     ],
 )
-def test_a_model_against_its_original(cli, tmp_path, options):
+def test_a_model_against_its_original(cli, options):
     ran = cli(
         "bench",
         "model",
@@ -72,10 +72,9 @@ def test_a_model_against_its_original(cli, tmp_path, options):
         2,
         *options,
         "--json",
-        tmp_path / "m",
     )
     assert ran.code == 0, ran.said
-    rows = json.loads((tmp_path / "m").read_text())["results"]
+    rows = json.loads(ran.stdout)["results"]
     assert [row["batch"] for row in rows] == [1, 2]
     assert all(row["dynamic"]["median"] > 0 and row["limit"] > row["static"]["median"] for row in rows)
     assert all((row["other"] is not None) is ("--against" in options) for row in rows)

@@ -160,7 +160,7 @@ def flip_a_bit(directory: Path) -> None:
         (lambda d: os.truncate(d / "dyconvert.json", 300), "can't be read"),
         (lambda d: (d / "dyconvert.json").write_text("[]"), "isn't what dyconvert writes"),
         (lambda d: (d / "dyconvert.json").write_bytes(b"\xff\xfe"), "can't be read"),
-        (edit(schema_version=2), r"schema version 2.*pip install -U dyconvert"),
+        (edit(schema_version=2), r"schema version 2.*pip install -U"),
         (edit(schema_version="one"), "schema_version"),
         (edit(surprise=1), "surprise"),
         (edit(weights="../elsewhere.safetensors"), "altered"),

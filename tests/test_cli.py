@@ -128,7 +128,7 @@ def test_json_is_all_that_is_on_stdout(dyconvert_process, tmp_path):
 def test_progress_is_on_stderr(cli, models_file, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     terminal = Console(stderr=True, force_terminal=True, force_interactive=True)
-    monkeypatch.setattr("dyconvert.cli.convert.err", terminal)
+    monkeypatch.setattr("dyconvert.console.err", terminal)
     ran = cli(f"{models_file}:net", "--input-size", 16, "--json", "--output", "out")
     assert f"loading {models_file}:net" in ran.stderr
     assert json.loads(ran.stdout)["output"] == "out"

@@ -240,7 +240,7 @@ def test_without_timm(monkeypatch):
     assert list_models().keys() == {"torchvision", "builtin"}
     create("digits-resnet8")
     for call in (lambda: create("timm:resnet18"), lambda: list_models("timm")):
-        with pytest.raises(ModelError, match=r"pip install 'dyconvert\[timm\]'"):
+        with pytest.raises(ModelError, match=r"pip install .*\[timm\]"):
             call()
     with pytest.raises(ModelError, match="the nearest are torchvision:resnet50"):
         create("resnt50")
@@ -302,7 +302,7 @@ def test_builtin_models_whose_weights_the_user_has(name, parameters, tmp_path):
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     torch.fx.symbolic_trace(model)
     file_name = MODELS[name].file_name
-    with pytest.raises(ModelError, match=rf"don't come with dyconvert. Give {file_name} of https://.*`none`"):
+    with pytest.raises(ModelError, match=rf"don't come with dyconvert. Give {file_name} of https://.*'none'"):
         create(name)
     with pytest.raises(ModelError, match=rf"folder .* has no {file_name}"):
         create(name, f"{tmp_path}/")
@@ -348,8 +348,8 @@ def test_failed_download(specifier, weights, address, capsys):
         create(specifier, weights=weights)
     message = str(caught.value)
     assert f"can't be downloaded from {address}" in message
-    assert "--weights none" in message
-    assert "--weights FILE" in message
+    assert "`weights='none'`" in message
+    assert "`weights=FILE`" in message
     assert capsys.readouterr().out == ""
 
 
@@ -360,7 +360,7 @@ def test_failed_download(specifier, weights, address, capsys):
         ("timm:resnet18", "a9_in1k", "a1_in1k"),
         ("timm:resnet18.a9_in1k", "none", "a1_in1k"),
         ("timm:resnet18.a1_in1k", "a2_in1k", "already names its weights"),
-        ("timm:beit3_giant_patch14_224", "default", "no pretrained weights for timm:beit3.*--weights none"),
+        ("timm:beit3_giant_patch14_224", "default", "no pretrained weights for timm:beit3.*`weights='none'`"),
         ("digits-resnet8", "mnist", "'mnist', but digits"),
     ],
 )

@@ -14,8 +14,8 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 import dyconvert
+from dyconvert.differences import compare
 from dyconvert.trial import kept
-from dyconvert.verify import compare
 
 X = image(2, dtype=torch.float64)
 

@@ -80,7 +80,7 @@ def read_sweep(file: Path) -> Ablation:
         with open(file, encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DyconvertError(f"{file} can't be read: {error}. Give a sweep's CSV with --sweep.") from error
+        raise DyconvertError(f"{file} can't be read: {error}. Give a sweep's CSV: `sweep=...`.") from error
     if not rows:
         raise DyconvertError(f"{file} holds no run. Give the CSV of a sweep that has run.")
     if missing := [name for name in ("method", "g", "width", "static", "finetuned") if name not in rows[0]]:

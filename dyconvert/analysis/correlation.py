@@ -127,7 +127,7 @@ def check_layer(model: nn.Module, layer: str) -> None:
     names = [name for name, _ in model.named_modules() if name]
     if layer not in names:
         near = difflib.get_close_matches(layer, names, cutoff=0.3) or names[:3]
-        raise ModelError(f"--layer {layer!r} is no layer of {type(model).__name__}. Names look like {', '.join(near)}.")
+        raise ModelError(f"{layer!r} is no layer of {type(model).__name__}. Names look like {', '.join(near)}.")
 
 
 def summarise(r: Tensor, **more: object) -> Correlation:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from dyconvert.arguments import as_arguments
 from dyconvert.copying import clear_hooks, on_meta, skeleton
@@ -30,6 +29,9 @@ def macs(model: nn.Module, example: Any) -> int:
 
 
 def _counted(runner: nn.Module, arguments: tuple[Any, ...]) -> int:
+    # It imports triton, which takes a quarter of a second.
+    from torch.utils.flop_counter import FlopCounterMode
+
     clear_hooks(runner.eval())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

@@ -94,13 +94,13 @@ def read_images(
     channels, *spatial = shape
     if len(spatial) != 2 or channels not in (1, 3):
         raise ModelError(
-            f"--data reads images, and the model takes {list(shape)}. Pass batches of your own in Python: "
+            f"Folders hold images, and the model takes {list(shape)}. Pass batches of your own in Python: "
             "dyconvert.analysis, dyconvert.collapse."
         )
     if channels == 1 and len(mean) == len(std) == 3:
         mean, std = [sum(mean) / 3], [sum(std) / 3]
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise ModelError(f"--mean and --std need a number for each of {channels} channels, and std above zero.")
+        raise ModelError(f"`mean=...` and `std=...` need a number for each of {channels} channels, and std above zero.")
     transform = v2.Compose(
         [
             v2.Resize(min(spatial), antialias=True) if spatial[0] == spatial[1] else v2.Resize(spatial, antialias=True),
@@ -126,7 +126,7 @@ def image_files(folder: Path) -> list[Path]:
         ModelError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise ModelError(f"--data {folder} is no folder. Give a folder of images, or `digits`.")
+        raise ModelError(f"`data={folder}` is no folder. Give a folder of images, or `digits`.")
     found = sorted(
         Path(parent) / name
         for parent, _, names in os.walk(folder, followlinks=True)
@@ -134,7 +134,7 @@ def image_files(folder: Path) -> list[Path]:
         if Path(name).suffix.lower() in SUFFIXES
     )
     if not found:
-        raise ModelError(f"--data {folder} holds no images ({', '.join(sorted(SUFFIXES))}), nor do its subfolders.")
+        raise ModelError(f"`data={folder}` holds no images ({', '.join(sorted(SUFFIXES))}), nor do its subfolders.")
     return found
 
 

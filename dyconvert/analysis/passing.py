@@ -131,8 +131,8 @@ def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as error:
         shapes = ", ".join("x".join(map(str, t.shape)) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
         raise ModelError(
-            f"{type(model).__name__} rejects the images ({shapes}): {brief(error)}. Give the size that it takes: "
-            "--input-size 3,224,224."
+            f"{type(model).__name__} rejects the images ({shapes}): {brief(error)}. Give an input of the size that "
+            "it takes: `example=...`."
         ) from error
 
 

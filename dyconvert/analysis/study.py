@@ -142,7 +142,7 @@ def analyse(
         check_layer(model, layer)
     began = time.perf_counter()
     if images is None:
-        result.left_out["correlation"] = result.left_out["coefficients"] = "no images were given (--data)"
+        result.left_out["correlation"] = result.left_out["coefficients"] = "no images were given"
     else:
         _look(result, model, original, images, chosen or dict([default_layer(plan)]), classes, batch_size, tell)
         result.seconds["images"] = time.perf_counter() - began
@@ -160,9 +160,9 @@ def analyse(
     _time_sizes(result, model, original, narrow, sizes, seconds, cpu_time, tell)
     result.seconds["resolution"] = time.perf_counter() - began
     if ablation is None:
-        result.left_out["ablation"] = "no sweep was given (--sweep FILE)"
+        result.left_out["ablation"] = "no sweep was given"
     if narrow is None:
-        result.left_out["static narrow"] = "no static model of the dynamic one's width was given (--narrow)"
+        result.left_out["static narrow"] = "no static model of the dynamic one's width was given"
     _conclude(result, cpu_time)
     return result
 

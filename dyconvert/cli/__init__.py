@@ -1,27 +1,47 @@
-"""The command line: one file a command, each thin: parse, call the API, print."""
+"""The command line: one file a command, each thin: parse, call the API, print.
+
+Every command's options are declared without torch, and each command imports what it needs when it runs: help, lists and
+errors in what was typed come at once.
+"""
 
 import os
 import sys
 
-from dyconvert.cli.app import app, command_names
-from dyconvert.console import fail
-from dyconvert.errors import DyconvertError
+from dyconvert.cli import interrupts
 
 
 def main() -> None:
-    """`dyconvert resnet50 --g 6` is `dyconvert convert resnet50 --g 6`; errors end with exit code 2."""
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] not in command_names() | {"--help", "-h", "--version"}:
-        arguments = ["convert", *arguments]
+    """Run the command in `sys.argv`: errors end with exit code 2, Ctrl-C with 130."""
+    with interrupts.taken_over():
+        code = _code()
+    sys.exit(code)
+
+
+def _code() -> int:
     try:
-        app(args=arguments, prog_name="dyconvert")
-    except DyconvertError as error:
-        fail(str(error))
-        sys.exit(2)
+        code = _run()
+        sys.stdout.flush()
+        return _stopped() if code == interrupts.CODE else code
     except KeyboardInterrupt:
-        fail("Stopped. Nothing half-written was left.")
-        sys.exit(130)
+        return _stopped()
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing more to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
+    except BaseException:
+        if not interrupts.seen():
+            raise
+        return _stopped()
+
+
+def _run() -> int:
+    from dyconvert.cli.app import run
+
+    return run(sys.argv[1:])
+
+
+def _stopped() -> int:
+    from dyconvert.console import fail
+
+    fail(interrupts.MESSAGE)
+    return interrupts.CODE

@@ -1,30 +1,101 @@
-"""The application, and its commands."""
+"""The application: its commands, what stands for `convert`, and how errors end."""
 
-from typing import Annotated
+import difflib
+import os
+import traceback
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from dyconvert.cli import bench, collapse, convert, export, finetune, inspect, ls, methods, recipes, report
+from dyconvert.cli import (
+    bench,
+    collapse,
+    common,
+    completing,
+    convert,
+    export,
+    finetune,
+    inspect,
+    ls,
+    methods,
+    recipes,
+    report,
+)
+from dyconvert.cli.common import with_common
+from dyconvert.console import fail
+from dyconvert.errors import DyconvertError, ModelError
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class Commands(TyperGroup):
+    """The commands. What isn't one is taken for a model, to be converted."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = self._with_command(ctx, args)
+        return super().parse_args(ctx, args)
+
+    def _with_command(self, ctx: Any, args: list[str]) -> list[str]:
+        # -q and -v may stand before the command too.
+        flags = next((n for n, each in enumerate(args) if each not in common.FLAGS), len(args))
+        first, rest = args[flags:][:1], args[flags + 1 :]
+        if not first:
+            return args
+        if first[0] in self.commands:
+            return [*first, *args[:flags], *rest]
+        if any(first[0] in param.opts for param in self.get_params(ctx)):
+            return args[flags:]
+        if not ctx.resilient_parsing:
+            _check_model(first[0], list(self.commands))
+        return ["convert", *args]
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        command = self.get_command(ctx, "convert")
+        inner = command.make_context("convert", [], parent=ctx, resilient_parsing=True)
+        model = next(param for param in command.get_params(inner) if param.name == "model")
+        return [*super().shell_complete(ctx, incomplete), *model.shell_complete(inner, incomplete)]
+
+
+def _check_model(word: str, commands: list[str]) -> None:
+    """Refuse a word that is no model's name, but nearly a command's.
+
+    Raises:
+        ModelError: see above.
+    """
+    if not word.isidentifier() or os.path.exists(word):
+        return
+    near = difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.7)
+    if near:
+        from dyconvert.models import list_models
+
+        if word not in {name for names in list_models().values() for name in names}:
+            raise ModelError(f"There is no command {word!r}. Did you mean `dyconvert {near[0]}`?")
+
 
 app = typer.Typer(
+    cls=Commands,
     name="dyconvert",
     help="Turn a pretrained CNN into a dynamic-convolution network that still computes the same outputs.\n\n"
     "`dyconvert MODEL` is short for `dyconvert convert MODEL`.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
-    pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    context_settings=_SETTINGS,
 )
 
 
 def _version(value: bool) -> None:
     if value:
-        import torch
+        import importlib.metadata
 
         from dyconvert import __version__
 
-        typer.echo(f"dyconvert {__version__} (torch {torch.__version__})")
+        try:
+            torch = f"torch {importlib.metadata.version('torch')}"
+        except importlib.metadata.PackageNotFoundError:
+            torch = "without torch"
+        typer.echo(f"dyconvert {__version__} ({torch})")
         raise typer.Exit
 
 
@@ -37,18 +108,47 @@ def _main(
     pass
 
 
-app.command("convert")(convert.convert)
-app.add_typer(bench.app, name="bench")
-app.command("collapse")(collapse.collapse)
-app.command("export")(export.export)
-app.command("finetune")(finetune.finetune)
-app.command("inspect")(inspect.inspect)
-app.command("ls")(ls.ls)
-app.command("methods")(methods.methods)
-app.add_typer(recipes.app, name="recipes")
-app.command("report")(report.report)
+_CONVERTING, _LOOKING, _LISTING = "Convert and train", "Look and measure", "Names"
+for function, panel, how in (
+    (convert.convert, _CONVERTING, {"silent": True, "device": True}),
+    (finetune.finetune, _CONVERTING, {"silent": True, "device": True}),
+    (collapse.collapse, _CONVERTING, {"silent": True, "device": True}),
+    (export.export, _CONVERTING, {"silent": True, "device": True}),
+    (inspect.inspect, _LOOKING, {"device": True}),
+    (report.report, _LOOKING, {"silent": True, "device": True}),
+    (ls.ls, _LISTING, {}),
+    (methods.methods, _LISTING, {}),
+):
+    app.command(function.__name__, rich_help_panel=panel)(with_common(function, **how))
+app.add_typer(bench.app, name="bench", rich_help_panel=_LOOKING)
+app.add_typer(recipes.app, name="recipes", rich_help_panel=_LISTING)
 
 
-def command_names() -> set[str]:
-    commands = {command.name for command in app.registered_commands}
-    return {name for name in commands | {group.name for group in app.registered_groups} if name}
+def run(arguments: list[str]) -> int:
+    """Run a command, and return its exit code."""
+    completing.join_colons()
+    try:
+        return app(args=arguments, prog_name="dyconvert", standalone_mode=False) or 0
+    except DyconvertError as error:
+        return _failed(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}. Check the path, the space and the permissions there.")
+    except Exception as error:
+        # typer's own, of what was typed; their types are not public.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return 2
+        command = getattr(error.ctx, "command_path", "dyconvert") if getattr(error, "ctx", None) else "dyconvert"
+        return _failed(f"{error.format_message().rstrip('.')}.\nAll options: {command} --help")
+
+
+def _failed(message: str) -> int:
+    if common.verbose:
+        traceback.print_exc()
+    fail(message)
+    return 2

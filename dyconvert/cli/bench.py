@@ -1,16 +1,22 @@
 """dyconvert bench layers, dyconvert bench model"""
 
-import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
-from dyconvert.analysis.timing import Timing
-from dyconvert.console import err, out
+from dyconvert.cli import completing
+from dyconvert.cli.common import parse_device, with_common
+from dyconvert.cli.options import Json
+from dyconvert.cli.progress import progress
+from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dyconvert.analysis.bench import Layer
+    from dyconvert.analysis.timing import Timing
 
 app = typer.Typer(help="Time dynamic convs and whole models against what they replace.", no_args_is_help=True)
 
@@ -21,13 +27,13 @@ Repeats = Annotated[int, typer.Option(help="Rounds of all that is compared.")]
 Cpu = Annotated[
     bool, typer.Option("--cpu-time", help="Count CPU time: on a busy machine, with --threads 1, the fairer clock.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to FILE as well.")]
 
 
-@app.command()
 def layers(
     batch: Batches = "1,8,32",
-    method: Annotated[str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.")] = "condconv",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.", autocompletion=completing.methods)
+    ] = "condconv",
     g: Annotated[int, typer.Option("--g", help="Experts, the same for all.")] = 6,
     layer: Annotated[
         list[str] | None, typer.Option(help="C_IN,C_OUT,KERNEL,SIZE[,STRIDE[,GROUPS]] instead of the list. Repeatable.")
@@ -38,20 +44,21 @@ def layers(
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process for each figure.")] = False,
     repeats: Repeats = 15,
     cpu_time: Cpu = False,
-    json_file: Json = None,
+    as_json: Json = False,
 ) -> None:
     """Single convs: time over the static conv's, beside timm's CondConv2d and mixing feature maps."""
+    sizes = _batches(batch)
+
     from dyconvert.analysis import bench
 
     shapes = [_layer(text) for text in layer] if layer else list(bench.LAYERS)
-    sizes = _batches(batch)
     _set_threads(threads)
-    read = bench.bandwidth(cpu_time)
+    cases = [(size, shape) for size in sizes for shape in shapes]
     results = []
-    for size in sizes:
-        for shape in shapes:
-            if err.is_terminal:
-                err.print(f"batch {size}: {shape.label:30}", end="\r")
+    with progress("measuring the memory's speed") as tell:
+        read = bench.bandwidth(cpu_time)
+        for done, (size, shape) in enumerate(cases):
+            tell(f"batch {size}: {shape.label}", done, len(cases))
             results.append(
                 bench.bench_layer(
                     shape,
@@ -66,6 +73,9 @@ def layers(
                     memory=memory,
                 )
             )
+    if as_json:
+        _print_json(results, train, read, cpu_time)
+        return
     columns = ["layer", "batch", "static ms", method, "+-", "timm", "features", "limit"]
     table = _table(*columns)
     for r in results:
@@ -88,14 +98,14 @@ def layers(
             out.print(f"{name} / {method}: {mean:.2f} in the geometric mean, {min(against):.2f} at least")
         elif name == "timm":
             out.print("timm: left out; it isn't installed, or has no conv like this method's")
-    _write(json_file, results, train, read, cpu_time)
 
 
-@app.command()
 def model(
-    model: Annotated[str, typer.Argument(help="As `dyconvert convert` takes it.")],
+    model: Annotated[str, typer.Argument(help="As `dyconvert convert` takes it.", autocompletion=completing.models)],
     batch: Batches = "1,32",
-    method: Annotated[str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.")] = "dynet",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.", autocompletion=completing.methods)
+    ] = "dynet",
     g: Annotated[int | None, typer.Option("--g", help="Experts; by default the method's own number.")] = None,
     size: Annotated[int | None, typer.Option("--input-size", help="Height and width of the images.")] = None,
     scope: Annotated[str | None, typer.Option(help="What one predictor serves: block or layer.")] = None,
@@ -117,26 +127,36 @@ def model(
     train: Training = False,
     repeats: Repeats = 15,
     cpu_time: Cpu = False,
-    json_file: Json = None,
+    as_json: Json = False,
+    device: str | None = None,
 ) -> None:
     """A converted model: time over the original's. Weights are random, which changes no time."""
     from dyconvert import models
+
+    sizes = _batches(batch)
+    models.check(model)
+    if fuse and train:
+        raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
+
+    import torch
+
     from dyconvert.analysis import bench
     from dyconvert.surgery.convert import convert
     from dyconvert.surgery.fuse import fuse as fuse_model
     from dyconvert.surgery.observe import example_for
 
-    sizes = _batches(batch)
     half = _half(bank_dtype)
     fuse = fuse or half is not None
     if fuse and train:
         raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
+    place = parse_device(device)
     _set_threads(threads)
     static, source = models.create(model, "none", {})
+    static.to(place)
     dynamic = convert(static, method=method, g=g, scope=scope, include=include or ())
     if fuse:
         dynamic, static = fuse_model(dynamic.eval(), bank_dtype=half), fuse_model(static.eval())
-    other = models.create(against, "none", {})[0] if against else None
+    other = models.create(against, "none", {})[0].to(place) if against else None
     wanted = (size, size) if size else source.input_size
     examples = [example_for(static, batch=count, size=wanted) for count in sizes]
     networks = [network for network in (static, dynamic, other) if network is not None]
@@ -161,6 +181,9 @@ def model(
         raise ModelError(
             f"torch.compile failed: {reason}\nOn a CPU it needs a C++ compiler, g++ or clang++. Leave out --compile."
         ) from None
+    if as_json:
+        _print_json(results, train, read, cpu_time)
+        return
     table = _table("batch", "static ms", method, "+-", "limit", *([against] if against else []))
     for r in results:
         base = r.static.median
@@ -168,7 +191,10 @@ def model(
         table.add_row(*cells, *([f"{r.other.median / base:.2f}"] if r.other else []))
     out.print(table)
     out.print(f"Times over the static model's; {_conditions(train, read, cpu_time)}")
-    _write(json_file, results, train, read, cpu_time)
+
+
+app.command()(with_common(layers))
+app.command()(with_common(model, device=True))
 
 
 def _batches(text: str) -> list[int]:
@@ -178,13 +204,15 @@ def _batches(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _half(name: str | None) -> torch.dtype | None:
+def _half(name: str | None) -> "torch.dtype | None":
     if name not in (None, "float16", "bfloat16"):
         raise ModelError(f"--bank-dtype {name!r} is no half precision. Write float16 or bfloat16.")
+    import torch
+
     return getattr(torch, name) if name else None
 
 
-def _layer(text: str) -> Any:
+def _layer(text: str) -> "Layer":
     from dyconvert.analysis.bench import Layer
 
     parts = text.split(",")
@@ -200,6 +228,8 @@ def _set_threads(threads: int | None) -> None:
     if threads is not None:
         if threads < 1:
             raise ModelError(f"--threads {threads}: there must be at least one.")
+        import torch
+
         torch.set_num_threads(threads)
 
 
@@ -210,13 +240,15 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _ratio(timing: Timing | None, base: float) -> tuple[str, str]:
+def _ratio(timing: "Timing | None", base: float) -> tuple[str, str]:
     if timing is None:
         return "-", "-"
     return f"{timing.median / base:.2f}", f"{(timing.high - timing.low) / 2 / base:.2f}"
 
 
 def _conditions(train: bool, read: float, cpu: bool) -> str:
+    import torch
+
     mode = "a forward and a backward" if train else "inference"
     return (
         f"{mode}, {torch.get_num_threads()} threads, {'CPU' if cpu else 'wall'} time, medians in turns.\n"
@@ -224,9 +256,8 @@ def _conditions(train: bool, read: float, cpu: bool) -> str:
     )
 
 
-def _write(file: Path | None, results: list[Any], train: bool, read: float, cpu: bool) -> None:
-    if file is None:
-        return
+def _print_json(results: list[Any], train: bool, read: float, cpu: bool) -> None:
+    import torch
 
     def plain(value: Any) -> Any:
         return {k: plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else value
@@ -239,7 +270,4 @@ def _write(file: Path | None, results: list[Any], train: bool, read: float, cpu:
         "bandwidth": read,
         "results": [plain(result) for result in results],
     }
-    try:
-        file.write_text(json.dumps(figures, indent=2) + "\n")
-    except OSError as error:
-        raise ModelError(f"{file} can't be written: {error.strerror}. Give another --json FILE.") from None
+    write_json(figures)

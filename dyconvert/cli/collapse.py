@@ -3,21 +3,19 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.text import Text
-from torch import Tensor, nn
 
-from dyconvert.analysis.flops import parameters
-from dyconvert.analysis.images import ImageSet
-from dyconvert.cli.options import Mean, Std, check_free, images_for, loaded, parse_size
-from dyconvert.console import count, err, out
+from dyconvert.cli.options import IMAGES, Json, Mean, Size, Std, Trust, check_free, parse_size
+from dyconvert.cli.progress import progress
+from dyconvert.console import count, out, warn, write_json
 from dyconvert.errors import ModelError
-from dyconvert.exporting.exported import written
-from dyconvert.surgery.collapse import collapse as collapse_model
-from dyconvert.verify import verify
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dyconvert.analysis.images import ImageSet
 
 
 def collapse(
@@ -28,17 +26,22 @@ def collapse(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A folder of images, with or without subfolders, or `digits`: their mean coefficients."),
+        typer.Option(
+            help="A folder of images, with or without subfolders, or `digits`: their mean coefficients.",
+            rich_help_panel=IMAGES,
+        ),
     ] = None,
-    input_size: Annotated[str | None, typer.Option(help="Such as 3,224,224 or 224.")] = None,
+    input_size: Size = None,
     mean: Mean = None,
     std: Std = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python file or module that the model was built by.")
-    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Read so many at most, evenly spread.", rich_help_panel=IMAGES)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=IMAGES)] = 32,
+    trust_code: Trust = False,
+    as_json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
+    device: str | None = None,
 ) -> None:
     """Write a static model's weights, for the original architecture: each conv at one set of coefficients.
 
@@ -52,8 +55,15 @@ def collapse(
         raise ModelError("--coefficients initial and --data exclude each other. Give one of them.")
     check_free(output, force)
     size = parse_size(input_size)
-    with err.status(f"collapsing {directory}") as status:
-        model, source, example = loaded(directory, trust_code, size)
+
+    from dyconvert.analysis.flops import parameters
+    from dyconvert.cli.opening import images_for, loaded
+    from dyconvert.differences import verify
+    from dyconvert.exporting.exported import written
+    from dyconvert.surgery.collapse import collapse as collapse_model
+
+    with progress(f"collapsing {directory}") as tell:
+        model, source, example = loaded(directory, trust_code, size, device=device)
         batches: Iterator[Tensor] | str = "initial"
         seen = [0]
         if data is not None:
@@ -62,22 +72,35 @@ def collapse(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             static = collapse_model(model, batches)
-        status.update(f"writing {output}")
+        tell(f"writing {output}", 0, None)
         with written(output) as part:
             _save(static, part)
         difference = verify(model, static, example)
-    for warning in {str(each.message) for each in caught if issubclass(each.category, UserWarning)}:
-        out.print(Text(f"warning: {warning}", style="yellow"))
+    for warning in dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning)):
+        warn(warning)
+    if as_json:
+        write_json(
+            {
+                "file": str(output),
+                "bytes": output.stat().st_size,
+                "images": seen[0],
+                "parameters": [parameters(model), parameters(static)],
+                "difference": {"relative": difference.relative, "absolute": difference.absolute},
+            }
+        )
+        return
     over = f"the mean coefficients of {seen[0]} images" if data else "the initial coefficients"
     out.print(f"collapsed at {over}: {count(parameters(model))} parameters became {count(parameters(static))}")
     out.print(f"on random images the static model differs by {difference.relative:.1e} relative")
-    out.print(f"wrote {output}: {count(output.stat().st_size)}B", markup=False)
+    out.print(f"wrote {output}: {count(output.stat().st_size)}B", soft_wrap=True)
     if source is not None:
-        out.print(Text(f"\nNext: dyconvert convert {source.specifier} --weights {output}, or load it as a state dict"))
+        out.print(f"\nNext: dyconvert convert {source.specifier} --weights {output}", soft_wrap=True)
 
 
-def _save(model: nn.Module, file: Path) -> None:
+def _save(model: "nn.Module", file: Path) -> None:
     if file.suffix == ".pth":
+        import torch
+
         torch.save(model.state_dict(), file)
     else:
         from safetensors.torch import save_model
@@ -85,7 +108,7 @@ def _save(model: nn.Module, file: Path) -> None:
         save_model(model, str(file))
 
 
-def _counted(images: ImageSet, size: int, seen: list[int]) -> Iterator[Tensor]:
+def _counted(images: "ImageSet", size: int, seen: list[int]) -> "Iterator[Tensor]":
     for batch, _ in images.batches(size):
         seen[0] += len(batch)
         yield batch

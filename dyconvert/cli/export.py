@@ -1,6 +1,5 @@
 """dyconvert export"""
 
-import json
 import time
 from enum import Enum
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli.options import check_free, loaded, parse_size
-from dyconvert.console import count, err, out
+from dyconvert.cli.options import Json, Size, Trust, check_free, parse_size
+from dyconvert.cli.progress import progress
+from dyconvert.console import count, out, write_json
 from dyconvert.errors import DyconvertError
-from dyconvert.exporting.export import export_onnx, export_torch
-from dyconvert.surgery.fuse import fuse as fuse_model
+from dyconvert.installation import install_command
 
 
 class Format(str, Enum):
@@ -37,12 +36,11 @@ def export(
     ] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Weights and computation in float16 (ONNX).")] = False,
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold batch norms into the convs first.")] = True,
-    input_size: Annotated[str | None, typer.Option(help="Such as 3,224,224 or 224.")] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python file or module that the model was built by.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    input_size: Size = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
+    device: str | None = None,
 ) -> None:
     """Write a saved model as one file for a runtime, and check that it computes the same there."""
     if fp16 and to is not Format.onnx:
@@ -51,9 +49,14 @@ def export(
     name = directory.resolve().name
     file = output or Path(name + _SUFFIX[to])
     check_free(file, force)
+
+    from dyconvert.cli.opening import loaded
+    from dyconvert.exporting.export import export_onnx, export_torch
+    from dyconvert.surgery.fuse import fuse as fuse_model
+
     started = time.perf_counter()
-    with err.status(f"exporting {directory}"):
-        model, _, example = loaded(directory, trust_code, size, batch or 2)
+    with progress(f"exporting {directory}"):
+        model, _, example = loaded(directory, trust_code, size, batch or 2, device)
         if fuse:
             model = fuse_model(model)
         if to is Format.onnx:
@@ -70,15 +73,15 @@ def export(
             "checked": done.checked,
             "seconds": seconds,
         }
-        typer.echo(json.dumps(result, indent=2))
+        write_json(result)
         return
     batches = f"{batch} image{'s' if batch > 1 else ''}" if batch else "any number of images"
     sizes = "any size" if dynamic_size else "x".join(map(str, example[0].shape[1:]))
     opset = f", opset {done.opset}" if done.opset else ""
-    out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s", markup=False)
+    out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s", soft_wrap=True)
     out.print(f"takes {batches}, {sizes}, in {'float16' if fp16 else str(example[0].dtype).removeprefix('torch.')}")
     if done.difference is None:
-        out.print("not checked: onnxruntime isn't installed (pip install 'dyconvert[onnx]')")
+        out.print(f"not checked: onnxruntime isn't installed ({install_command('onnx')})", soft_wrap=True)
     else:
         runner = "onnxruntime" if to is Format.onnx else "the loaded program"
         shapes = ", ".join("x".join(map(str, shape)) for shape in done.checked)

@@ -1,17 +1,24 @@
 """dyconvert finetune"""
 
-import json
 from typing import Annotated
 
 import typer
 
-from dyconvert.console import err, out
-from dyconvert.finetuning import finetune as run
-from dyconvert.finetuning import load_recipe
+from dyconvert.cli import completing
+from dyconvert.cli.options import Json
+from dyconvert.console import err, out, write_json
+from dyconvert.errors import RecipeError
 
 
 def finetune(
-    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe's name, or a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE",
+            help="A shipped recipe's name, or a YAML file.",
+            autocompletion=completing.recipes,
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes, such as train.lr=0.01 or convert=null."),
@@ -22,29 +29,46 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the schedule; train nothing, write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
+    device: str | None = None,
 ) -> None:
     """Convert a pretrained model and fine-tune it, as a recipe says.
 
     `dyconvert recipes ls` lists the recipes. Ctrl-C saves, and says how to continue.
     """
-    loaded = load_recipe(recipe, overrides or [])
+    from dyconvert.finetuning import finetune as run
+    from dyconvert.finetuning import load_recipe
+
+    loaded = load_recipe(recipe, [*(overrides or []), *_on(device)])
     if dry_run:
         from dyconvert.finetuning.dry_run import preview
 
         found = preview(loaded, report=err.print)
         if as_json:
-            typer.echo(json.dumps(found.to_json(), indent=2))
+            write_json(found.to_json())
         else:
             out.print(found)
             out.print("\nDry run: nothing was written.")
         return
-    summary = run(loaded, resume=resume)
+    summary = run(loaded, resume=resume, progress=not err.quiet)
     from dyconvert.finetuning.training.trainers import is_main_process
 
     if not is_main_process():  # of several; all have the same summary
         return
     if as_json:
-        typer.echo(json.dumps(summary.to_json(), indent=2))
+        write_json(summary.to_json())
     else:
         out.print(summary)
+
+
+def _on(device: str | None) -> list[str]:
+    """The recipe's change that `--device` stands for."""
+    if device is None:
+        return []
+    kinds = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
+    if device not in kinds:
+        raise RecipeError(
+            f"--device {device}: fine-tuning takes cpu, cuda or mps. CUDA_VISIBLE_DEVICES=1 dyconvert finetune ... "
+            "chooses a GPU, and train.devices=N how many."
+        )
+    return [f"train.accelerator={kinds[device]}"]

@@ -1,45 +1,53 @@
 """dyconvert inspect"""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from dyconvert import checkpoint, models
-from dyconvert.analysis.correlation import expert_correlation
-from dyconvert.analysis.cost import cost
-from dyconvert.analysis.passing import check_finite, pass_over
-from dyconvert.cli.options import Mean, Std, images_for, parse_size
-from dyconvert.cli.report import image_size_for, opened
-from dyconvert.console import count, err, out
-from dyconvert.marks import plan_of
-from dyconvert.nn import DynamicConv
-from dyconvert.surgery.convert import plan as plan_model
-from dyconvert.surgery.observe import example_for
-from dyconvert.surgery.watch import predictor_of
+from dyconvert.cli.options import IMAGES, Json, Mean, Size, Std, Trust, parse_size
+from dyconvert.cli.progress import progress
+from dyconvert.console import count, out, write_json
+
+if TYPE_CHECKING:
+    from dyconvert.nn import DynamicConv
 
 
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model saved by dyconvert.")],
     data: Annotated[
-        str | None, typer.Option(help="A folder of images, or `digits`: how far coefficients vary over them.")
+        str | None,
+        typer.Option(
+            help="A folder of images, or `digits`: how far coefficients vary over them.", rich_help_panel=IMAGES
+        ),
     ] = None,
-    input_size: Annotated[str | None, typer.Option(help="Of the images, such as 3,224,224 or 224.")] = None,
+    input_size: Size = None,
     mean: Mean = None,
     std: Std = None,
-    limit: Annotated[int, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = 500,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python file or module that the model was built by.")
-    ] = False,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Read so many at most, evenly spread.", rich_help_panel=IMAGES)
+    ] = 500,
+    as_json: Json = False,
+    trust_code: Trust = False,
+    device: str | None = None,
 ) -> None:
     """Print the essentials of a saved model: its blocks, its experts, and whether its predictors have learnt."""
     size = parse_size(input_size)
-    with err.status(f"reading {directory}"):
+
+    from dyconvert import checkpoint, models
+    from dyconvert.analysis.cost import cost
+    from dyconvert.analysis.passing import check_finite, pass_over
+    from dyconvert.cli.opening import image_size_for, images_for, opened
+    from dyconvert.marks import plan_of
+    from dyconvert.nn import DynamicConv
+    from dyconvert.surgery.convert import plan as plan_model
+    from dyconvert.surgery.observe import example_for
+
+    with progress(f"reading {directory}"):
         description = checkpoint.describe(directory)
-        found = opened(str(directory), "default", trust_code)
+        found = opened(str(directory), "default", trust_code, device)
         model = found.model
         check_finite(model, str(directory))
         example = example_for(model, batch=1, size=size or image_size_for(found, data))
@@ -58,8 +66,6 @@ def inspect(
             row["spread"] = varying[row["conv"]].spread
             row["unused"] = [i + 1 for i in varying[row["conv"]].unused]
     if as_json:
-        import json
-
         result = {
             "source": description.source,
             "dyconvert": description.dyconvert,
@@ -68,7 +74,7 @@ def inspect(
             "cost": costs.model_dump(mode="json"),
             "skipped": plan.reasons(),
         }
-        typer.echo(json.dumps(result, indent=2))
+        write_json(result)
         return
     source = found.source
     where = f"{source.specifier}, weights: {source.weights or 'of the factory, or random'}" if source else "no source"
@@ -98,7 +104,10 @@ def inspect(
         out.print("With --data FOLDER: how far coefficients vary. `dyconvert report` shows everything.")
 
 
-def _conv(model: Any, name: str, conv: DynamicConv) -> dict[str, Any]:
+def _conv(model: Any, name: str, conv: "DynamicConv") -> dict[str, Any]:
+    from dyconvert.analysis.correlation import expert_correlation
+    from dyconvert.surgery.watch import predictor_of
+
     predictor = predictor_of(model, name)
     found = expert_correlation(name, conv)
     return {

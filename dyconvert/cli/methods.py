@@ -1,13 +1,23 @@
 """dyconvert methods"""
 
+from typing import TYPE_CHECKING
+
 from rich.text import Text
 
-from dyconvert.console import out
-from dyconvert.methods import METHODS, Method
+from dyconvert.cli.options import Json
+from dyconvert.console import out, write_json
+
+if TYPE_CHECKING:
+    from dyconvert.methods import Method
 
 
-def methods() -> None:
+def methods(as_json: Json = False) -> None:
     """List the methods, what each does, and its paper."""
+    from dyconvert.methods import METHODS
+
+    if as_json:
+        write_json({name: method.model_dump(mode="json") for name, method in METHODS.items()})
+        return
     for method in METHODS.values():
         out.print(Text(method.name, style="bold"), Text(f"g = {method.g}"))
         out.print(f"  {method.title}")
@@ -17,14 +27,14 @@ def methods() -> None:
     out.print("Any mixture works as well: see --scope, --reduction, --temperature, and dyconvert.Method.")
 
 
-def _coefficients(method: Method) -> str:
+def _coefficients(method: "Method") -> str:
     per = "output channel" if method.per == "channel" else "conv"
     if method.activation == "sigmoid":
         return f"g per {per}, sigmoid"
     return f"g per {per}, softmax(z / T) from T = {method.temperature:g}"
 
 
-def _predictor(method: Method) -> str:
+def _predictor(method: "Method") -> str:
     if method.reduction is None:
         return f"one per {method.scope}: pool, linear"
     wide = f" (one linear below {method.reduce_from} channels)" if method.reduce_from > 1 else ""

@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 from torch import Tensor, nn
 
-from dyconvert.cli.options import images_for
+from dyconvert.cli.opening import images_for
 from dyconvert.console import out
 from dyconvert.errors import PlanError
 from dyconvert.marks import narrowing_of

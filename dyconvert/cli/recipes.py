@@ -1,35 +1,36 @@
 """dyconvert recipes"""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from dyconvert.console import count, err, out
+from dyconvert.cli import completing
+from dyconvert.cli.common import with_common
+from dyconvert.cli.options import Json
+from dyconvert.console import count, err, out, write, write_json
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning import load_recipe
-from dyconvert.finetuning.recipes.recipe import json_schema
-from dyconvert.finetuning.recipes.shipped import find_recipe, shipped_recipes, shipped_sweeps
-from dyconvert.finetuning.sweeps.schema import is_sweep, load_sweep
 
 app = typer.Typer(help="List, show, copy and check recipes for `dyconvert finetune`.", no_args_is_help=True)
 
-_NAME_OR_FILE = typer.Argument(metavar="NAME|FILE", help="A shipped recipe's name, or a YAML file.")
+_NAME_OR_FILE = typer.Argument(
+    metavar="NAME|FILE",
+    help="A shipped recipe's name, or a YAML file.",
+    autocompletion=completing.recipes_and_sweeps,
+)
 _OVERRIDES = typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes, such as train.lr=0.01 or convert=null.")
 
 
-@app.command("ls")
-def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def ls(as_json: Json = False) -> None:
     """List the recipes and sweeps that come with dyconvert."""
-    recipes = {name: load_recipe(file).description for name, file in shipped_recipes().items()}
-    sweeps = {name: load_sweep(file).description for name, file in shipped_sweeps().items()}
+    from dyconvert.finetuning.recipes.shipped import descriptions, shipped_recipes, shipped_sweeps
+
+    recipes, sweeps = descriptions(shipped_recipes()), descriptions(shipped_sweeps())
     if as_json:
-        typer.echo(json.dumps({"recipes": recipes, "sweeps": sweeps}, indent=2))
+        write_json({"recipes": recipes, "sweeps": sweeps})
         return
     for title, found, command in (("recipes", recipes, "finetune"), ("sweeps", sweeps, "recipes sweep")):
         out.print(Text(f"{title}: dyconvert {command} NAME", style="bold"))
@@ -42,23 +43,29 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     out.print("`dyconvert recipes show NAME` prints one; `recipes cp NAME FILE` makes it yours.")
 
 
-@app.command("show")
 def show(recipe: Annotated[str, _NAME_OR_FILE]) -> None:
     """Print a recipe as it stands in its file, with the reasons for its values."""
+    from dyconvert.finetuning.recipes.shipped import find_recipe
+
     text = find_recipe(recipe).read_text(encoding="utf-8")
     if out.is_terminal:
+        from rich.syntax import Syntax
+
         out.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
     else:
-        typer.echo(text, nl=False)
+        write(text)
 
 
-@app.command("cp")
 def cp(
     recipe: Annotated[str, _NAME_OR_FILE],
     file: Annotated[Path, typer.Argument(help="Where to; a directory takes it under its own name.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Copy a recipe, with the model's Python file if it has one, to change it."""
+    from dyconvert.finetuning import load_recipe
+    from dyconvert.finetuning.recipes.shipped import find_recipe
+    from dyconvert.finetuning.sweeps.schema import is_sweep
+
     source = find_recipe(recipe)
     target = file / source.name if file.is_dir() else file
     if target.suffix not in (".yaml", ".yml"):
@@ -83,10 +90,19 @@ def cp(
     out.print(f"\nNext: dyconvert {command} {target}", soft_wrap=True)
 
 
-@app.command("validate")
-def validate(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Recipes or sweeps.")]) -> None:
+def validate(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME|FILE...", help="Recipes or sweeps.", autocompletion=completing.recipes_and_sweeps),
+    ],
+    as_json: Json = False,
+) -> None:
     """Check recipes: all errors of all of them, each with its path, its line and the nearest valid name."""
-    problems = []
+    from dyconvert.finetuning import load_recipe
+    from dyconvert.finetuning.recipes.shipped import find_recipe
+    from dyconvert.finetuning.sweeps.schema import is_sweep, load_sweep
+
+    problems, fine = [], []
     for file in files:
         try:
             sweep = is_sweep(find_recipe(file))
@@ -96,24 +112,33 @@ def validate(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", 
         except RecipeError as error:
             problems.append(str(error))
         else:
-            out.print(f"{file}: ok", soft_wrap=True)
+            fine.append(file)
+            if not as_json:
+                out.print(f"{file}: ok", soft_wrap=True)
+    if as_json:
+        write_json({"valid": fine, "problems": problems})
     if problems:
         raise RecipeError("\n".join(problems))
 
 
-@app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of recipes, with which editors complete and check them.
 
     `dyconvert recipes schema > recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` as the
     recipe's first line.
     """
-    typer.echo(json.dumps(json_schema(), indent=2))
+    from dyconvert.finetuning.recipes.recipe import json_schema
+
+    write_json(json_schema())
 
 
-@app.command("sweep")
 def sweep(
-    file: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped sweep's name, or a YAML file.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE", help="A shipped sweep's name, or a YAML file.", autocompletion=completing.sweeps
+        ),
+    ],
     overrides: Annotated[list[str] | None, _OVERRIDES] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only runs whose names match. Repeatable.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2; by default the sweep's own.")] = None,
@@ -122,18 +147,27 @@ def sweep(
         Path | None, typer.Option("--output", "-o", help="Directory of the runs; by default runs/NAME.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run, and list them.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run the same recipe with changes and seeds, and print one table.
 
     Each run's row is saved to sweep.csv as it ends; the same command goes on after a stop.
     """
+    from dyconvert.finetuning.sweeps.schema import load_sweep
+
+    chosen = _seeds(seeds)
+
+    loaded = load_sweep(file, overrides or [])
+
     from dyconvert.finetuning.sweeps.runner import Runner
     from dyconvert.finetuning.sweeps.table import markdown, table_rows
 
-    loaded = load_sweep(file, overrides or [])
-    runner = Runner(loaded, output or Path("runs") / loaded.name, only=only or (), seeds=_seeds(seeds))
+    runner = Runner(loaded, output or Path("runs") / loaded.name, only=only or (), seeds=chosen)
     if dry_run:
+        jobs = [{"run": job.run, "seed": job.seed, "done": runner.is_done(job)} for job in runner.jobs]
+        if as_json:
+            write_json(jobs)
+            return
         for job in runner.jobs:
             out.print(f"{job.run} seed {job.seed}: {'done' if runner.is_done(job) else 'to do'}")
         return
@@ -144,7 +178,7 @@ def sweep(
     failed = runner.run(workers=workers, report=report)
     rows = runner.rows()
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        write_json(rows)
     else:
         header, *lines = table_rows(rows, count)
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
@@ -169,3 +203,8 @@ def _seeds(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise RecipeError(f"--seeds {text!r} is no list of whole numbers. Write 0,1,2.") from None
+
+
+for _function in (ls, show, cp, validate, schema):
+    app.command(_function.__name__)(with_common(_function))
+app.command("sweep")(with_common(sweep, silent=True))

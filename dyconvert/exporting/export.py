@@ -20,6 +20,7 @@ from dyconvert.exporting.exported import (
     quiet,
     written,
 )
+from dyconvert.installation import install_command
 from dyconvert.surgery.rewrite import replace_everywhere
 
 # A protobuf message, and so an ONNX file, can't be larger than 2 GB; then the weights are in a file beside it.
@@ -136,7 +137,7 @@ def _require(*packages: str) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise ExportError(f"ONNX export needs {' and '.join(missing)}. Run `pip install 'dyconvert[onnx]'`.")
+        raise ExportError(f"ONNX export needs {' and '.join(missing)}. Run `{install_command('onnx')}`.")
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

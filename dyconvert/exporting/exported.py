@@ -93,8 +93,8 @@ def quiet() -> Iterator[None]:
 _WORKAROUNDS = (
     (
         r"No ONNX function found|No decompositions registered|UnsupportedOperator",
-        "ONNX has no translation of that operator: write that part of the model with others, or export with "
-        "export_torch (--to torch), which has them all.",
+        "ONNX has no translation of that operator: write that part of the model with others, or export for "
+        "torch (export_torch, --to torch), which has them all.",
     ),
     (
         r"data-dependent|\.item\(\)|DataDependent|unbacked",
@@ -103,13 +103,11 @@ _WORKAROUNDS = (
     ),
     (
         r"specializ|Constraints violated|dynamic",
-        "A size that is to vary is a constant in the forward: export a fixed batch with dynamic_batch=False "
-        "(--batch N), and a fixed size without dynamic_size=True (--dynamic-size).",
+        "A size that is to vary is a constant in the forward: export a fixed batch with `dynamic_batch=False`, "
+        "and a fixed size without `dynamic_size=True`.",
     ),
 )
-_OTHERWISE = (
-    "Try a fixed batch, dynamic_batch=False (--batch N), or export the part of the model that is plain tensor code."
-)
+_OTHERWISE = "Try a fixed batch, `dynamic_batch=False`, or export the part of the model that is plain tensor code."
 _NODES = (
     r"No ONNX function found for <OpOverload\(op='([\w.:]+)'",
     r"translating node %\S+[^\n]*?target=([\w.:]+)",
@@ -235,7 +233,7 @@ def difference_of_onnx(model: nn.Module, file: Path, inputs: Sequence[Inputs], f
         lines = str(error).strip().splitlines()
         raise ExportError(
             f"onnxruntime can't run the exported file: {lines[0] if lines else type(error).__name__} "
-            "Nothing was written. Try a fixed batch, dynamic_batch=False (--batch N)."
+            "Nothing was written. Try a fixed batch, `dynamic_batch=False`."
         ) from error
     return _accepted(max(differences), fp16)
 
@@ -254,7 +252,7 @@ def difference_of_torch(model: nn.Module, loaded: Any, inputs: Sequence[Inputs])
         except Exception as error:
             raise ExportError(
                 f"The exported program rejects an input {list(arguments[0].shape)}: {error} Nothing was written. "
-                "Try a fixed batch, dynamic_batch=False (--batch N)."
+                "Try a fixed batch, `dynamic_batch=False`."
             ) from error
         differences.append(_difference(_run(model, arguments), outputs))
     return _accepted(max(differences), fp16=False)
@@ -292,7 +290,7 @@ def _accepted(difference: float, fp16: bool) -> float:
         hint = (
             "Some values don't fit into float16: export in float32."
             if fp16
-            else "Please report it, and try a fixed batch, dynamic_batch=False (--batch N)."
+            else "Please report it, and try a fixed batch, `dynamic_batch=False`."
         )
         raise ExportError(
             f"The exported file computes something else than the model: {difference:.1e} relative difference, where "

@@ -31,7 +31,7 @@ def prepared(model: nn.Module, dynamic_batch: bool) -> dict[nn.Module, nn.Module
         if dynamic_batch and isinstance(module, DynamicConv) and type(module) not in _WRITTEN:
             raise DyconvertError(
                 f"{name or 'The model'} is a {type(module).__name__}, which ONNX has for a fixed batch only. Export "
-                "with dynamic_batch=False (--batch N), don't convert it, or use export_torch (--to torch)."
+                "with `dynamic_batch=False`, don't convert it, or export for torch (export_torch, --to torch)."
             )
     return {m: MixedConv(m, dynamic_batch) for m in model.modules() if type(m) in _WRITTEN}
 

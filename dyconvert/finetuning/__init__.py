@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
     from dyconvert.finetuning.run import Summary
 
 __all__ = ["Recipe", "finetune", "load_recipe"]
@@ -36,12 +35,24 @@ def finetune(
         ModelError, PlanError: the model can't be built or converted.
         TrainingError: training diverged.
     """
+    from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
+
     try:
         from dyconvert.finetuning import run
     except ImportError as error:
         from dyconvert.errors import RecipeError
+        from dyconvert.installation import install_command
 
-        raise RecipeError(f"Fine-tuning needs more packages: {error}. Run `pip install 'dyconvert[train]'`.") from error
+        raise RecipeError(f"Fine-tuning needs more packages: {error}. Run `{install_command('train')}`.") from error
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     return run.finetune(recipe, resume=resume, progress=progress)
+
+
+def __getattr__(name: str) -> Any:
+    # Recipes are checked by classes that take a tenth of a second to make.
+    if name in ("Recipe", "load_recipe"):
+        from dyconvert.finetuning.recipes import recipe
+
+        return getattr(recipe, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

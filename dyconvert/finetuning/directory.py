@@ -70,12 +70,14 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
         if exists:
             how = "a finished run" if Summary.read(directory) else "a run that was interrupted"
             raise RecipeError(
-                f"{directory} holds {how}. Continue it with --resume (resume=True), set output.directory, or remove it."
+                f"{directory} holds {how}. Continue it with `resume=True`, set output.directory, or remove it."
             )
         check_writable(directory)
         return Run(recipe)
     if not exists:
-        raise RecipeError(f"{directory} holds no run to resume. Start it without --resume, or check output.directory.")
+        raise RecipeError(
+            f"{directory} holds no run to resume. Start it without `resume=True`, or check output.directory."
+        )
     before = load_recipe(directory / RECIPE)
     if changes := _differences(before, recipe):
         raise RecipeError(

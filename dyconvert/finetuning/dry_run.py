@@ -16,7 +16,7 @@ from dyconvert.analysis.flops import macs, parameters
 from dyconvert.console import count
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.recipes.recipe import Recipe
-from dyconvert.models.weights import names_file
+from dyconvert.models.source import names_file
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview as preview_model

@@ -118,8 +118,8 @@ class _Session:
             )
         except Interrupted:
             self.report(
-                f"Saved at step {trainer.global_step}, in epoch {trainer.current_epoch + 1}. To continue, run the same "
-                "command with --resume (in Python: resume=True)."
+                f"Saved at step {trainer.global_step}, in epoch {trainer.current_epoch + 1}. To continue, run it again "
+                "with --resume (in Python: resume=True)."
             )
             raise KeyboardInterrupt from None
         except SystemExit:  # Lightning's answer to a second Ctrl-C

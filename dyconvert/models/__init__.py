@@ -10,37 +10,32 @@
 | `path/to/file.py:factory`      | the same, from a file                                      |
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torchvision
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dyconvert.errors import ModelError
 from dyconvert.models.arguments import parse_arguments
-from dyconvert.models.from_builtin import builtin_model
-from dyconvert.models.from_factory import factory_model
-from dyconvert.models.from_timm import timm_model
-from dyconvert.models.from_torchvision import torchvision_model
-from dyconvert.models.heads import replace_head
-from dyconvert.models.listing import list_models
-from dyconvert.models.source import LIBRARIES, Source, absolute, as_tuples
-from dyconvert.models.weights import load_state_dict_into, names_file, read_state_dict
+from dyconvert.models.listing import list_models, unknown_model
+from dyconvert.models.source import LIBRARIES, Source, absolute, as_tuples, is_weights_name, names_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dyconvert.models.weights import load_state_dict_into, read_state_dict
 
 __all__ = [
     "LIBRARIES",
     "Source",
     "build",
+    "check",
     "create",
     "list_models",
     "load_state_dict_into",
     "parse_arguments",
     "read_state_dict",
 ]
-
-_OF_LIBRARY = {"torchvision": torchvision_model, "timm": timm_model, "builtin": builtin_model}
 
 
 def create(
@@ -50,7 +45,7 @@ def create(
     *,
     num_classes: int | None = None,
     new_head: bool = False,
-) -> tuple[nn.Module, Source]:
+) -> "tuple[nn.Module, Source]":
     """Build a model and give it its weights.
 
     Args:
@@ -75,11 +70,13 @@ def create(
     arguments = {name: as_tuples(value) for name, value in (arguments or {}).items()}
     model, source = _make(specifier, weights, arguments, num_classes, load=True)
     if new_head:
+        from dyconvert.models.heads import replace_head
+
         replace_head(model, num_classes, always=True)
     return model, source
 
 
-def build(source: Source) -> nn.Module:
+def build(source: Source) -> "nn.Module":
     """Build the architecture that `create` made, on the CPU, without its weights and without a download.
 
     A factory is called again, and does what it does.
@@ -93,22 +90,72 @@ def build(source: Source) -> nn.Module:
 
 def _make(
     specifier: str, weights: str, arguments: dict, num_classes: int | None, load: bool
-) -> tuple[nn.Module, Source]:
+) -> "tuple[nn.Module, Source]":
     chosen: str | Path = weights
     if names_file(weights):
         chosen = absolute(weights)
         if load and not chosen.exists():
             raise ModelError(f"There is no weights file {chosen}; give the path of an existing file.")
-    head, colon, name = specifier.partition(":")
-    if not colon:
-        if specifier.endswith(".py"):
-            raise ModelError(f"{specifier} names a file, but no factory in it; write `{specifier}:FACTORY`.")
-        head, name = "torchvision" if specifier in torchvision.models.list_models() else "builtin", specifier
-    if head in LIBRARIES:
-        model, source = _OF_LIBRARY[head](name, chosen, arguments, load)
-    else:
-        model, source = factory_model(specifier, chosen, arguments, load)
+    head, name = split(specifier)
+    model, source = _builder(head)(name, chosen, arguments, load)
     if num_classes is not None:
+        from dyconvert.models.heads import replace_head
+
         replace_head(model, num_classes)
         source = replace(source, num_classes=num_classes)
     return model.eval(), source
+
+
+def check(specifier: str, weights: str = "default") -> None:
+    """Refuse what can be seen to be no model, or no weights file, before the libraries are imported.
+
+    Raises:
+        ModelError: the library has no model of the name, or there is no such file.
+    """
+    if names_file(weights) and not absolute(weights).exists():
+        raise ModelError(f"There is no weights file {absolute(weights)}; give the path of an existing file.")
+    head, name = split(specifier)
+    if head is not None:
+        base = name.partition(".")[0] if head == "timm" else name
+        if base not in list_models(head)[head]:
+            raise unknown_model(base)
+
+
+def split(specifier: str) -> tuple[str | None, str]:
+    """The library that a specifier names and the name within; for a factory, None and the whole specifier.
+
+    Raises:
+        ModelError: it names no library, and isn't of the form of a factory.
+    """
+    head, colon, name = specifier.partition(":")
+    if colon:
+        return (head, name) if head in LIBRARIES else (None, specifier)
+    if is_weights_name(specifier):
+        raise ModelError(
+            f"{specifier} holds weights, and a model is built by code: torchvision:NAME, timm:NAME or "
+            f"path/to/file.py:FACTORY. Name that model, and give it `weights={specifier}`."
+        )
+    if specifier.endswith(".py"):
+        raise ModelError(f"{specifier} names a file, but no factory in it; write `{specifier}:FACTORY`.")
+    return ("torchvision" if specifier in list_models("torchvision")["torchvision"] else "builtin"), specifier
+
+
+def _builder(library: str | None) -> Callable[..., "tuple[nn.Module, Source]"]:
+    # Each of them imports its library, which takes from half a second to two.
+    if library == "torchvision":
+        from dyconvert.models.from_torchvision import torchvision_model as builder
+    elif library == "timm":
+        from dyconvert.models.from_timm import timm_model as builder
+    elif library == "builtin":
+        from dyconvert.models.from_builtin import builtin_model as builder
+    else:
+        from dyconvert.models.from_factory import factory_model as builder
+    return builder
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load_state_dict_into", "read_state_dict"):  # their module imports torch
+        from dyconvert.models import weights
+
+        return getattr(weights, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from dyconvert.errors import ModelError, brief
-from dyconvert.models.listing import list_models
 
-_OTHER_WEIGHTS = "Give a file with `--weights FILE`, or ask for random weights with `--weights none`."
+_OTHER_WEIGHTS = "Give a file with `weights=FILE`, or ask for random weights with `weights='none'`."
 
 
 def call(
@@ -38,17 +37,6 @@ def call(
     if not isinstance(model, nn.Module):
         raise ModelError(f"{specifier} returns a {type(model).__name__}; name one that returns a torch.nn.Module.")
     return model
-
-
-def unknown_model(name: str) -> ModelError:
-    """Return the error for a name that its library doesn't have, with the nearest of all libraries."""
-    near = [
-        f"{source}:{match}"
-        for source, names in list_models().items()
-        for match in difflib.get_close_matches(name.lower(), names)
-    ]
-    hint = f"the nearest are {', '.join(near)}" if near else "no name is near it"
-    return ModelError(f"There is no model {name!r}; {hint}. `dyconvert ls` lists them all.")
 
 
 def unknown_weights(specifier: str, weights: str, known: list[str]) -> ModelError:

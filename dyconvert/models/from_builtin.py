@@ -6,7 +6,8 @@ from torch import nn
 
 from dyconvert import builtin
 from dyconvert.errors import ModelError
-from dyconvert.models.building import call, unknown_model, unknown_weights
+from dyconvert.models.building import call, unknown_weights
+from dyconvert.models.listing import unknown_model
 from dyconvert.models.source import Source
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
 
@@ -45,6 +46,6 @@ def _chosen_weights(specifier: str, weights: str | Path, load: bool) -> str | Pa
     if entry.weights_name is None:
         raise ModelError(
             f"The weights of {specifier} don't come with dyconvert. Give {entry.file_name} of {entry.origin}, or the "
-            "folder that holds it (`--weights PATH`, in a recipe model.weights), or `none` for random weights."
+            "folder that holds it, as `weights=PATH`, or random weights with `weights='none'`."
         )
     raise unknown_weights(specifier, weights, [entry.weights_name])

@@ -24,7 +24,7 @@ def factory_model(specifier: str, weights: str | Path, arguments: dict, load: bo
     """Make what a factory returns; give it `weights`, a name or a Path, unless `load` is False."""
     if isinstance(weights, str) and weights not in ("default", "none"):
         raise ModelError(
-            f"{specifier} is a factory and has no weights named {weights!r}; give a file with `--weights FILE`, "
+            f"{specifier} is a factory and has no weights named {weights!r}; give a file with `weights=FILE`, "
             "or have the factory load them."
         )
     location, _, factory_name = specifier.rpartition(":")

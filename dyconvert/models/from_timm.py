@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from dyconvert.errors import ModelError
-from dyconvert.models.building import call, unknown_model, unknown_weights
-from dyconvert.models.listing import import_timm
+from dyconvert.models.building import call, unknown_weights
+from dyconvert.models.listing import import_timm, unknown_model
 from dyconvert.models.source import Source
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
 

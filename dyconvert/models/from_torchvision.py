@@ -10,7 +10,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from dyconvert.models.building import call, unknown_model, unknown_weights
+from dyconvert.models.building import call, unknown_weights
+from dyconvert.models.listing import unknown_model
 from dyconvert.models.source import Source
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
 

@@ -11,6 +11,7 @@ from dyconvert.errors import ModelError
 
 # The sources that list their models by name. Every other specifier names a factory, code of the user's own.
 LIBRARIES = ("torchvision", "timm", "builtin")
+_WEIGHTS_SUFFIXES = {".pth", ".pt", ".th", ".ckpt", ".safetensors", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,16 @@ def as_tuples(value: Any) -> Any:
 def absolute(path: str) -> Path:
     """Return the path as it is meant from any folder, with `~` expanded."""
     return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def names_file(weights: str) -> bool:
+    """Whether `weights` is meant as a path, be the file there or not."""
+    if weights in ("default", "none"):
+        return False
+    is_path = any(separator in weights for separator in (os.sep, os.altsep or os.sep))
+    return is_path or is_weights_name(weights) or os.path.isfile(weights)
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a file of this name would hold weights."""
+    return Path(name).suffix in _WEIGHTS_SUFFIXES

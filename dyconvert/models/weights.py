@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dyconvert.errors import ModelError, brief, some
 
-_FILE_SUFFIXES = {".pth", ".pt", ".th", ".safetensors", ".bin"}
 _NESTED_UNDER = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 _HOW_TO_SAVE = "save `model.state_dict()`, with torch.save or as safetensors"
@@ -59,6 +58,7 @@ def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], pat
         ModelError: keys or shapes differ; the model stays as it was.
     """
     own = model.state_dict()
+    state_dict = _within_wrapper(own, state_dict, path)
     missing = [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state_dict if key not in own]
     reshaped = [
@@ -71,17 +71,33 @@ def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], pat
         listed = "".join(f"\n  {len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
         raise ModelError(
             f"{path} doesn't fit the model, which has {len(own)} tensors; the file has{listed}\n"
-            "Name the model that the file was saved from, with its arguments (`--model-arg num_classes=10`)."
+            "Name the model that the file was saved from, with its arguments (`arguments={'num_classes': 10}`)."
         )
     model.load_state_dict(state_dict, strict=False)
 
 
-def names_file(weights: str) -> bool:
-    """Whether `weights` is meant as a path, be the file there or not."""
-    if weights in ("default", "none"):
-        return False
-    is_path = any(separator in weights for separator in (os.sep, os.altsep or os.sep))
-    return is_path or Path(weights).suffix in _FILE_SUFFIXES or os.path.isfile(weights)
+def _within_wrapper(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], path: Any) -> Mapping[str, Tensor]:
+    """The part of a state dict that is the model's, where it was saved as an attribute of another module.
+
+    Lightning's checkpoints are of such modules: `model.conv1.weight`, beside what belongs to the loss or to a metric.
+    """
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    if not needed or needed[0] in state_dict:
+        return state_dict
+    prefixes = [key.removesuffix(needed[0]) for key in state_dict if key.endswith(f".{needed[0]}")]
+    whole = [prefix for prefix in prefixes if all(prefix + key in state_dict for key in needed)]
+    if not whole:
+        return state_dict
+    # Where a teacher or an average of the same architecture stands beside it, the model itself has the shortest name.
+    prefix = "model." if "model." in whole else min(whole, key=len)
+    others = [key for key in state_dict if not key.startswith(prefix)]
+    if others:
+        warnings.warn(
+            f"{path}: the model's tensors are those under {prefix.rstrip('.')!r}; {len(others)} others aren't read: "
+            f"{some(others, 3)}.",
+            stacklevel=3,
+        )
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dyconvert.copying import clear_hooks, on_meta, skeleton
 from dyconvert.errors import DyconvertError, ModelError, PlanError, brief, some
+from dyconvert.installation import install_command
 from dyconvert.narrowing.adapters import Padding, follow_padding, obstacle, tracing_graph
 
 STEM = "the stem"
@@ -114,7 +115,7 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
     try:
         import torch_pruning
     except ImportError:
-        raise DyconvertError("Narrowing needs torch-pruning. Install it: pip install 'dyconvert[narrow]'.") from None
+        raise DyconvertError(f"Narrowing needs torch-pruning. Run `{install_command('narrow')}`.") from None
     try:
         runner, arguments = on_meta(model), tree_map_only(Tensor, _on_meta, example)
         graph, watch = _traced(torch_pruning, runner, arguments)
@@ -129,8 +130,8 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
             graph, watch = _traced(torch_pruning, runner, example)
         except Exception as error:
             raise ModelError(
-                f"{type(model).__name__} can't be narrowed: {brief(error)}. Pass an example that its forward takes "
-                "(--input-size)."
+                f"{type(model).__name__} can't be narrowed: {brief(error)}. Pass an example that its forward "
+                "takes: `example=...`."
             ) from error
     except Exception as error:
         raise ModelError(f"{type(model).__name__} can't be followed by torch-pruning: {brief(error)}.") from error

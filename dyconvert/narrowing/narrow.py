@@ -203,8 +203,8 @@ def _check(
         raise PlanError(f"init is one of {', '.join(get_args(Init))}, not {init!r}.")
     if init == "least-squares" and data is None:
         raise PlanError(
-            "init='least-squares' solves the weights on images, and there are none. Give data=... (--data), or choose "
-            "init='merge'."
+            "init='least-squares' solves the weights on images, and there are none. Give `data=...`, or choose "
+            "`init='merge'`."
         )
     for name, value in (("round_to", round_to), ("calibration_images", calibration_images)):
         if value < 1:
@@ -264,7 +264,7 @@ def _cut(model: nn.Module, graph: Graph, folds: Folds, *, merge: bool) -> None:
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} can't be narrowed: {brief(error)}. Keep the channels of the module it is about: "
-            "keep=[...] (--keep)."
+            "`keep=[...]`."
         ) from error
 
 
@@ -275,7 +275,7 @@ def _check_takes(model: nn.Module, arguments: tuple[Any, ...], what: str) -> Non
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} rejects the {what}: {brief(error)}. Give what its forward takes, at its size and "
-            "normalised as it is used to (--input-size, --data)."
+            "normalised as it is used to: `example=...`, `data=...`."
         ) from error
 
 
@@ -301,12 +301,12 @@ def _check_runs(original: nn.Module, narrowed: nn.Module, example: tuple[Any, ..
             where = inside[-1] if inside and inside[-1] else type(narrowed).__name__
             raise ModelError(
                 f"{type(narrowed).__name__} doesn't run when its channels are narrowed: {where} raises {brief(error)}. "
-                f"It counts on their number; keep the channels that it reads: keep=[...] (--keep)."
+                "It counts on their number; keep the channels that it reads: `keep=[...]`."
             ) from error
     if found != expected:
         raise ModelError(
             f"{type(narrowed).__name__} returns {found} when its channels are narrowed, not {expected}. "
-            "Keep the channels of its last layers: keep=[...] (--keep)."
+            "Keep the channels of its last layers: `keep=[...]`."
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dyconvert.errors import ArgumentError
 from dyconvert.nn import engines, fitting, native
 from dyconvert.nn.strategies import Geometry
+from dyconvert.torch_internals import constant_result
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 _library = torch.library.Library("dyconvert", "DEF")
@@ -47,7 +48,7 @@ def dynamic_conv(
     return torch.ops.dyconvert.dynamic_conv(x, weight, bias, coefficients, shift, *numbers, geometry.groups)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _built() -> bool:
     return native.library() is not None
 

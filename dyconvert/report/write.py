@@ -9,6 +9,7 @@ from pathlib import Path
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.errors import DyconvertError
+from dyconvert.installation import install_command
 
 PAGE, NUMBERS = "report.html", "report.json"
 
@@ -24,7 +25,7 @@ def check_extra() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise DyconvertError(
-            f"Reports are drawn with {error.name}, which isn't installed. Install it: pip install 'dyconvert[report]'."
+            f"Reports are drawn with {error.name}, which isn't installed. Run `{install_command('report')}`."
         ) from error
 
 
@@ -37,15 +38,15 @@ def check_directory(directory: Path, force: bool = False) -> None:
     above = next((parent for parent in directory.parents if parent.exists()), None)
     if (directory.exists() and not directory.is_dir()) or (above is not None and not above.is_dir()):
         raise DyconvertError(
-            f"{directory} can't be made: it, or what it stands in, is a file. Choose another --output."
+            f"{directory} can't be made: it, or what it stands in, is a file. Choose another: `directory=...`."
         )
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not (directory / PAGE).exists():
-        raise DyconvertError(f"{directory} holds other files. Choose another --output.")
+        raise DyconvertError(f"{directory} holds other files. Choose another: `directory=...`.")
     if not force:
         raise DyconvertError(
-            f"{directory} holds a report already. Replace it with --force, or choose another --output."
+            f"{directory} holds a report already. Replace it with `force=True`, or choose another: `directory=...`."
         )
 
 
@@ -114,5 +115,5 @@ def write_report(
             else:
                 os.replace(made, directory)
     except OSError as error:
-        raise DyconvertError(f"{directory} can't be written: {error}. Choose another --output.") from error
+        raise DyconvertError(f"{directory} can't be written: {error}. Choose another: `directory=...`.") from error
     return directory / PAGE

@@ -4,19 +4,16 @@ A plain `nn.Conv2d` says it itself. A subclass with a forward of its own may do 
 here, or is skipped by name.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import torchvision.ops
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from dyconvert.nn.padding import TF_SAME
-
-# What counts as a conv: every one of them is converted, or skipped with a reason.
-CONVS = (_ConvNd, torchvision.ops.DeformConv2d)
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PLAIN_FORWARDS = {cls.forward for cls in _PLAIN}
@@ -31,6 +28,17 @@ def _timm_name(conv: nn.Module) -> str | None:
     return type(conv).__name__ if type(conv).__module__.startswith("timm.layers.") else None
 
 
+def is_conv(module: nn.Module) -> bool:
+    """Whether the module counts as a conv: every conv is converted, or skipped with a reason."""
+    return isinstance(module, _ConvNd) or _is_deformable(module)
+
+
+def _is_deformable(module: nn.Module) -> bool:
+    # A model can have one only where torchvision is imported already, and importing it takes half a second.
+    ops = sys.modules.get("torchvision.ops")
+    return ops is not None and isinstance(module, ops.DeformConv2d)
+
+
 def is_standardised(conv: nn.Module) -> bool:
     """Whether the conv standardises its weight at each call."""
     return _timm_name(conv) in _STANDARDISED
@@ -38,7 +46,7 @@ def is_standardised(conv: nn.Module) -> bool:
 
 def unsupported(conv: nn.Module) -> str | None:
     """Why this conv can't become dynamic, or None if it can."""
-    if isinstance(conv, torchvision.ops.DeformConv2d):
+    if _is_deformable(conv):
         return "deformable conv: its offsets say where it samples"
     if parametrize.is_parametrized(conv):
         names = ", ".join(type(p[0]).__name__.lstrip("_") for p in conv.parametrizations.values())

@@ -12,7 +12,7 @@ from dyconvert.errors import ModelError, PlanError, some
 from dyconvert.methods import Method
 from dyconvert.names import matching, within
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.adapters import CONVS, unsupported
+from dyconvert.surgery.adapters import is_conv, unsupported
 from dyconvert.surgery.observe import Call, Observation, observe
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
@@ -46,7 +46,7 @@ def check_convertible(model: nn.Module) -> None:
             raise ModelError(
                 f"{name or 'The model'} is lazy and has no weights yet. Run a batch through the model first."
             )
-        found += isinstance(module, CONVS)
+        found += is_conv(module)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no convs (Conv1d, Conv2d, Conv3d), so there is nothing to convert."
@@ -69,7 +69,7 @@ def find(
     one would name by hand, as `Bottleneck` or `InvertedResidual`.
     """
     check_convertible(model)
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, CONVS)}
+    convs = {name: m for name, m in model.named_modules() if is_conv(m)}
     observed = observe(model, convs.keys() | _candidates(model, list(convs)).keys(), example)
     plan = Plan(model=type(model).__name__, method=method, convs=[_entry(n, c) for n, c in convs.items()])
     if observed is None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
-from torchvision.ops import FrozenBatchNorm2d
 
 from dyconvert.copying import clear_hooks, copied, on_meta
 from dyconvert.errors import ModelError
@@ -32,7 +31,9 @@ from dyconvert.surgery.trace import BlockTracer
 
 _DYNAMIC = tuple(STATIC_CLASSES)
 _STATIC = tuple(STATIC_CLASSES.values())
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# torchvision's, by name, since importing it takes half a second.
+_FROZEN = "FrozenBatchNorm2d"
 # timm's, by name, since timm may be absent: a batch norm, then `drop`, then `act`.
 _NORMS_WITH_ACTIVATION = {"BatchNormAct2d", "FrozenBatchNormAct2d"}
 
@@ -95,7 +96,7 @@ def _check_eval(model: nn.Module) -> None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    if type(module) not in _NORMS and type(module).__name__ not in _NORMS_WITH_ACTIVATION:
+    if type(module) not in _NORMS and type(module).__name__ not in {_FROZEN, *_NORMS_WITH_ACTIVATION}:
         return False
     return module.running_mean is not None and module.running_var is not None
 

@@ -96,7 +96,7 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
     if given:
         raise ModelError(
             f"{type(model).__name__} rejects the example input: {brief(failure)}. Pass an example that the model's "
-            "forward takes (--input-size)."
+            "forward takes: `example=...`."
         ) from failure
     return None
 
@@ -171,8 +171,7 @@ def example_for(
         arguments = observed.example
     else:
         raise ModelError(
-            f"{type(model).__name__} takes none of the common input sizes. Give its input's size: "
-            "--input-size 3,224,224 (example=... in Python)."
+            f"{type(model).__name__} takes none of the common input sizes. Give an input of its size: `example=...`."
         )
     generator = torch.Generator().manual_seed(seed)
 

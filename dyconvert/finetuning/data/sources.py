@@ -20,6 +20,7 @@ from dyconvert.errors import RecipeError, brief, some
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.schema import Data
 from dyconvert.finetuning.training.randomness import seed_of
+from dyconvert.installation import install_command
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -240,9 +241,7 @@ class _Digits(Images):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         except ImportError as error:
-            raise RecipeError(
-                f"scikit-learn can't be imported: {error}. Run `pip install 'dyconvert[train]'`."
-            ) from error
+            raise RecipeError(f"scikit-learn can't be imported: {error}. Run `{install_command('train')}`.") from error
         digits = load_digits()
         train_images, val_images, train_labels, val_labels = train_test_split(
             digits.images, digits.target, test_size=0.2, random_state=0, stratify=digits.target

@@ -2,9 +2,11 @@
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from dyconvert.errors import RecipeError
+from dyconvert.finetuning.recipes.yaml_file import read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -31,6 +33,11 @@ def shipped_recipes() -> dict[str, Path]:
 def shipped_sweeps() -> dict[str, Path]:
     """The shipped sweeps' files, by name."""
     return {file.stem: file for file in sorted((recipes_folder() / "sweeps").glob("*.yaml"))}
+
+
+def descriptions(files: Mapping[str, Path]) -> dict[str, str]:
+    """What each of the files says of itself."""
+    return {name: str(read_yaml(file).data.get("description", "")) for name, file in files.items()}
 
 
 def find_recipe(recipe: str | os.PathLike) -> Path:

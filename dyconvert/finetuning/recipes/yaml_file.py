@@ -1,5 +1,6 @@
 """YAML as recipes are written in: plain data, and the line that each value stands on."""
 
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import RecipeError
+from dyconvert.installation import install_command
 
 Key = tuple[str | int, ...]
 
@@ -91,13 +93,16 @@ def _walk(node: Any, path: Key, document: Document, yaml: Any) -> None:
             _walk(value, (*path, key), document, yaml)
 
 
+@functools.cache
 def _yaml() -> tuple[Any, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise RecipeError(f"Recipes need PyYAML: {error}. Run `pip install 'dyconvert[train]'`.") from error
+        raise RecipeError(f"Recipes need PyYAML: {error}. Run `{install_command('train')}`.") from error
+    # libyaml's is ten times as fast; PyYAML may be built without it.
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    class Loader(yaml.SafeLoader):
+    class Loader(base):
         """YAML 1.2's numbers and booleans: to version 1.1, 5e-5 is a string and `no` is false."""
 
         yaml_implicit_resolvers = {

@@ -45,7 +45,7 @@ class Runner:
             row = self._saved.get((job.run, job.seed))
             if row is not None and row["fingerprint"] != fingerprint(job.recipe):
                 raise RecipeError(
-                    f"{self.csv} has a row of {job} that another recipe made. Use another --output, or remove that "
+                    f"{self.csv} has a row of {job} that another recipe made. Use another directory, or remove that "
                     f"row and {job.recipe.directory} to run it anew."
                 )
 
@@ -158,7 +158,7 @@ def read_rows(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     try:
         return {(row["run"], row["seed"]): row for row in rows if row["fingerprint"]}
     except KeyError as error:
-        raise RecipeError(f"{file} has no column {error}; it isn't a sweep's. Use another --output.") from None
+        raise RecipeError(f"{file} has no column {error}; it isn't a sweep's. Use another directory.") from None
 
 
 def write_rows(file: Path, rows: Any) -> None:

@@ -1,0 +1,63 @@
+"""Tab completion of names, without importing the libraries that have them."""
+
+import os
+import re
+
+
+def models(incomplete: str) -> list[str]:
+    """Models: torchvision's and ours by their names, those of a library after its name and a colon."""
+    from dyconvert.models.listing import list_models
+    from dyconvert.models.source import LIBRARIES
+
+    library, colon, start = incomplete.partition(":")
+    found = list_models()
+    if not colon:
+        names = [name for source in ("torchvision", "builtin") for name in found[source]]
+        names += [f"{each}:" for each in LIBRARIES if each in found]
+        return [name for name in names if name.startswith(incomplete)]
+    # bash takes what stands behind a colon for a word of its own.
+    before = "" if _in_bash() else f"{library}:"
+    return [before + name for name in found.get(library, []) if name.startswith(start)]
+
+
+def methods(incomplete: str) -> list[str]:
+    from dyconvert.methods import METHODS
+
+    return [name for name in METHODS if name.startswith(incomplete)]
+
+
+def recipes(incomplete: str) -> list[str]:
+    from dyconvert.finetuning.recipes.shipped import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+def sweeps(incomplete: str) -> list[str]:
+    from dyconvert.finetuning.recipes.shipped import shipped_sweeps
+
+    return [name for name in shipped_sweeps() if name.startswith(incomplete)]
+
+
+def recipes_and_sweeps(incomplete: str) -> list[str]:
+    return recipes(incomplete) + sweeps(incomplete)
+
+
+def join_colons() -> None:
+    """Undo bash's splitting of words at colons in what it asks to be completed: `timm : resn` is `timm:resn`."""
+    words, at = os.environ.get("COMP_WORDS"), os.environ.get("COMP_CWORD", "")
+    if not _in_bash() or words is None or not at.isdigit():
+        return
+    joined: list[str] = []
+    index = 0
+    for number, word in enumerate(re.split(r"\s", words)):
+        if joined and (word == ":" or joined[-1].endswith(":")):
+            joined[-1] += word
+        else:
+            joined.append(word)
+        if number == int(at):
+            index = len(joined) - 1
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = " ".join(joined), str(index)
+
+
+def _in_bash() -> bool:
+    return os.environ.get("_DYCONVERT_COMPLETE", "").endswith("bash")

@@ -1,0 +1,94 @@
+"""Ctrl-C at any moment: one line, exit code 130, and no traceback.
+
+An exception can't end every moment. One that is raised while a module is imported may be turned into another by a
+library, or be printed and forgotten where Python runs callbacks. So within an import the process ends at once, unless
+one of ours is writing a file. Elsewhere KeyboardInterrupt is raised, so that what is half-written is taken away.
+"""
+
+import _thread
+import atexit
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+CODE = 130
+MESSAGE = "Stopped. Nothing half-written was left."
+# The modules that write files and take away what is half-written.
+_WRITERS = ("checkpoint.py", "files.py", "exported.py", "write.py")
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+_process = 0
+_seen = False
+
+
+@contextmanager
+def taken_over() -> Iterator[None]:
+    """Within this, Ctrl-C is handled as above; in a thread, as it was before."""
+    global _process, _seen
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _process, _seen = os.getpid(), False
+    before, hook = signal.signal(signal.SIGINT, _handle), sys.unraisablehook
+    sys.unraisablehook = _unraisable
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
+        # All is done: while Python shuts down there is nothing to stop. What is registered last runs first.
+        atexit.unregister(_ignore)
+        atexit.register(_ignore)
+
+
+def seen() -> bool:
+    """Whether there was a Ctrl-C: an error that comes after it is its consequence."""
+    return _seen
+
+
+def _ignore() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _seen
+    if os.getpid() != _process:
+        os._exit(CODE)  # a worker: the terminal sends Ctrl-C to all, and the first process says so
+    # The second one ends what the first one couldn't.
+    if _seen or _importing(frame):
+        _exit()
+    _seen = True
+    raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    importing = False
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_PACKAGE) and name.endswith(_WRITERS):
+            return False
+        importing = importing or name == "<frozen importlib._bootstrap>"
+        frame = frame.f_back
+    return importing
+
+
+def _exit() -> None:
+    # Only what can't fail or wait: the interrupted code may hold any lock.
+    # A progress bar hides the cursor.
+    shown = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
+    try:
+        os.write(2, f"{shown}Error: {MESSAGE}\n".encode())
+    finally:
+        os._exit(CODE)
+
+
+def _unraisable(unraisable: Any) -> None:
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _thread.interrupt_main()  # it was raised in a callback, where Python can only print it
+        return
+    sys.__unraisablehook__(unraisable)

@@ -1,0 +1,102 @@
+"""Models and images as commands name them: saved directories, models that `convert` takes, folders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dyconvert import checkpoint, models
+from dyconvert.analysis.images import IMAGENET, ImageSet, image_files, image_size, read_images
+from dyconvert.cli.common import parse_device
+from dyconvert.cli.options import parse_numbers
+from dyconvert.console import warn
+from dyconvert.errors import ModelError
+from dyconvert.marks import plan_of, source_of
+from dyconvert.surgery.blocks import STEM
+from dyconvert.surgery.observe import example_for
+from dyconvert.surgery.plan import Plan
+
+
+@dataclass
+class Opened:
+    """A model, what to call it, where it came from, and the size of its input if that is known."""
+
+    model: nn.Module
+    name: str
+    source: "models.Source | None"
+    saved: bool
+    size: tuple[int, ...] | None
+
+
+def opened(text: str, weights: str, trust_code: bool, device: str | None = None) -> Opened:
+    """A model that dyconvert saved, if `text` is such a directory, or one that `convert` takes; on `--device`."""
+    place = parse_device(device)
+    directory = Path(text)
+    if directory.is_dir() or (directory / checkpoint.DESCRIPTION).exists():
+        model = checkpoint.load(directory, trust_code=trust_code).to(place)
+        source = source_of(model)
+        size = source.input_size if source else None
+        return Opened(model, directory.resolve().name, source, True, size or _size_in_plan(model))
+    model, source = models.create(text, weights, {})
+    return Opened(model.to(place), source.specifier.rpartition(":")[2], source, False, source.input_size)
+
+
+def original_of(main: Opened, device: str | None = None) -> Opened | None:
+    """The static model that a saved one was made from, with its weights, or None if they can't be had."""
+    if main.source is None or not main.saved:
+        return None
+    source = main.source
+    try:
+        model, _ = models.create(source.specifier, source.weights or "default", source.arguments)
+    except ModelError as error:
+        warn(f"without the original: {error} Name it with --against.")
+        return None
+    return Opened(model.to(parse_device(device)), source.specifier.rpartition(":")[2], source, False, source.input_size)
+
+
+def _size_in_plan(model: nn.Module) -> tuple[int, ...] | None:
+    """What the model's input was when it was converted: the map that its stem reads."""
+    plan = plan_of(model)
+    stems = [conv for conv in plan.convs if conv.reason == STEM] if isinstance(plan, Plan) else []
+    if not stems or not stems[0].map_size:
+        return None
+    return (stems[0].in_channels, *stems[0].map_size)
+
+
+def image_size_for(main: Opened, data: str | None) -> tuple[int, ...] | None:
+    """The size to show a model its images at: its own, if that is known, but no image is made larger than it is."""
+    source_says = main.source is not None and main.source.input_size is not None
+    if source_says or data is None or not Path(data).is_dir():
+        return main.size
+    of_data = image_size(image_files(Path(data))[0])
+    # A factory doesn't say what it takes, and a conversion without --input-size guesses.
+    return of_data if main.size is None or max(of_data) < max(main.size[-2:]) else main.size
+
+
+def loaded(
+    directory: Path, trust_code: bool, size: tuple[int, ...] | None, batch: int = 2, device: str | None = None
+) -> tuple[nn.Module, models.Source | None, tuple[Any, ...]]:
+    """A saved model, where it came from, and an input for it: of `size`, or of its source's."""
+    model = checkpoint.load(directory, trust_code=trust_code).to(parse_device(device))
+    source = source_of(model)
+    return model, source, example_for(model, batch=batch, size=size or (source.input_size if source else None))
+
+
+def images_for(
+    data: str, model: nn.Module, example: tuple[Any, ...], mean: str | None, std: str | None, limit: int | None
+) -> ImageSet:
+    """The images of `--data` as the model takes them: of the example's size, normalised as asked or as it says.
+
+    Raises:
+        ModelError: there are none, or they can't be what the model takes.
+    """
+    # timm's models say how they were trained.
+    config = getattr(model, "pretrained_cfg", None)
+    config = config if isinstance(config, dict) else {}
+    numbers = (
+        parse_numbers(mean) if mean else config.get("mean", IMAGENET[0]),
+        parse_numbers(std) if std else config.get("std", IMAGENET[1]),
+    )
+    shape = getattr(example[0], "shape", (0,))[1:]
+    return read_images(data, shape, *numbers, limit=limit)
