@@ -20,6 +20,7 @@ _FREE = {
     "description": True,
     "output": True,
     "data": {"root", "download", "workers", "skip_corrupt"},
+    "distill": {"cache_directory"},
     "train": {"accelerator", "devices", "nodes", "strategy", "eval_batch"},
 }
 

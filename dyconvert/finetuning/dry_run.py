@@ -110,7 +110,8 @@ class DryRun:
         else:
             yield "convert", f"{self.plan.method.name}, g = {self.plan.method.g}\n{self.plan.summary()}"
         if recipe.distill is not None:
-            yield "distill", f"from the {recipe.distill.teacher}, weight {recipe.distill.weight:g}"
+            teacher = "the original" if recipe.distill.teacher == "original" else recipe.distill.teacher
+            yield "distill", f"from {teacher}, weight {recipe.distill.weight:g}"
         yield (
             "train",
             f"{self.steps:,} steps of {train.batch} images; {train.optimizer}, {train.schedule}",

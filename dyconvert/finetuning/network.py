@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dyconvert import models
 from dyconvert.errors import ModelError, brief
 from dyconvert.finetuning.recipes.recipe import Recipe
-from dyconvert.finetuning.training.module import outputs_of
+from dyconvert.finetuning.training.outputs import outputs_of
+from dyconvert.finetuning.training.teacher import Teacher
 from dyconvert.surgery.convert import convert
 from dyconvert.surgery.pairing import pair_experts
 
@@ -25,12 +26,14 @@ class Networks:
         source: where it came from.
         student: narrowed and converted; a copy of the original where the recipe does neither.
         num_classes: outputs of both.
+        teacher: of the distillation, where there is one.
     """
 
     original: nn.Module
     source: "models.Source"
     student: nn.Module
     num_classes: int
+    teacher: Teacher | None = None
 
 
 def create_original(recipe: Recipe) -> tuple[nn.Module, "models.Source"]:

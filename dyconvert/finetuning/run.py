@@ -1,6 +1,7 @@
 """finetune(recipe): everything from the pretrained network to the table at the end."""
 
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,12 +29,16 @@ from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
 from dyconvert.finetuning.training.results import Results, make_loggers
 from dyconvert.finetuning.training.schedules import Ema, FrozenExperts, TemperatureSchedule
+from dyconvert.finetuning.training.teacher import create_teacher, feature_distillation, score
+from dyconvert.finetuning.training.teacher_cache import kept_outputs
 from dyconvert.finetuning.training.trainers import check_devices, is_main_process, make_trainer
 
 Report = Callable[[str], None]
 
 # To see how far the predictors' inputs vary from image to image.
 _PAIRING_IMAGES = 500
+# Enough images to see whether a teacher is any good.
+_TEACHER_BATCHES = 5
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Summary:
@@ -61,7 +66,13 @@ def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> 
         with Interrupts(report) as interrupts:
             if recipe.pretrain is not None:
                 original = _pretrained(recipe, original, resume, progress)
-            networks = Networks(original, source, transform(original, recipe, _calibration(recipe, train)), num_classes)
+            networks = Networks(
+                original,
+                source,
+                transform(original, recipe, _calibration(recipe, train)),
+                num_classes,
+                create_teacher(recipe, original, num_classes),
+            )
             return _Session(recipe, run, networks, train, val, interrupts, report, progress).go()
 
 
@@ -104,14 +115,26 @@ class _Session:
             self.report(f"resuming at step {step}, in epoch {epoch + 1}")
         loggers = make_loggers(recipe, step) if is_main_process() else []
         trainer = make_trainer(recipe, callbacks, loggers, self.progress)
-        module = self._module(networks.student, networks.original if recipe.distill else None)
+        kept = None
+        if recipe.distill is not None and recipe.distill.teacher != "original":
+            self._say_teacher()
+        if recipe.distill is not None and recipe.distill.cache:
+            kept = kept_outputs(
+                recipe,
+                networks.teacher,
+                self.train,
+                trainer.strategy.root_device,
+                lambda: self.interrupts.requested,
+                self.report,
+            )
+        module = self._module(networks.student, learning=True)
         networks.student.train()  # Lightning keeps the mode that it finds
         if recipe.train.compile:
             networks.student.compile()
         try:
             trainer.fit(
                 module,
-                train_loader(recipe, self.train, trainer.global_rank, trainer.world_size, epoch, done),
+                train_loader(recipe, self.train, trainer.global_rank, trainer.world_size, epoch, done, kept),
                 val_loader(recipe, self.val, trainer.global_rank, trainer.world_size),
                 ckpt_path=resumed,
                 weights_only=False,
@@ -145,10 +168,14 @@ class _Session:
             file.unlink(missing_ok=True)
         return summary
 
-    def _module(self, model: nn.Module, teacher: nn.Module | None = None) -> FineTuner:
-        return FineTuner(
-            model, self.recipe, self.networks.num_classes, steps_per_epoch(self.recipe, self.train), teacher
-        )
+    def _module(self, model: nn.Module, learning: bool = False) -> FineTuner:
+        recipe, networks = self.recipe, self.networks
+        teacher = networks.teacher if learning else None
+        features = None
+        if teacher is not None and recipe.distill.features:
+            features = feature_distillation(recipe, networks.original, model, teacher)
+        per_epoch = steps_per_epoch(recipe, self.train)
+        return FineTuner(model, recipe, networks.num_classes, per_epoch, teacher, features)
 
     def evaluate(self, model: nn.Module) -> float:
         """The metric of a network on the validation data, in percent."""
@@ -166,6 +193,14 @@ class _Session:
         metric = METRIC_NAMES[self.recipe.data.task]
         converted = "" if before["converted"] is None else f", converted {before['converted']:.2f} %"
         self.report(f"before training: {metric} {before['original']:.2f} %{converted}")
+
+    def _say_teacher(self) -> None:
+        """A wrong normalisation makes a teacher bad, and no error."""
+        if self.recipe.data.task != "classification":
+            return
+        batches = itertools.islice(val_loader(self.recipe, self.val, 0, 1), _TEACHER_BATCHES)
+        found = score(self.networks.teacher, self.recipe, batches)
+        self.report(f"the teacher, {self.recipe.distill.teacher}: top-1 {found:.1f} % on the first validation images")
 
     def _after(
         self, trainer: Trainer, module: FineTuner, results: Results, ema: Ema | None

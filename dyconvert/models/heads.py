@@ -38,6 +38,12 @@ def replace_head(model: nn.Module, num_classes: int | None, *, always: bool = Fa
         model.num_classes = num_classes
 
 
+def find_head(model: nn.Module) -> str | None:
+    """The name of the last layer of a static model, if it is a linear or a 1x1 conv with bias."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return layers[-1][0] if layers and _is_head(layers[-1][1]) else None
+
+
 def _is_head(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True

@@ -73,11 +73,19 @@ def load_part(recipe: Recipe, part: str, num_classes: int, report: Callable[[str
         RecipeError: no images, empty class folders, images that can't be read, labels that the network lacks.
     """
     data = recipe.data
-    images = open_images(recipe, part, num_classes)
+    images = open_images(recipe, "train" if data.holdout is not None else part, num_classes)
     if not len(images):
         raise RecipeError(f"The {part} data ({data.dataset}) has no images.")
+    candidates = np.arange(len(images))
+    if data.holdout is not None:
+        if data.holdout >= len(images):
+            raise RecipeError(
+                f"data.holdout = {data.holdout} leaves none of the {len(images)} training images. Set it lower."
+            )
+        held_out = _subset(images, candidates, data.holdout, data.subset_seed)
+        candidates = held_out if part == "val" else np.setdiff1d(candidates, held_out)
     limit = data.limit_train if part == "train" else data.limit_val
-    loaded = Part(images, _subset(images, limit, data.subset_seed), data.skip_corrupt)
+    loaded = Part(images, _subset(images, candidates, limit, data.subset_seed), data.skip_corrupt)
     _read(loaded, report)
     if not len(loaded):
         raise RecipeError(f"Not one image of the {part} data can be read; the first is {loaded.corrupt[0]}.")
@@ -119,12 +127,11 @@ def check_classes(train: Part, val: Part, outputs: int, recipe: Recipe) -> None:
             )
 
 
-def _subset(images: Images, limit: int | None, seed: int) -> np.ndarray:
-    """Indices of `limit` images, as many of each class as there can be, in their order."""
-    everything = np.arange(len(images))
-    if limit is None or limit >= len(images):
-        return everything
-    shuffled = np.random.Generator(np.random.PCG64(seed_of(seed, len(images)))).permutation(everything)
+def _subset(images: Images, candidates: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    """`limit` of the candidates, which are indices, as many of each class as there can be, in their order."""
+    if limit is None or limit >= len(candidates):
+        return candidates
+    shuffled = np.random.Generator(np.random.PCG64(seed_of(seed, len(candidates)))).permutation(candidates)
     if images.labels is None:
         return np.sort(shuffled[:limit])
     # By rounds: the first image of each class, then the second, ...

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
+from dyconvert.errors import RecipeError
 from dyconvert.finetuning.data.augment import Transform, train_transform, val_transform
 from dyconvert.finetuning.data.datasets import Part
-from dyconvert.finetuning.data.views import has_views, views
+from dyconvert.finetuning.data.views import Views, has_views
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.schema import Data
 from dyconvert.finetuning.training.randomness import seed_of
@@ -24,11 +25,16 @@ IGNORED = -100
 Key = tuple[int, int]
 
 
-class Batch(NamedTuple):
-    """Images `[N, C, H, W]`, and targets `[N]` or `[N, H, W]`."""
+# Images `[N, C, H, W]` and targets `[N]` or `[N, H, W]`; then, where they are kept, a teacher's logits `[N, classes]`
+# and features `[N, F]`, in float16.
+Batch = tuple[Tensor, ...]
 
-    images: Tensor
-    targets: Tensor
+
+class Kept(NamedTuple):
+    """A teacher's outputs for the numbered views: logits `[views, images, classes]`, features `[views, images, F]`."""
+
+    logits: Tensor
+    features: Tensor | None = None
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -88,24 +94,32 @@ class Prepared(Dataset):
 
     Args:
         training: whether images are augmented, as the recipe says.
+        kept: a teacher's outputs, to go with the images.
+
+    Attributes:
+        views: crops and flips a batch; None where images go one by one, for they differ in size, or aren't in memory.
     """
 
-    def __init__(self, part: Part, seed: int, data: Data, training: bool) -> None:
+    def __init__(self, part: Part, seed: int, data: Data, training: bool, kept: Kept | None = None) -> None:
         self.part, self.seed = part, seed
         self.transform: Transform = train_transform(data) if training else val_transform(data)
-        # Images of one size are augmented together.
-        self.preset = None
+        self.views, self.kept = None, kept
         if part.stacked is not None and has_views(data, part.stacked[0].shape):
-            self.preset = data.augment if training else "none"
+            self.views = Views(data.augment, seed, data.views) if training else Views("none", seed)
+        elif training and data.views is not None:
+            raise RecipeError(
+                f"data.views needs images that fit into memory, all of {data.size} x {data.size}, and these don't. Set "
+                "data.views=null."
+            )
         self.segmentation = data.task == "segmentation"
         self.ignored = data.ignore_index if self.segmentation else IGNORED
 
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitems__(self, keys: Sequence[Key]) -> "list[tuple[Tensor, Any]] | Batch":
-        if self.preset is not None:
-            return self._views(keys)
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, Any]] | Batch:
+        if self.views is not None:
+            return self._together(keys)
         # Transforms draw from the global generator, which in the training process is the network's.
         generator = torch.default_generator
         state = generator.get_state()
@@ -114,13 +128,23 @@ class Prepared(Dataset):
         finally:
             generator.set_state(state)
 
-    def _views(self, keys: Sequence[Key]) -> "Batch":
+    def _together(self, keys: Sequence[Key]) -> Batch:
         images, targets = self.part.stacked
         epochs, positions = np.array(keys).T
-        padding = torch.from_numpy(positions == PADDING)
         taken = torch.from_numpy(np.maximum(positions, 0))
-        seen = views(images[taken], self.preset, self.seed, epochs, positions)
-        return Batch(seen, targets[taken].masked_fill(padding, self.ignored))
+        batch = (
+            self.views(images[taken], epochs, positions),
+            targets[taken].masked_fill(torch.from_numpy(positions == PADDING), self.ignored),
+        )
+        if self.kept is None:
+            return batch
+        which = torch.from_numpy(self.views.which(epochs, positions))
+        return *batch, *(each[which, taken] for each in self.kept if each is not None)
+
+    def numbered(self, view: int, positions: Sequence[int]) -> Tensor:
+        """The numbered view of these images, `[N, C, H, W]`."""
+        taken = np.asarray(positions)
+        return self.views.numbered(self.part.stacked[0][torch.from_numpy(taken)], np.full(len(taken), view), taken)
 
     def _get(self, generator: torch.Generator, epoch: int, position: int) -> tuple[Tensor, Any]:
         image, target = self.part.get(max(position, 0))
@@ -134,33 +158,35 @@ class Prepared(Dataset):
             target = torch.full_like(target, self.ignored) if self.segmentation else self.ignored
         return image, target
 
-    def collate(self, samples: "list[tuple[Tensor, Any]] | Batch") -> "Batch":
+    def collate(self, samples: list[tuple[Tensor, Any]] | Batch) -> Batch:
         """Images `[N, C, H, W]`, uint8 or floats of 0 to 1; targets `[N]` or `[N, H, W]`."""
-        if isinstance(samples, Batch):
+        if isinstance(samples, tuple):
             return samples
         images, targets = zip(*samples, strict=True)
         if not self.segmentation:
-            return Batch(torch.stack(images), torch.tensor(targets))
+            return torch.stack(images), torch.tensor(targets)
         height, width = (max(image.shape[dim] for image in images) for dim in (-2, -1))
         if all(tuple(image.shape[-2:]) == (height, width) for image in images):
-            return Batch(torch.stack(images), torch.stack(targets))
+            return torch.stack(images), torch.stack(targets)
         # Whole validation images differ in size.
         batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
         masks = targets[0].new_full((len(images), height, width), self.ignored)
         for index, (image, mask) in enumerate(samples):
             batch[index, :, : image.shape[1], : image.shape[2]] = image
             masks[index, : mask.shape[0], : mask.shape[1]] = mask
-        return Batch(batch, masks)
+        return batch, masks
 
 
-def train_loader(recipe: Recipe, part: Part, rank: int, world: int, epoch: int = 0, done: int = 0) -> DataLoader:
+def train_loader(
+    recipe: Recipe, part: Part, rank: int, world: int, epoch: int = 0, done: int = 0, kept: Kept | None = None
+) -> DataLoader:
     """The loader of this process's share of every training batch; it starts at batch `done` of `epoch`."""
     train = recipe.train
     batch = train.batch // (world * train.accumulate)
     sampler = EpochBatches(
         len(part), batch, steps_per_epoch(recipe, part) * train.accumulate, train.seed, rank, world, epoch, done
     )
-    return _loader(Prepared(part, train.seed, recipe.data, training=True), sampler, recipe)
+    return _loader(Prepared(part, train.seed, recipe.data, training=True, kept=kept), sampler, recipe)
 
 
 def val_loader(recipe: Recipe, part: Part, rank: int, world: int) -> DataLoader:

@@ -1,7 +1,8 @@
 """Training images of one size, in memory as bytes: cropped, flipped and batched all at once.
 
 Which crop and flip an image gets depends only on (seed, epoch, position), as everything here; so it is the same in any
-batch, process and resumed run. Of these views a teacher's outputs can be kept.
+batch, process and resumed run. Where each image has a limited number of views, they are the same in every run, and a
+teacher's outputs for them can be kept.
 """
 
 from collections.abc import Sequence
@@ -11,41 +12,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyconvert.finetuning.recipes.schema import Data
+from dyconvert.finetuning.recipes.schema import VIEWS, Data
 from dyconvert.finetuning.training.randomness import seeds_of
 
 # Pixels of zeros around the image, from which it is cropped again, and whether half of the images are flipped.
-_PRESETS = {"none": (0, False), "flip": (0, True), "shift": (1, False), "cifar": (4, True)}
+_PRESETS = dict(zip(VIEWS, ((0, False), (0, True), (1, False), (4, True)), strict=True))
+# Of numbered views, in place of a run's seed.
+_NUMBERED = 0x76696577
 
 
 def has_views(data: Data, shape: Sequence[int]) -> bool:
-    """Whether images of `shape`, (C, H, W), can be augmented as a batch by this recipe."""
+    """Whether images of `shape`, (..., H, W), can be cropped and flipped as batches by this recipe."""
     fits = tuple(shape[-2:]) == (data.size, data.size) and data.resize in (None, data.size)
-    return data.task == "classification" and data.augment in _PRESETS and fits
+    return data.task == "classification" and data.augment in VIEWS and fits
 
 
-def views(images: Tensor, preset: str, seed: int, epochs: np.ndarray, positions: np.ndarray) -> Tensor:
-    """Crop and flip a batch.
+class Views:
+    """Crops and flips of images, by (epoch, position).
 
     Args:
-        images: `[N, C, H, W]`.
         preset: of `data.augment`: none, flip, shift or cifar.
         seed: the run's.
-        epochs, positions: `[N]`, of each image.
-
-    Returns:
-        `[N, C, H, W]`, contiguous.
+        count: views of each image, the same for all seeds; None for a new one every epoch.
     """
-    padding, flips = _PRESETS[preset]
-    drawn = seeds_of(seed, epochs, positions)
-    if padding:
-        offsets = 2 * padding + 1
-        down, right = (torch.from_numpy((part % offsets).astype(np.int64)) for part in (drawn >> 8, drawn >> 24))
-        height, width = images.shape[-2:]
-        padded = F.pad(images, [padding] * 4)
-        crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, offsets, offsets, H, W]
-        images = crops[torch.arange(len(images)), :, down, right]
-    if flips:
-        flipped = torch.from_numpy((drawn & 1).astype(bool))
-        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
-    return images.contiguous()
+
+    def __init__(self, preset: str, seed: int, count: int | None = None) -> None:
+        self.padding, self.flips = _PRESETS[preset]
+        self.seed, self.count = seed, count
+
+    def __call__(self, images: Tensor, epochs: np.ndarray, positions: np.ndarray) -> Tensor:
+        """What an epoch sees of a batch: `[N, C, H, W]` to the same, contiguous.
+
+        Args:
+            epochs, positions: `[N]`, of each image.
+        """
+        if self.count is None:
+            return self._carry_out(images, seeds_of(self.seed, epochs, positions))
+        return self.numbered(images, self.which(epochs, positions), positions)
+
+    def which(self, epochs: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The numbers of the views, from 0 to count - 1; `count` epochs in a row see all of them."""
+        first = seeds_of(self.seed, positions) % np.uint64(self.count)
+        return (first.astype(np.int64) + epochs) % self.count
+
+    def numbered(self, images: Tensor, which: np.ndarray, positions: np.ndarray) -> Tensor:
+        """The view of each image that has this number."""
+        return self._carry_out(images, seeds_of(_NUMBERED, which, positions))
+
+    def _carry_out(self, images: Tensor, drawn: np.ndarray) -> Tensor:
+        if self.padding:
+            offsets = np.uint64(2 * self.padding + 1)
+            down, right = (torch.from_numpy((part % offsets).astype(np.int64)) for part in (drawn >> 8, drawn >> 24))
+            height, width = images.shape[-2:]
+            padded = F.pad(images, [self.padding] * 4)
+            crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, offsets, offsets, H, W]
+            images = crops[torch.arange(len(images)), :, down, right]
+        if self.flips:
+            flipped = torch.from_numpy((drawn & 1).astype(bool))
+            images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+        return images.contiguous()

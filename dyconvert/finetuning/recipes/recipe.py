@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.recipes.checking import Source, validated
 from dyconvert.finetuning.recipes.schema import (
+    VIEWS,
     Convert,
     Data,
     Distill,
@@ -58,8 +59,24 @@ class Recipe(Section):
             problems.append(
                 f"model.input_size has {self.model.input_size[0]} channels, and data.channels is {self.data.channels}"
             )
-        if self.model.new_head and self.distill is not None:
-            problems.append("distill needs a teacher that knows the classes, and model.new_head leaves it none")
+        distill = self.distill
+        if distill is not None:
+            if self.model.new_head and distill.teacher == "original":
+                problems.append("distill needs a teacher that knows the classes, and model.new_head leaves it none")
+            if distill.cache and self.data.views is None:
+                problems.append("distill.cache needs data.views: in how many crops and flips each image is seen")
+            if distill.cache and (self.train.mixup or self.train.cutmix):
+                problems.append("distill.cache is of single images, and train.mixup and train.cutmix mix them")
+            if distill.features and self.train.compile:
+                problems.append("distill.features doesn't go with train.compile")
+            if distill.features and segmentation:
+                problems.append("distill.features is for classification, and data.task is segmentation")
+            for key in ("teacher_mean", "teacher_std"):
+                values = getattr(distill, key)
+                if values is not None and len(values) != self.data.channels:
+                    problems.append(f"distill.{key} has {len(values)} numbers for {self.data.channels} channels")
+        if self.data.views is not None and self.data.augment not in VIEWS:
+            problems.append(f"data.views goes with data.augment = {', '.join(VIEWS)}, and not {self.data.augment}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -110,17 +127,33 @@ def load_recipe(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Rec
 def resolved(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with what its model names made plain.
 
-    The model's Python file becomes an absolute path: in `folder`, or in the current one. In `weights`, ~ and
+    A model's or teacher's Python file becomes an absolute path: in `folder`, or in the current one. In weights, ~ and
     $VARIABLES are expanded.
     """
     model = recipe.model
-    changes = {"weights": os.path.expanduser(os.path.expandvars(model.weights))}
-    location, colon, factory = model.specifier.rpartition(":")
-    if location.endswith(".py"):
-        file = folder / os.path.expanduser(location)
-        file = file if file.is_file() else Path(os.path.expanduser(location))
-        changes["specifier"] = f"{os.path.abspath(file)}{colon}{factory}"
-    return recipe.model_copy(update={"model": model.model_copy(update=changes)})
+    changes = {
+        "specifier": _specifier(model.specifier, folder),
+        "weights": os.path.expanduser(os.path.expandvars(model.weights)),
+    }
+    changed: dict[str, Any] = {"model": model.model_copy(update=changes)}
+    if recipe.distill is not None:
+        ours = recipe.distill
+        teacher = {
+            "teacher": _specifier(ours.teacher, folder),
+            "teacher_weights": os.path.expanduser(os.path.expandvars(ours.teacher_weights)),
+        }
+        changed["distill"] = ours.model_copy(update=teacher)
+    return recipe.model_copy(update=changed)
+
+
+def _specifier(specifier: str, folder: Path) -> str:
+    """The specifier, with a Python file's path absolute: in `folder`, or in the current one."""
+    location, colon, factory = specifier.rpartition(":")
+    if not location.endswith(".py"):
+        return specifier
+    file = folder / os.path.expanduser(location)
+    file = file if file.is_file() else Path(os.path.expanduser(location))
+    return f"{os.path.abspath(file)}{colon}{factory}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -17,6 +17,10 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+# Augmentations whose crops and flips can be numbered, and images be taken through as batches.
+VIEWS = ("none", "flip", "shift", "cifar")
+
+
 class Section(BaseModel):
     """Unknown keys are refused."""
 
@@ -190,6 +194,14 @@ class Data(Section):
     """none; flip; shift (one pixel, no flip: digits); cifar (4-pixel pad and crop, flip); imagenet (random resized
     crop, flip), alone or with RandAugment or TrivialAugment; segmentation (random scale, crop, flip)."""
 
+    views: Positive | None = None
+    """See each training image in so many crops and flips, the same in every run; null for new ones every epoch. For the
+    augmentations none, flip, shift and cifar, of images that are of `size` already."""
+
+    holdout: Positive | None = None
+    """Validate on so many of the training images, as many of each class, and train on the others: for choices that the
+    validation images shall not have a part in. Chosen by `subset_seed`."""
+
     limit_train: Positive | None = None
     """Use this many training images, the same number of each class, chosen by `subset_seed`; null for all."""
 
@@ -349,11 +361,30 @@ class Dynamic(Section):
 class Distill(Section):
     """Knowledge distillation: (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student)."""
 
-    teacher: Literal["original"] = "original"
-    """The network before conversion (and narrowing)."""
+    teacher: str = "original"
+    """original: the network before conversion (and narrowing); or any specifier, as model.specifier takes it. At equal
+    width the original holds the student down to itself."""
+
+    teacher_weights: str = "default"
+    """Of another teacher, as model.weights takes them."""
+
+    teacher_mean: tuple[float, ...] | None = None
+    teacher_std: tuple[float, ...] | None = None
+    """Normalisation of the teacher's images; null takes data.mean and data.std."""
 
     temperature: Rate = 4.0
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    features: Amount = 0.0
+    """Weight of feature distillation at the last stage: the squared error of what the heads read, over the variance of
+    the teacher's; through a linear layer, trained along, where the widths differ. 0 is off."""
+
+    cache: bool = False
+    """Run the teacher once on each of the data.views, and keep its outputs in float16 for all runs."""
+
+    cache_directory: str | None = None
+    """Where; null is the folder teachers/ in data.root (in the current folder, where the data has no root). ~ and
+    $VARIABLES are expanded."""
 
 
 class Output(Section):

@@ -1,7 +1,7 @@
 """The training step: losses, distillation, mixing of images, and the metric, as Lightning runs them."""
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torchvision.transforms import v2
 from dyconvert.finetuning.data.loading import IGNORED
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.optim import lr_factor, make_optimizer
+from dyconvert.finetuning.training.outputs import outputs_of, reading
 from dyconvert.finetuning.training.randomness import seed_of
+from dyconvert.finetuning.training.teacher import FeatureDistillation, Taught, Teacher, distillation
 from dyconvert.nn import CoefficientPredictor
 
 # What is logged, and by which the best weights are chosen.
@@ -27,20 +29,27 @@ class FineTuner(LightningModule):
 
     Args:
         model: the network that trains.
-        teacher: the original, where the recipe distills.
         num_classes: outputs of the network.
         steps_per_epoch: optimizer steps.
+        teacher: where the recipe distills. It isn't asked about batches that have its outputs with them.
+        features: where features are distilled.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, num_classes: int, steps_per_epoch: int, teacher: nn.Module | None = None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        num_classes: int,
+        steps_per_epoch: int,
+        teacher: Teacher | None = None,
+        features: FeatureDistillation | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
         self.num_classes = num_classes
         self.per_epoch = steps_per_epoch
-        self.held = _Held(teacher)
+        self.teacher, self.features = teacher, features
         data, train = recipe.data, recipe.train
         self.segmentation = data.task == "segmentation"
         self.ignored = data.ignore_index if self.segmentation else IGNORED
@@ -75,8 +84,8 @@ class FineTuner(LightningModule):
         return self.global_step / self.per_epoch
 
     def on_fit_start(self) -> None:
-        if self.held.module is not None:
-            self.held.module.to(self.device).eval().requires_grad_(False)
+        if self.teacher is not None:
+            self.teacher.to(self.device)
 
     @property
     def mean_loss(self) -> float:
@@ -104,19 +113,21 @@ class FineTuner(LightningModule):
         images = (images - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else images
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = batch
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        images, targets, *kept = batch
         images = self.normalized(images)
         if self.mixing is not None:
             images, targets = self.mixing(images, targets)
-        main, *auxiliary = outputs_of(self.model(images))
+        with reading(self.features.head_in(self.model)) if self.features else nullcontext() as read:
+            main, *auxiliary = outputs_of(self.model(images))
         loss = self._cross_entropy(main, targets)
         distill = self.recipe.distill
-        if distill is not None and self.held.module is not None:
-            with torch.no_grad():
-                taught = next(outputs_of(self.held.module(images)))
-            soft = distillation(main, taught, distill.temperature)
+        if distill is not None and self.teacher is not None:
+            taught = Taught(*kept) if kept else self.teacher(images)
+            soft = distillation(main, taught.logits, distill.temperature)
             loss = (1 - distill.weight) * loss + distill.weight * soft
+            if self.features:
+                loss = loss + distill.features * self.features(read[0], taught.features)
         for logits in auxiliary:
             loss = loss + self.recipe.train.aux_weight * self._cross_entropy(logits, targets)
         self.last_loss, self.last_images = loss.detach(), images
@@ -148,7 +159,8 @@ class FineTuner(LightningModule):
             self.log("temperature", predictor.temperature)
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.model, self.recipe.train, self.recipe.dynamic)
+        trained = self.model if self.features is None else nn.ModuleList([self.model, self.features])
+        optimizer = make_optimizer(trained, self.recipe.train, self.recipe.dynamic)
         factor = lr_factor(self.recipe.train, self.total_steps, self.per_epoch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -156,40 +168,6 @@ class FineTuner(LightningModule):
     def predictors(self) -> dict[str, CoefficientPredictor]:
         """The network's predictors, by name."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, CoefficientPredictor)}
-
-
-class _Held:
-    """Keeps the teacher from being registered, saved or copied with the network."""
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.module = module
-
-    def __deepcopy__(self, memo: dict) -> "_Held":
-        return self
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of softened outputs (Hinton et al. 2015, arXiv:1503.02531), mean over images.
-
-    Args:
-        student, teacher: logits `[N, classes, ...]`; of dense ones, the mean is over pixels as well.
-    """
-    student = F.log_softmax(student.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher.float() / temperature, dim=1)
-    positions = student.numel() / student.shape[1]
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * (temperature**2 / positions)
-
-
-def outputs_of(output: Any) -> Iterator[Tensor]:
-    """The logits, then those of auxiliary heads: of a tensor, a dict (segmentation) or a tuple (GoogLeNet)."""
-    if isinstance(output, Tensor):
-        yield output
-        return
-    if hasattr(output, "logits") and not isinstance(output, tuple):
-        yield output.logits
-        return
-    values = output.values() if isinstance(output, dict) else output
-    yield from (value for value in values if isinstance(value, Tensor))
 
 
 def guess_loss(num_classes: int) -> float:

@@ -1,0 +1,34 @@
+"""What is read of a network: its logits, whatever form its output has, and what its head reads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def outputs_of(output: Any) -> Iterator[Tensor]:
+    """The logits, then those of auxiliary heads: of a tensor, a dict (segmentation) or a tuple (GoogLeNet)."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    if hasattr(output, "logits") and not isinstance(output, tuple):
+        yield output.logits
+        return
+    values = output.values() if isinstance(output, dict) else output
+    yield from (value for value in values if isinstance(value, Tensor))
+
+
+@contextmanager
+def reading(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, each call of `layer` puts what it reads, as `[N, F]`, into the list, in place of an earlier call's."""
+    read: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read[:] = [inputs[0].flatten(1)]
+
+    handle = layer.register_forward_pre_hook(hook)
+    try:
+        yield read
+    finally:
+        handle.remove()
