@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dyconvert.errors import PlanError
+from dyconvert.limits import EXPERTS
 
 
 class Method(BaseModel):
@@ -30,12 +31,12 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "custom"
-    g: Annotated[int, Field(ge=1)] = 6
+    g: Annotated[int, Field(ge=1, le=EXPERTS)] = 6
     per: Literal["layer", "channel"] = "channel"
     activation: Literal["sigmoid", "softmax"] = "sigmoid"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    reduction: Annotated[int, Field(ge=1)] | None = 4
-    reduce_from: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    reduction: Annotated[int, Field(ge=1, le=2**31)] | None = 4
+    reduce_from: Annotated[int, Field(ge=1, le=2**31)] = 1
     scope: Literal["layer", "block"] = "block"
     title: str = ""
     paper: str = ""

@@ -219,7 +219,7 @@ def test_folders_that_may_not_be_read(saved, net, monkeypatch):
     monkeypatch.setattr("pathlib.Path.iterdir", forbidden)
     with pytest.raises(CheckpointError, match=r"can't be used: .*Permission denied"):
         dyconvert.save(trained(net), saved[0])
-    monkeypatch.setattr("dyconvert.checkpoint._sha256", forbidden)
+    monkeypatch.setattr("dyconvert.checkpoint.loading.check_ordinary", forbidden)
     with pytest.raises(CheckpointError, match=r"can't be read: .*Permission denied"):
         dyconvert.load(saved[0], net)
 

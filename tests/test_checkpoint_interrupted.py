@@ -30,8 +30,8 @@ def failing_at(step: int, real=os.replace):
 
 
 FAILURES = {
-    "weights": lambda patch: patch.setattr("dyconvert.checkpoint.save_model", no_space),
-    "first rename": lambda patch: patch.setattr("os.replace", failing_at(0)),
+    "weights": lambda patch: patch.setattr("dyconvert.checkpoint.tensors.save_file", no_space),
+    "first rename": lambda patch: [patch.setattr(f"os.{name}", failing_at(0)) for name in ("replace", "rename")],
     "second rename": lambda patch: patch.setattr("os.replace", failing_at(1)),
     "flush": lambda patch: patch.setattr("os.fsync", no_space),
     "description": lambda patch: patch.setattr("pathlib.Path.write_text", no_space),
@@ -41,6 +41,8 @@ FAILURES = {
 @pytest.mark.parametrize("before", ["a model", "an empty folder", "other files", "nothing"])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_full_disk(failure, before, tmp_path, net):
+    if (failure, before) == ("second rename", "nothing"):
+        pytest.skip("a new directory takes its name in one rename")
     directory = tmp_path / "saved"
     older = trained(net)
     if before == "a model":
@@ -63,7 +65,7 @@ def test_a_full_disk(failure, before, tmp_path, net):
 KILLED = """
 import os, signal, sys
 import torch
-import dyconvert, dyconvert.checkpoint
+import dyconvert, dyconvert.checkpoint.tensors
 from nets import ResidualNet, seeded, trained
 
 def die(*args):
@@ -71,7 +73,7 @@ def die(*args):
 
 def steps(step, real=os.replace):
     if step == "weights written":
-        dyconvert.checkpoint.save_model = lambda model, file: open(file, "wb").write(b"half") and die()
+        dyconvert.checkpoint.tensors.save_file = lambda _, file, metadata: open(file, "wb").write(b"half") and die()
     calls = iter(["before the first rename", "before the second rename"])
     def replace(*args):
         call = next(calls)

@@ -38,7 +38,7 @@ def test_digits_learn_and_every_result_loads(tmp_path):
         "quickstart",
         ["train.epochs=2", "pretrain.epochs=2", "train.ema=0.9", f"output.directory={tmp_path / 'run'}"],
     )
-    found = dyconvert.finetune(made, progress=False)
+    found = dyconvert.finetune(made, progress=False, trust_code=True)
     assert found.original > 30  # of 10 classes; two epochs of the static network
     assert found.converted == pytest.approx(found.original, abs=0.3)  # one of 360 images
     assert found.finetuned > found.original
@@ -56,7 +56,7 @@ def test_digits_learn_and_every_result_loads(tmp_path):
 
 
 def test_static_control_is_the_same_run_without_dynamic_convs(tmp_path):
-    found = finetune(recipe(tmp_path, convert=None, distill={}), progress=False)
+    found = finetune(recipe(tmp_path, convert=None, distill={}), progress=False, trust_code=True)
     assert found.converted is None
     assert found.parameters[0] == found.parameters[1]
     model = load(tmp_path / "run")
@@ -67,7 +67,7 @@ def test_static_control_is_the_same_run_without_dynamic_convs(tmp_path):
 @pytest.mark.parametrize("override", ["convert.g=2", "convert=null"])
 def test_narrowed_networks_train_and_load(tmp_path, override):
     made = recipe(tmp_path, override, narrow={"width": 0.5, "round_to": 2, "calibration_images": 32})
-    found = finetune(made, progress=False)
+    found = finetune(made, progress=False, trust_code=True)
     assert found.converted is not None
     model = load(tmp_path / "run")
     assert model[3].out_channels == 4
@@ -83,13 +83,13 @@ def test_segmentation_has_masks_an_auxiliary_head_and_mean_iou(tmp_path):
         train={"batch": 4, "epochs": 1},
         distill={},
     )
-    found = finetune(made, progress=False)
+    found = finetune(made, progress=False, trust_code=True)
     assert found.metric == "mIoU"
     assert 0 < found.finetuned < 100
 
 
 def test_max_steps_ends_within_an_epoch_and_is_validated(tmp_path):
-    found = finetune(recipe(tmp_path, "train.max_steps=2"), progress=False)
+    found = finetune(recipe(tmp_path, "train.max_steps=2"), progress=False, trust_code=True)
     assert found.epochs == pytest.approx(2 / 6)
     assert found.best == found.finetuned
     assert load(tmp_path / "run").training is False
@@ -102,7 +102,7 @@ def test_temperature_falls_and_experts_wait(tmp_path):
         dynamic={"temperature": {"start": 20, "end": 2, "epochs": 1}, "freeze_experts_epochs": 5},
         train={"weight_decay": 0.1},
     )
-    finetune(made, progress=False)
+    finetune(made, progress=False, trust_code=True)
     assert [float(row["temperature"]) for row in rows(tmp_path / "run") if row["temperature"]] == [5.0, 2.0]
     model = load(tmp_path / "run/last")
     start = recipe_start(made)
@@ -127,7 +127,7 @@ def test_the_same_seed_gives_the_same_run_and_workers_do_not_matter(tmp_path):
     for index, override in enumerate(("data.workers=0", "data.workers=2", "train.seed=1")):
         folder = tmp_path / str(index)
         folder.mkdir()
-        finetune(recipe(folder, override, train={"epochs": 1, "cutmix": 1.0}), progress=False)
+        finetune(recipe(folder, override, train={"epochs": 1, "cutmix": 1.0}), progress=False, trust_code=True)
         results.append(load(folder / "run/last").state_dict())
     first, workers, other = results
     assert all(torch.equal(first[name], workers[name]) for name in first)
@@ -139,7 +139,7 @@ def test_fine_tuning_does_not_touch_the_global_generator(tmp_path):
     expected = torch.rand(3)
     made = recipe(tmp_path, train={"epochs": 1})
     torch.manual_seed(5)
-    finetune(made, progress=False)
+    finetune(made, progress=False, trust_code=True)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -239,7 +239,7 @@ def test_teacher_is_the_original_and_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "save", lambda content, *rest: (keys.extend(content["state_dict"]), save(content, *rest))
     )
-    finetune(made, progress=False)
+    finetune(made, progress=False, trust_code=True)
     [loss] = [float(row["epoch_loss"]) for row in rows(tmp_path / "run") if row["epoch_loss"]]
     assert math.isclose(loss, 0, abs_tol=1e-5)
     assert keys
@@ -251,7 +251,7 @@ def test_teacher_is_the_original_and_is_not_saved(tmp_path, monkeypatch):
 def test_summary_is_a_table_of_eighty_columns(tmp_path):
     from rich.console import Console
 
-    found = finetune(recipe(tmp_path, "train.ema=0.5", train={"epochs": 1}), progress=False)
+    found = finetune(recipe(tmp_path, "train.ema=0.5", train={"epochs": 1}), progress=False, trust_code=True)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(found)
     text = console.export_text()

@@ -37,14 +37,14 @@ def from_folder(tmp_path: Path, *overrides: str, **sections):
 
 def refused(made, *words: str, kind: type[DyconvertError] = RecipeError) -> None:
     with pytest.raises(kind) as found:
-        finetune(made)
+        finetune(made, trust_code=True)
     for word in words:
         assert word in str(found.value)
     assert not made.directory.exists()
 
 
 def test_folder_trains_and_says_what_it_holds(folder):
-    found = finetune(from_folder(folder), progress=False)
+    found = finetune(from_folder(folder), progress=False, trust_code=True)
     assert found.images == (32, 8)
     assert found.corrupt == 0
     assert 0 <= found.finetuned <= 100
@@ -66,7 +66,7 @@ def test_corrupt_images_are_named_or_skipped_and_counted(folder):
     broken.write_bytes(broken.read_bytes()[:60])
     (folder / "images/val/c/0.png").write_bytes(b"no image")
     refused(from_folder(folder), str(broken), "data.skip_corrupt=true")
-    found = finetune(from_folder(folder, "data.skip_corrupt=true"), progress=False)
+    found = finetune(from_folder(folder, "data.skip_corrupt=true"), progress=False, trust_code=True)
     assert found.corrupt == 2
     assert found.images == (31, 7)
 
@@ -80,9 +80,9 @@ def test_corrupt_images_that_are_read_during_training(folder, monkeypatch, capfd
     broken = folder / "images/train/b/3.png"
     broken.write_bytes(broken.read_bytes()[:-40])
     with pytest.raises(RecipeError, match=r"b/3\.png"):
-        finetune(from_folder(folder), progress=False)
+        finetune(from_folder(folder), progress=False, trust_code=True)
     os.rename(folder / "run", folder / "before")
-    finetune(from_folder(folder, "data.skip_corrupt=true"), progress=False)
+    finetune(from_folder(folder, "data.skip_corrupt=true"), progress=False, trust_code=True)
     assert "b/3.png" in capfd.readouterr().err
 
 
@@ -94,7 +94,7 @@ def test_classes_that_do_not_match(folder):
 
 def test_a_new_head_fits_the_data(folder):
     made = from_folder(folder, "model.arguments={num_classes: 7}", "model.num_classes=4")
-    assert finetune(made, progress=False).images == (32, 8)
+    assert finetune(made, progress=False, trust_code=True).images == (32, 8)
 
 
 def test_more_devices_than_there_are(tmp_path):

@@ -88,7 +88,7 @@ def test_adam_moves_the_predictors_where_sgd_leaves_them(tmp_path):
     def largest(name: str, *overrides: str) -> float:
         (tmp_path / name).mkdir()
         made = recipe(tmp_path / name, "train.max_steps=3", *overrides)
-        finetune(made, progress=False)
+        finetune(made, progress=False, trust_code=True)
         model = dyconvert.load(made.directory / "last", trust_code=True)
         predictors = [m for m in model.modules() if isinstance(m, CoefficientPredictor)]
         return max(p.linear.weight.abs().max().item() for p in predictors)

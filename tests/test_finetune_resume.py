@@ -32,7 +32,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], dict]:
     folder = tmp_path_factory.mktemp("whole")
-    found = finetune(everything(folder), progress=False)
+    found = finetune(everything(folder), progress=False, trust_code=True)
     return weights(folder / "run"), comparable(found.to_json())
 
 
@@ -54,7 +54,7 @@ def comparable(summary: dict) -> dict:
 def test_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(moment, killed, uninterrupted):
     folder, ended, _ = killed
     assert ended[moment] == ("130" if moment == "ctrl-c" else "-9")
-    found = finetune(everything(folder / moment), resume=True, progress=False)
+    found = finetune(everything(folder / moment), resume=True, progress=False, trust_code=True)
     expected, summary = uninterrupted
     got = weights(folder / moment / "run")
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
@@ -70,11 +70,13 @@ def test_ctrl_c_says_how_to_continue(killed):
 
 
 def test_resuming_with_another_recipe_is_refused(tmp_path):
-    finetune(recipe(tmp_path, train={"epochs": 1}), progress=False)
+    finetune(recipe(tmp_path, train={"epochs": 1}), progress=False, trust_code=True)
     with pytest.raises(RecipeError, match=r"another recipe: .*train\.lr was 0\.05 and is 0\.5"):
-        finetune(recipe(tmp_path, "train.lr=0.5", train={"epochs": 1}), resume=True)
+        finetune(recipe(tmp_path, "train.lr=0.5", train={"epochs": 1}), resume=True, trust_code=True)
     # What the result doesn't depend on may change; a finished run is what it was.
-    found = finetune(recipe(tmp_path, "data.workers=1", train={"epochs": 1}), resume=True, progress=False)
+    found = finetune(
+        recipe(tmp_path, "data.workers=1", train={"epochs": 1}), resume=True, progress=False, trust_code=True
+    )
     assert found.to_json() == json.loads((tmp_path / "run/summary.json").read_text()) | {
         key: value for key, value in found.to_json().items() if isinstance(value, tuple)
     }
@@ -82,14 +84,14 @@ def test_resuming_with_another_recipe_is_refused(tmp_path):
 
 def test_directories_that_hold_something_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="no run to resume"):
-        finetune(recipe(tmp_path), resume=True)
-    finetune(recipe(tmp_path, "train.max_steps=1"), progress=False)
+        finetune(recipe(tmp_path), resume=True, trust_code=True)
+    finetune(recipe(tmp_path, "train.max_steps=1"), progress=False, trust_code=True)
     with pytest.raises(RecipeError, match=r"finished run.*--resume"):
-        finetune(recipe(tmp_path, "train.max_steps=1"))
+        finetune(recipe(tmp_path, "train.max_steps=1"), trust_code=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").write_text("mine")
     with pytest.raises(dyconvert.CheckpointError, match="other files"):
-        finetune(recipe(tmp_path, f"output.directory={tmp_path / 'other'}"))
+        finetune(recipe(tmp_path, f"output.directory={tmp_path / 'other'}"), trust_code=True)
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 
@@ -111,7 +113,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys)
     if not sys.platform.startswith("linux"):
         pytest.skip("finds the file through /proc")
     monkeypatch.setattr(os, "fsync", full)
-    finetune(recipe(tmp_path, "output.checkpoint_steps=3"))
+    finetune(recipe(tmp_path, "output.checkpoint_steps=3"), trust_code=True)
     assert "No space left on device" in capsys.readouterr().err
     assert len(kept) >= 2
     assert len({*kept}) == 1
@@ -120,7 +122,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys)
 def test_divergence_stops_with_the_step_the_layer_and_what_to_try(tmp_path):
     made = recipe(tmp_path, "train.lr=1e4", "train.momentum=0", "output.checkpoint_steps=1", model="plain")
     with pytest.raises(TrainingError, match=r"at step \d+") as found:
-        finetune(made, progress=False)
+        finetune(made, progress=False, trust_code=True)
     said = str(found.value)
     assert "train.lr" in said
     assert "dynamic.predictor_lr" in said

@@ -47,7 +47,7 @@ def tiny(name, directory):
 @pytest.mark.parametrize("name", list(shipped_recipes()))
 def test_two_steps_of_every_shipped_recipe(name, tmp_path):
     recipe = tiny(name, tmp_path / "out")
-    summary = dyconvert.finetune(recipe, progress=False)
+    summary = dyconvert.finetune(recipe, progress=False, trust_code=True)
     assert 0 <= summary.finetuned <= 100
     assert summary.metric == ("mIoU" if recipe.data.task == "segmentation" else "top-1")
     assert (summary.ema is not None) == (recipe.train.ema is not None)
@@ -97,7 +97,7 @@ def test_the_readmes_quickstart(dyconvert_process, tmp_path):
 def test_a_new_head_is_part_of_the_result(tmp_path):
     changes = [*TINY, "data.size=8", "data.resize=8", "pretrain=null", "model.weights=default"]
     changes += ["model.arguments={}", "model.num_classes=4", f"output.directory={tmp_path / 'out'}"]
-    summary = dyconvert.finetune("quickstart", changes, progress=False)
+    summary = dyconvert.finetune("quickstart", changes, progress=False, trust_code=True)
     assert dyconvert.load(summary.directory).fc.out_features == 4
 
 

@@ -1,7 +1,7 @@
 """What fine-tuning runs wrote: a sweep's table, with its spread over seeds, and the course of one run."""
 
 import csv
-import json
+import io
 import math
 import statistics
 from pathlib import Path
@@ -10,12 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from dyconvert.errors import DyconvertError
-
-SWEEP, SUMMARY, METRICS = "sweep.csv", "summary.json", "metrics.csv"
-# What tells the settings of two runs apart; runs that agree in all of them are repetitions.
-SETTINGS = ("run", "recipe", "method", "g", "width", "static", "epochs")
-SCORES = ("original", "converted", "finetuned", "ema")
-COSTS = ("parameters", "macs", "seconds")
+from dyconvert.limits import CSV_BYTES, JSON_BYTES, parse_json, read_text
+from dyconvert.run_files import COSTS, METRICS, SCORES, SETTINGS, SUMMARY
 
 
 class Spread(BaseModel):
@@ -33,6 +29,7 @@ class Setting(BaseModel):
 
     Attributes:
         run: what the sweep calls it.
+        width, flops: the share of the channels, or of the multiply-adds, that narrowing was to keep.
         scores: top-1 in percent: of the "original", "converted", "finetuned", and of the averaged weights, "ema".
         costs: the means of "parameters", "macs" and "seconds".
     """
@@ -42,6 +39,7 @@ class Setting(BaseModel):
     method: str
     g: int | None
     width: float | None
+    flops: float | None = None
     static: bool
     epochs: float | None
     scores: dict[str, Spread]
@@ -70,6 +68,10 @@ class Ablation(BaseModel):
     settings: list[Setting]
 
 
+# Of a number in a table: parameters of a model have 12 digits.
+_LARGEST = 1e15
+
+
 def read_sweep(file: Path) -> Ablation:
     """Read a sweep's table, a row a run, with the columns of `SETTINGS`, `SCORES` and `COSTS`.
 
@@ -77,9 +79,8 @@ def read_sweep(file: Path) -> Ablation:
         DyconvertError: the file can't be read, lacks columns, or holds no run or words for numbers.
     """
     try:
-        with open(file, encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(read_text(file, CSV_BYTES), newline="")))
+    except (OSError, ValueError, csv.Error) as error:
         raise DyconvertError(f"{file} can't be read: {error}. Give a sweep's CSV: `sweep=...`.") from error
     if not rows:
         raise DyconvertError(f"{file} holds no run. Give the CSV of a sweep that has run.")
@@ -101,6 +102,7 @@ def read_sweep(file: Path) -> Ablation:
                 method=known["method"],
                 g=None if g is None else int(g),
                 width=_number(file, known, "width"),
+                flops=_number(file, known, "flops"),
                 static=known["static"].lower() in ("true", "1", "yes", "static"),
                 epochs=_number(file, known, "epochs"),
                 scores={name: found for name, found in scores.items() if found is not None},
@@ -119,7 +121,7 @@ def read_run(directory: Path) -> Run | None:
     summary, courses = {}, []
     try:
         if (directory / SUMMARY).is_file():
-            found = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+            found = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
             summary = found if isinstance(found, dict) else {}
         if (directory / METRICS).is_file():
             courses = _courses(directory / METRICS)
@@ -131,21 +133,31 @@ def read_run(directory: Path) -> Run | None:
 def _courses(file: Path) -> list[Course]:
     # Lightning's logger writes a row a step or an epoch, with holes where a metric wasn't logged.
     found: dict[str, dict[float, float]] = {}
-    with open(file, encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            if not row.get("epoch"):
+    for row in csv.DictReader(io.StringIO(read_text(file, CSV_BYTES), newline="")):
+        if not row.get("epoch"):
+            continue
+        epoch = _plain(float(row["epoch"]))
+        for name, text in row.items():
+            if name in ("epoch", "step") or not isinstance(name, str) or not isinstance(text, str) or not text.strip():
                 continue
-            epoch = float(row["epoch"])
-            for name, text in row.items():
-                if name in ("epoch", "step") or not isinstance(text, str) or not text.strip():
-                    continue
-                value = float(text)
-                if math.isfinite(value):
-                    found.setdefault(name, {})[epoch] = value
+            value = float(text)
+            if math.isfinite(value) and epoch is not None:
+                found.setdefault(name, {})[epoch] = _plain(value)
     return [
         Course(name=name, epochs=sorted(values), values=[values[epoch] for epoch in sorted(values)])
         for name, values in found.items()
     ]
+
+
+def _plain(value: float) -> float:
+    """The value, if it can be drawn: sums and squares of it are to be finite.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if not math.isfinite(value) or abs(value) > _LARGEST:
+        raise ValueError(f"{value:g} is beyond what can be drawn")
+    return value
 
 
 def _number(file: Path, row: dict[str, str], name: str) -> float | None:
@@ -153,9 +165,9 @@ def _number(file: Path, row: dict[str, str], name: str) -> float | None:
     if text.lower() in ("", "none", "null", "nan"):
         return None
     try:
-        return float(text)
+        return _plain(float(text))
     except ValueError:
-        raise DyconvertError(f"{file} has {text!r} for {name}, which is no number. Correct it.") from None
+        raise DyconvertError(f"{file} has {text!r} for {name}, which is no number to show. Correct it.") from None
 
 
 def _spread(values: list[float | None]) -> Spread | None:

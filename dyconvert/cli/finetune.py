@@ -29,6 +29,9 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the schedule; train nothing, write nothing.")
     ] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the Python file or module that the recipe names.")
+    ] = False,
     as_json: Json = False,
     device: str | None = None,
 ) -> None:
@@ -43,14 +46,14 @@ def finetune(
     if dry_run:
         from dyconvert.finetuning.dry_run import preview
 
-        found = preview(loaded, report=err.print)
+        found = preview(loaded, report=err.print, trust_code=trust_code)
         if as_json:
             write_json(found.to_json())
         else:
             out.print(found)
             out.print("\nDry run: nothing was written.")
         return
-    summary = run(loaded, resume=resume, progress=not err.quiet)
+    summary = run(loaded, resume=resume, progress=not err.quiet, trust_code=trust_code)
     from dyconvert.finetuning.training.trainers import is_main_process
 
     if not is_main_process():  # of several; all have the same summary

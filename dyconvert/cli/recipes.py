@@ -1,6 +1,6 @@
 """dyconvert recipes"""
 
-import shutil
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,8 @@ from dyconvert.cli.common import with_common
 from dyconvert.cli.options import Json
 from dyconvert.console import count, err, out, write, write_json
 from dyconvert.errors import RecipeError
+from dyconvert.files import write_file
+from dyconvert.limits import JOBS, SEED, YAML_BYTES, read_text
 
 app = typer.Typer(help="List, show, copy and check recipes for `dyconvert finetune`.", no_args_is_help=True)
 
@@ -47,7 +49,11 @@ def show(recipe: Annotated[str, _NAME_OR_FILE]) -> None:
     """Print a recipe as it stands in its file, with the reasons for its values."""
     from dyconvert.finetuning.recipes.shipped import find_recipe
 
-    text = find_recipe(recipe).read_text(encoding="utf-8")
+    file = find_recipe(recipe)
+    try:
+        text = read_text(file, YAML_BYTES)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file} can't be read: {error}. Give another file.") from None
     if out.is_terminal:
         from rich.syntax import Syntax
 
@@ -70,7 +76,7 @@ def cp(
     target = file / source.name if file.is_dir() else file
     if target.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"{target} should end with .yaml, so that it is taken for a file and not for a name.")
-    if target.exists() and not force:
+    if os.path.lexists(target) and not force:
         raise RecipeError(f"{target} exists already. Replace it with --force, or choose another name.")
     if not target.parent.is_dir():
         raise RecipeError(f"The directory {target.parent} doesn't exist. Make it first.")
@@ -81,10 +87,10 @@ def cp(
         if beside.suffix == ".py" and beside.parent == source.resolve().parent:
             pairs.append((beside, target.parent / beside.name))
     for original, copy in pairs:
-        if copy != target and copy.exists():
+        if copy != target and os.path.lexists(copy):
             out.print(f"kept {copy}")
             continue
-        shutil.copyfile(original, copy)
+        write_file(copy, original.read_bytes(), RecipeError)
         out.print(f"wrote {copy}", soft_wrap=True)
     command = "recipes sweep" if is_sweep(source) else "finetune"
     out.print(f"\nNext: dyconvert {command} {target}", soft_wrap=True)
@@ -147,6 +153,9 @@ def sweep(
         Path | None, typer.Option("--output", "-o", help="Directory of the runs; by default runs/NAME.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run, and list them.")] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the Python file or module that the recipe names.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the same recipe with changes and seeds, and print one table.
@@ -175,7 +184,7 @@ def sweep(
     def report(line: str) -> None:
         err.print(Text(line))
 
-    failed = runner.run(workers=workers, report=report)
+    failed = runner.run(workers=workers, report=report, trust_code=trust_code)
     rows = runner.rows()
     if as_json:
         write_json(rows)
@@ -188,7 +197,7 @@ def sweep(
         for line in lines:
             table.add_row(*line)
         out.print(table)
-        runner.markdown.write_text(markdown(rows, count), encoding="utf-8")
+        write_file(runner.markdown, markdown(rows, count), RecipeError)
         out.print(f"\nsaved to {runner.csv} and {runner.markdown}", soft_wrap=True)
     if failed:
         raise RecipeError(
@@ -200,7 +209,10 @@ def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
+        if len(seeds) > JOBS or any(abs(seed) > SEED for seed in seeds):
+            raise ValueError
+        return seeds
     except ValueError:
         raise RecipeError(f"--seeds {text!r} is no list of whole numbers. Write 0,1,2.") from None
 

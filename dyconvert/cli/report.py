@@ -13,6 +13,7 @@ from dyconvert.cli.options import Mean, Size, Std, Trust, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
+from dyconvert.run_files import SWEEP
 
 
 def report(
@@ -63,7 +64,7 @@ def report(
     wanted = _sizes(sizes)
     size = parse_size(input_size)
 
-    from dyconvert.analysis.ablation import SWEEP, read_run, read_sweep
+    from dyconvert.analysis.ablation import read_run, read_sweep
     from dyconvert.analysis.study import analyse
     from dyconvert.cli.opening import image_size_for, images_for, opened, original_of
     from dyconvert.nn import DynamicConv

@@ -17,6 +17,7 @@ def finetune(
     *,
     resume: bool = False,
     progress: bool = True,
+    trust_code: bool = False,
 ) -> "Summary":
     """Convert a model and fine-tune it, as a recipe says.
 
@@ -25,13 +26,16 @@ def finetune(
         overrides: such as `train.lr=0.01`, where `recipe` is a name or a file.
         resume: continue the interrupted run in the recipe's output directory.
         progress: print progress and tables on stderr.
+        trust_code: run code of the recipe's own: a model's factory in a Python file or module, arguments that may
+            name files, a dataset's script. Models of torchvision, timm and this package just run.
 
     Returns:
         The metrics of the original, the converted and the fine-tuned model, and where the result is:
         `dyconvert.load` reads that directory.
 
     Raises:
-        RecipeError: the recipe has errors, or its data, devices, or run to resume aren't there or don't fit.
+        RecipeError: the recipe has errors, names code that isn't trusted, or its data, devices, or run to resume
+            aren't there or don't fit.
         ModelError, PlanError: the model can't be built or converted.
         TrainingError: training diverged.
     """
@@ -46,7 +50,7 @@ def finetune(
         raise RecipeError(f"Fine-tuning needs more packages: {error}. Run `{install_command('train')}`.") from error
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    return run.finetune(recipe, resume=resume, progress=progress)
+    return run.finetune(recipe, resume=resume, progress=progress, trust_code=trust_code)
 
 
 def __getattr__(name: str) -> Any:

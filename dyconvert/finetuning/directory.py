@@ -1,18 +1,19 @@
 """The output directory: whose run it holds, and how far that is."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dyconvert.checkpoint import check_writable
 from dyconvert.errors import RecipeError, brief, some
+from dyconvert.files import Claim, write_file
 from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 from dyconvert.finetuning.summary import Summary, write_json
 from dyconvert.finetuning.training.trainers import is_main_process
-
-RECIPE = "recipe.yaml"
-BEFORE = "before.json"
-_PART = RECIPE + ".part"
+from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.run_files import BEFORE, LOCK, RECIPE, RUN_FILES
 
 # What may change between two tries of a run: the result doesn't depend on it.
 _FREE = {
@@ -37,63 +38,133 @@ class Run:
     recipe: Recipe
     before: dict[str, Any] | None = None
     finished: Summary | None = None
+    _claim: Claim | None = field(default=None, repr=False)
 
     def begin(self) -> None:
-        """Make the directory and write the recipe down."""
+        """Make the directory, keep other processes from running there, and write the recipe down.
+
+        Raises:
+            RecipeError: another process runs there, or has begun a run since it was looked at; or it can't be written.
+        """
         directory = self.recipe.directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            part = directory / _PART
-            part.write_text(self.recipe.to_yaml(), encoding="utf-8")
-            part.replace(directory / RECIPE)
         except OSError as error:
             raise RecipeError(f"{directory} can't be written: {brief(error)}. Set output.directory.") from error
+        if self._claim is None:
+            self.claim()
+            if (directory / RECIPE).exists():
+                self.close()
+                raise RecipeError(f"Another process has begun a run in {directory}. Set output.directory.")
+        write_file(directory / RECIPE, self.recipe.to_yaml(), RecipeError)
+
+    def claim(self) -> None:
+        """Keep other processes from running there, until `close`.
+
+        Raises:
+            RecipeError: one does.
+        """
+        claim = Claim(self.recipe.directory / LOCK)
+        try:
+            taken = claim.take()
+        except OSError as error:
+            raise RecipeError(
+                f"{self.recipe.directory} can't be written: {brief(error)}. Set output.directory."
+            ) from error
+        if not taken:
+            raise RecipeError(
+                f"A run is going on in {self.recipe.directory}. Wait for its end, stop it, or set output.directory."
+            )
+        self._claim = claim
 
     def keep(self, before: dict[str, Any]) -> None:
         """Write down the metrics before training: a resumed run doesn't measure them again."""
         write_json(self.recipe.directory / BEFORE, before)
+
+    def close(self) -> None:
+        """Let other processes run there."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
 
 def open_run(recipe: Recipe, resume: bool) -> Run:
     """Look at what the recipe's directory holds.
 
     Raises:
-        RecipeError: a run that isn't to be resumed; nothing or another recipe's run, if one is.
+        RecipeError: a run that isn't to be resumed; nothing or another recipe's run, if one is; a run that is going on;
+            links in the place of its files.
         CheckpointError: other things.
     """
     directory = recipe.directory
+    if not is_main_process() and not resume:  # the first process has made it meanwhile
+        return Run(recipe)
     exists = (directory / RECIPE).is_file()
-    if not exists and is_main_process():  # all that a run killed at its very start can leave
-        (directory / _PART).unlink(missing_ok=True)
+    _refuse_links(directory)
     if not resume:
-        if not is_main_process():  # the first process has made it meanwhile
-            return Run(recipe)
         if exists:
             how = "a finished run" if Summary.read(directory) else "a run that was interrupted"
             raise RecipeError(
                 f"{directory} holds {how}. Continue it with `resume=True`, set output.directory, or remove it."
             )
-        check_writable(directory)
+        # All that a run killed at its very start can leave.
+        if not (directory.is_dir() and {each.name for each in directory.iterdir()} == {LOCK}):
+            check_writable(directory)
         return Run(recipe)
     if not exists:
         raise RecipeError(
             f"{directory} holds no run to resume. Start it without `resume=True`, or check output.directory."
         )
-    before = load_recipe(directory / RECIPE)
-    if changes := _differences(before, recipe):
-        raise RecipeError(
-            f"{directory} holds a run of another recipe: {some(changes)}. Resume it with its own recipe, "
-            f"{directory / RECIPE}, or set output.directory for a new run."
-        )
+    run = Run(recipe)
+    if is_main_process():
+        run.claim()
     try:
-        metrics = json.loads((directory / BEFORE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        metrics = None
-    return Run(recipe, metrics, Summary.read(directory))
+        if changes := _differences(load_recipe(directory / RECIPE), recipe):
+            raise RecipeError(
+                f"{directory} holds a run of another recipe: {some(changes)}. Resume it with its own recipe, "
+                f"{directory / RECIPE}, or set output.directory for a new run."
+            )
+        run.before, run.finished = _metrics(directory / BEFORE), Summary.read(directory)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def depends_on(recipe: Recipe) -> dict[str, Any]:
+    """What the result of a run depends on; of two tries of one run it is the same."""
+    return recipe.model_dump(mode="json", exclude=_FREE)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A short hash of what the result depends on. What a later version adds doesn't change it, at its default."""
+    content = recipe.model_dump(mode="json", exclude=_FREE, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _refuse_links(directory: Path) -> None:
+    links = [name for name in RUN_FILES if (directory / name).is_symlink()]
+    if links:
+        raise RecipeError(
+            f"{directory} has links in the place of a run's files: {some(links)}. What a run writes stays in its "
+            "directory: remove them, or set output.directory."
+        )
+
+
+def _metrics(file: Path) -> dict[str, float | None] | None:
+    """The metrics before training, if they were written, and are numbers."""
+    try:
+        found = parse_json(read_text(file, JSON_BYTES))
+        original, converted = found["original"], found["converted"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if type(original) not in (int, float) or type(converted) not in (int, float, type(None)):
+        return None
+    return {"original": original, "converted": converted}
 
 
 def _differences(before: Recipe, now: Recipe) -> list[str]:
-    old, new = (_flat(recipe.model_dump(mode="json", exclude=_FREE)) for recipe in (before, now))
+    old, new = (_flat(depends_on(recipe)) for recipe in (before, now))
     return [
         f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())

@@ -16,6 +16,7 @@ from dyconvert.analysis.flops import macs, parameters
 from dyconvert.console import count
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.recipes.trust import check_trusted
 from dyconvert.models.source import names_file
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import plan as plan_model
@@ -133,11 +134,12 @@ class DryRun:
         return table
 
 
-def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> DryRun:
+def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None, trust_code: bool = False) -> DryRun:
     """Resolve everything that a run needs, without weights, training or writing.
 
     Args:
         report: gets a line where reading takes a while.
+        trust_code: run code of the recipe's own, which builds the model.
 
     Raises:
         RecipeError: the data or the weights aren't there, or don't fit the recipe.
@@ -147,6 +149,7 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -
     from dyconvert.finetuning.data.loading import steps_per_epoch
     from dyconvert.finetuning.network import count_outputs
 
+    check_trusted(recipe, trust_code)
     section = recipe.model
     if names_file(section.weights) and not Path(section.weights).expanduser().is_file():
         raise RecipeError(f"There is no weights file {section.weights} (model.weights).")

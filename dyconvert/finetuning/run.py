@@ -19,12 +19,13 @@ from dyconvert.console import err
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.data.datasets import Part, check_classes, load_part
 from dyconvert.finetuning.data.loading import Prepared, steps_per_epoch, train_loader, val_loader
-from dyconvert.finetuning.directory import RECIPE, Run, open_run
+from dyconvert.finetuning.directory import Run, open_run
 from dyconvert.finetuning.network import Networks, count_outputs, create_original, transform
 from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.recipes.trust import check_trusted
 from dyconvert.finetuning.summary import Summary
 from dyconvert.finetuning.training.checkpoints import Checkpoints, position
-from dyconvert.finetuning.training.guard import CHECKPOINT, DivergenceGuard
+from dyconvert.finetuning.training.guard import DivergenceGuard
 from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
 from dyconvert.finetuning.training.results import Results, make_loggers
@@ -32,6 +33,7 @@ from dyconvert.finetuning.training.schedules import Ema, FrozenExperts, Temperat
 from dyconvert.finetuning.training.teacher import create_teacher, feature_distillation, score
 from dyconvert.finetuning.training.teacher_cache import kept_outputs
 from dyconvert.finetuning.training.trainers import check_devices, is_main_process, make_trainer
+from dyconvert.run_files import CHECKPOINT, LAST, PRETRAIN, RECIPE
 
 Report = Callable[[str], None]
 
@@ -41,39 +43,47 @@ _PAIRING_IMAGES = 500
 _TEACHER_BATCHES = 5
 
 
-def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Summary:
+def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True, trust_code: bool = False) -> Summary:
     """Convert a model and fine-tune it; `dyconvert.finetune` documents it."""
+    check_trusted(recipe, trust_code)
     report = _reporter(progress)
     check_devices(recipe)
     run = open_run(recipe, resume)
-    if run.finished is not None:
-        report(f"{recipe.directory} holds this run, finished")
-        return run.finished
-    with _quiet():
-        original, source = create_original(recipe)
-        num_classes = count_outputs(original, recipe)
-        train, val = (load_part(recipe, part, num_classes, report) for part in ("train", "val"))
-        check_classes(train, val, num_classes, recipe)
-        if not steps_per_epoch(recipe, train):
-            raise RecipeError(
-                f"The {len(train)} training images don't fill one batch of {recipe.train.batch}. Set train.batch lower."
-            )
+    try:
+        if run.finished is not None:
+            report(f"{recipe.directory} holds this run, finished")
+            return run.finished
+        with _quiet():
+            return _run(recipe, run, resume, progress, report)
+    finally:
+        run.close()
+
+
+def _run(recipe: Recipe, run: Run, resume: bool, progress: bool, report: Report) -> Summary:
+    original, source = create_original(recipe)
+    num_classes = count_outputs(original, recipe)
+    train, val = (load_part(recipe, part, num_classes, report) for part in ("train", "val"))
+    check_classes(train, val, num_classes, recipe)
+    if not steps_per_epoch(recipe, train):
+        raise RecipeError(
+            f"The {len(train)} training images don't fill one batch of {recipe.train.batch}. Set train.batch lower."
+        )
+    if recipe.pretrain is not None:
+        # What the conversion refuses is said before the original is trained.
+        transform(original, recipe)
+    if is_main_process():
+        run.begin()
+    with Interrupts(report) as interrupts:
         if recipe.pretrain is not None:
-            # What the conversion refuses is said before the original is trained.
-            transform(original, recipe)
-        if is_main_process():
-            run.begin()
-        with Interrupts(report) as interrupts:
-            if recipe.pretrain is not None:
-                original = _pretrained(recipe, original, resume, progress)
-            networks = Networks(
-                original,
-                source,
-                transform(original, recipe, _calibration(recipe, train)),
-                num_classes,
-                create_teacher(recipe, original, num_classes),
-            )
-            return _Session(recipe, run, networks, train, val, interrupts, report, progress).go()
+            original = _pretrained(recipe, original, resume, progress)
+        networks = Networks(
+            original,
+            source,
+            transform(original, recipe, _calibration(recipe, train)),
+            num_classes,
+            create_teacher(recipe, original, num_classes),
+        )
+        return _Session(recipe, run, networks, train, val, interrupts, report, progress).go()
 
 
 @dataclass
@@ -137,7 +147,7 @@ class _Session:
                 train_loader(recipe, self.train, trainer.global_rank, trainer.world_size, epoch, done, kept),
                 val_loader(recipe, self.val, trainer.global_rank, trainer.world_size),
                 ckpt_path=resumed,
-                weights_only=False,
+                weights_only=True,
             )
         except Interrupted:
             self.report(
@@ -147,6 +157,7 @@ class _Session:
             raise KeyboardInterrupt from None
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+        results.finish(trainer, module)
         finetuned, averaged = self._after(trainer, module, results, ema)
         summary = Summary(
             name=recipe.name,
@@ -238,7 +249,7 @@ class _Session:
 def _pretrained(recipe: Recipe, original: nn.Module, resume: bool, progress: bool) -> nn.Module:
     """The static network, trained on the recipe's data first; its run is in `pretrain` below the result."""
     ours = recipe.pretrain
-    directory = recipe.directory / "pretrain"
+    directory = recipe.directory / PRETRAIN
     changes = {
         "name": "pretrain",
         "pretrain": None,
@@ -248,8 +259,10 @@ def _pretrained(recipe: Recipe, original: nn.Module, resume: bool, progress: boo
         "train": recipe.train.model_copy(update={"epochs": ours.epochs, "lr": ours.lr, "ema": None, "max_steps": None}),
         "output": recipe.output.model_copy(update={"directory": str(directory)}),
     }
-    finetune(recipe.model_copy(update=changes), resume=resume and (directory / RECIPE).is_file(), progress=progress)
-    return checkpoint.load(directory / "last", model=original)
+    started = resume and (directory / RECIPE).is_file()
+    # What the recipe names was looked at before.
+    finetune(recipe.model_copy(update=changes), resume=started, progress=progress, trust_code=True)
+    return checkpoint.load(directory / LAST, model=original)
 
 
 def _calibration(recipe: Recipe, part: Part) -> Callable[[], Iterator[Tensor]]:

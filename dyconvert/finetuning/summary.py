@@ -1,6 +1,7 @@
 """What a run found: a table, and summary.json."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dyconvert.console import count
-
-FILE = "summary.json"
+from dyconvert.errors import TrainingError
+from dyconvert.files import write_file
+from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.run_files import SUMMARY
 
 
 @dataclass
@@ -58,16 +61,28 @@ class Summary:
 
     def save(self) -> None:
         """Write summary.json into the directory."""
-        write_json(Path(self.directory) / FILE, self.to_json())
+        write_json(Path(self.directory) / SUMMARY, self.to_json())
 
     @classmethod
     def read(cls, directory: Path) -> "Summary | None":
         """The summary of a finished run in `directory`, if there is one."""
         try:
-            found = json.loads((directory / FILE).read_text(encoding="utf-8"))
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
-        except (OSError, ValueError, TypeError):
+            found = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
+            read = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
+        return read if read.is_whole() else None
+
+    def is_whole(self) -> bool:
+        """Whether everything is of its kind, so that it can be shown; a file may hold anything."""
+        numbers = [self.original, self.finetuned, self.best, self.best_epoch, self.corrupt, self.epochs, self.seconds]
+        numbers += [value for value in (self.converted, self.ema) if value is not None]
+        pairs = [self.parameters, self.images, *([self.macs] if self.macs is not None else [])]
+        return (
+            all(isinstance(text, str) for text in (self.name, self.directory, self.metric))
+            and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+            and all(_is_number(value) for value in [*numbers, *(n for pair in pairs for n in pair)])
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -96,10 +111,16 @@ class Summary:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON, in one step."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(file)
+    """Write JSON, in one step.
+
+    Raises:
+        TrainingError: it can't be written.
+    """
+    write_file(file, json.dumps(content, indent=2) + "\n", TrainingError)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e15
 
 
 def _duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyconvert.errors import ModelError
 from dyconvert.models.arguments import parse_arguments
+from dyconvert.models.limited import untrusted
 from dyconvert.models.listing import list_models, unknown_model
 from dyconvert.models.source import LIBRARIES, Source, absolute, as_tuples, is_weights_name, names_file
 
@@ -29,12 +30,15 @@ __all__ = [
     "LIBRARIES",
     "Source",
     "build",
+    "build_without_values",
     "check",
     "create",
     "list_models",
     "load_state_dict_into",
+    "names_code",
     "parse_arguments",
     "read_state_dict",
+    "untrusted",
 ]
 
 
@@ -86,6 +90,37 @@ def build(source: Source) -> "nn.Module":
     """
     model, _ = _make(source.specifier, source.weights or "none", source.arguments, source.num_classes, load=False)
     return model
+
+
+def build_without_values(source: Source, tensors: int) -> "nn.Module":
+    """Build the architecture of a library's model that a file asks for: its parameters are on the meta device.
+
+    Args:
+        tensors: how many the file has.
+
+    Raises:
+        ModelError: as in `create`; or the model has far more parts than the file can fill.
+    """
+    from dyconvert.models.bounded import TooLargeError, bounded, lost_values
+
+    try:
+        with bounded(tensors, values=False):
+            model = build(source)
+        if not lost_values(model):
+            return model
+    except TooLargeError:
+        raise
+    except ModelError:
+        pass
+    # A few compute something of their parameters when they are made: SSD looks at its backbone's channels.
+    with bounded(tensors, values=True):
+        return build(source)
+
+
+def names_code(specifier: str) -> bool:
+    """Whether `create` would run code that the specifier names, and not a library's."""
+    head, colon, _ = specifier.partition(":")
+    return bool(colon) and head not in LIBRARIES
 
 
 def _make(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from dyconvert.errors import ModelError, brief
+from dyconvert.models.bounded import TooLargeError
 
 _OTHER_WEIGHTS = "Give a file with `weights=FILE`, or ask for random weights with `weights='none'`."
 
@@ -22,6 +23,8 @@ def call(
         # torch.hub announces downloads on stdout, which is for a command's output.
         with contextlib.redirect_stdout(sys.stderr):
             model = builder(**ours, **arguments)
+    except TooLargeError as error:
+        raise TooLargeError(f"{specifier} isn't what was saved: {error}. Was the file edited?") from None
     except ModelError:
         raise
     except Exception as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import ModelError
+from dyconvert.limits import INPUT_SIDE
 
 # The sources that list their models by name. Every other specifier names a factory, code of the user's own.
 LIBRARIES = ("torchvision", "timm", "builtin")
@@ -33,39 +34,102 @@ class Source:
     num_classes: int | None = None
 
     @property
+    def needs_trust(self) -> bool:
+        """Whether `load` builds it only where it is told to trust the file."""
+        from dyconvert.models.limited import untrusted
+
+        return self.runs_user_code or untrusted(self) is not None
+
+    @property
     def runs_user_code(self) -> bool:
         """Whether `build` runs code of the user's own, a factory, instead of a library's."""
         return self.specifier.partition(":")[0] not in LIBRARIES
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, directory: str | os.PathLike | None = None) -> dict[str, Any]:
         """Return a dict that `json` can write.
+
+        Args:
+            directory: what it is written to. Paths are then relative to it where both are below one folder, so that
+                they may be moved and copied together; "absolute" has them as they are.
 
         Raises:
             ModelError: an argument isn't plain data (a class, say), so it can't be saved.
         """
         for name, value in self.arguments.items():
             try:
-                json.dumps(value)
-            except (TypeError, ValueError) as error:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ModelError(
                     f"The argument {name}={value!r} of {self.specifier} can't be saved: {error}. Put it into a "
                     "factory of your own (`file.py:factory`), or use numbers, strings and lists of them."
                 ) from error
+        paths = {"specifier": self.specifier, "weights": self.weights}
+        near = paths if directory is None else {key: _relative(value, directory) for key, value in paths.items()}
         return {
-            "specifier": self.specifier,
+            "specifier": near["specifier"],
             "arguments": dict(self.arguments),
-            "weights": self.weights,
+            "weights": near["weights"],
             "input_size": self.input_size and list(self.input_size),
             **({"num_classes": self.num_classes} if self.num_classes is not None else {}),
+            **({"absolute": paths} if near != paths else {}),
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Source":
-        """Return the source that `to_json` made `data` of."""
+    def from_json(cls, data: Mapping[str, Any], directory: str | os.PathLike | None = None) -> "Source":
+        """Return the source that `to_json` made `data` of.
+
+        Raises:
+            KeyError, TypeError, ValueError: it made nothing like that.
+        """
         arguments = {name: as_tuples(value) for name, value in data["arguments"].items()}
-        return cls(
-            data["specifier"], arguments, data["weights"], as_tuples(data["input_size"]), data.get("num_classes")
-        )
+        found = {"specifier": data["specifier"], "weights": data["weights"]}
+        size, classes = as_tuples(data["input_size"]), data.get("num_classes")
+        if not isinstance(found["specifier"], str) or not isinstance(found["weights"], str | None):
+            raise TypeError("its specifier or weights are no text")
+        if size is not None and not (
+            isinstance(size, tuple) and len(size) <= 4 and all(type(n) is int and 0 < n <= INPUT_SIDE for n in size)
+        ):
+            raise ValueError(f"its input_size is {size!r}")
+        if type(classes) not in (int, type(None)):
+            raise TypeError("its num_classes is no number")
+        if directory is not None:
+            others = data.get("absolute") or {}
+            found = {key: _resolved(value, others.get(key), directory) for key, value in found.items()}
+        return cls(found["specifier"], arguments, found["weights"], size, classes)
+
+
+def _relative(text: str | None, directory: str | os.PathLike) -> str | None:
+    """A path, or a specifier that begins with the path of a Python file, as it is seen from `directory`."""
+    path, suffix = _path_in(text)
+    if path is None or not os.path.isabs(path):
+        return text
+    path, folder = (os.path.realpath(each) for each in (path, directory))
+    try:
+        shared = os.path.commonpath([path, folder])
+    except ValueError:  # on two drives
+        return text
+    return text if os.path.dirname(shared) == shared else os.path.relpath(path, folder).replace(os.sep, "/") + suffix
+
+
+def _resolved(text: str | None, other: Any, directory: str | os.PathLike) -> str | None:
+    path, suffix = _path_in(text)
+    if path is None or os.path.isabs(path):
+        return text
+    near = os.path.normpath(os.path.join(os.path.realpath(directory), path))
+    if not os.path.isfile(near) and isinstance(other, str) and os.path.isfile(_path_in(other)[0] or ""):
+        return other
+    return near + suffix
+
+
+def _path_in(text: str | None) -> tuple[str | None, str]:
+    """The path of a Python or a weights file in a text, and what comes after it; None: there is none."""
+    if text is None:
+        return None, ""
+    head, colon, tail = text.rpartition(":")
+    if colon and head.endswith(".py"):
+        return head, colon + tail
+    is_path = "/" in text or os.sep in text
+    return (text, "") if (is_path and not colon) or os.path.isabs(text) else (None, "")
 
 
 def as_tuples(value: Any) -> Any:
@@ -74,8 +138,15 @@ def as_tuples(value: Any) -> Any:
 
 
 def absolute(path: str) -> Path:
-    """Return the path as it is meant from any folder, with `~` expanded."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    """Return the path as it is meant from any folder, with `~` expanded.
+
+    Raises:
+        ModelError: it is no path, or relative to a current folder that was deleted.
+    """
+    try:
+        return Path(os.path.abspath(os.path.expanduser(path)))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path!r} can't be used as a path: {error}. Give an absolute one.") from None
 
 
 def names_file(weights: str) -> bool:

@@ -218,13 +218,17 @@ def runs(found: Ablation) -> Any | None:
 
 def widths(found: Ablation) -> Any | None:
     """Static against dynamic at equal width, with the spread over seeds; None with fewer than two settings."""
-    rows = [setting for setting in found.settings if setting.width is not None and "finetuned" in setting.scores]
+    scored = [setting for setting in found.settings if "finetuned" in setting.scores]
+    by_width = [setting for setting in scored if setting.width is not None]
+    # Runs are narrowed to a width or to a share of the multiply-adds; one axis shows one of them.
+    rows = by_width or [setting for setting in scored if setting.flops is not None]
     if not any(s.static for s in rows) or all(s.static for s in rows):
         return None
     figure, axes = new(2.7)
     for number, (label, chosen) in enumerate(_series(rows)):
-        _spread_line(axes, [s.width for s in chosen], chosen, label, COLOUR[SERIES[number % len(SERIES)]])
-    axes.set_xlabel("width, of the original's")
+        x = [s.width if by_width else s.flops for s in chosen]
+        _spread_line(axes, x, chosen, label, COLOUR[SERIES[number % len(SERIES)]])
+    axes.set_xlabel("width, of the original's" if by_width else "multiply-adds, of the original's")
     axes.set_ylabel("top-1 after fine-tuning, %")
     axes.legend(fontsize=7.5)
     return figure
@@ -236,10 +240,11 @@ def group_sizes(found: Ablation) -> Any | None:
     if len({s.g for s in rows}) < 2:
         return None
     figure, axes = new(2.7)
-    keys = dict.fromkeys((s.recipe, s.method, s.width) for s in rows)
+    keys = dict.fromkeys((s.recipe, s.method, s.width, s.flops) for s in rows)
     for number, key in enumerate(keys):
-        chosen = [s for s in rows if (s.recipe, s.method, s.width) == key]
+        chosen = [s for s in rows if (s.recipe, s.method, s.width, s.flops) == key]
         label = key[1] + (f", width {key[2]:g}" if key[2] is not None else "")
+        label += f", {key[3]:.0%} of the MACs" if key[3] is not None else ""
         _spread_line(axes, [s.g for s in chosen], chosen, label, COLOUR[SERIES[number % len(SERIES)]])
     for setting in found.settings:
         if setting.static and "finetuned" in setting.scores:

@@ -8,10 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dyconvert.errors import PlanError
+from dyconvert.limits import EXPERTS, INPUT_SIDE, SEED
 from dyconvert.methods import METHODS, Method, get_method
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+# Nothing that a recipe counts is ever as many; beyond 64 bits torch would show an error of its own.
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Side = Annotated[int, Field(ge=1, le=INPUT_SIDE)]
+Processes = Annotated[int, Field(ge=1, le=4096)]
+Seed = Annotated[int, Field(ge=-SEED, le=SEED)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -42,13 +47,13 @@ class Model(Section):
     arguments: dict[str, Any] = {}
     """Passed to the model's builder."""
 
-    num_classes: Positive | None = None
+    num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Number of classes to learn. Where the pretrained model has another number, it gets a new head; null keeps it."""
 
     new_head: bool = False
     """A new head in any case, for a new task with as many classes."""
 
-    input_size: tuple[Positive, Positive, Positive] | None = None
+    input_size: tuple[Side, Side, Side] | None = None
     """(C, H, W) of one image; null takes data.channels and data.size."""
 
 
@@ -66,7 +71,7 @@ class Convert(Section):
     method: str = "dynet"
     """dynet, condconv or dyconv."""
 
-    g: Positive | None = None
+    g: Annotated[int, Field(ge=1, le=EXPERTS)] | None = None
     """Experts (weight sets) per conv; null takes the method's own."""
 
     scope: Literal["layer", "block"] | None = None
@@ -176,10 +181,10 @@ class Data(Section):
     num_classes: Positive | None = None
     """Needed only where the dataset can't say it itself: segmentation masks and fake data."""
 
-    size: Positive = 224
+    size: Side = 224
     """Side of the images that the network sees, in pixels."""
 
-    resize: Positive | None = None
+    resize: Side | None = None
     """Validation images: shorter side before the centre crop; null doesn't resize images of `size` already
     and otherwise takes size / 0.875."""
 
@@ -206,15 +211,15 @@ class Data(Section):
     """Use this many training images, the same number of each class, chosen by `subset_seed`; null for all."""
 
     limit_val: Positive | None = None
-    subset_seed: int = 0
+    subset_seed: Seed = 0
 
     skip_corrupt: bool = False
     """Leave out images that can't be read, and count them, instead of stopping."""
 
-    workers: Count = 4
+    workers: Annotated[int, Field(ge=0, le=1024)] = 4
     """Processes that load images, of each training process."""
 
-    images: Positive = 1000
+    images: Annotated[int, Field(ge=1, le=10**7)] = 1000
     """Number of fake images."""
 
     @model_validator(mode="after")
@@ -296,13 +301,13 @@ class Train(Section):
 
     channels_last: bool = False
     compile: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    devices: Positive | Literal["auto"] = "auto"
+    devices: Processes | Literal["auto"] = "auto"
     """Processes per machine, one a device; "auto" takes every GPU, or one process on the CPU."""
 
-    nodes: Positive = 1
+    nodes: Processes = 1
     """Machines."""
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"

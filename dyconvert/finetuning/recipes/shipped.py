@@ -43,19 +43,26 @@ def descriptions(files: Mapping[str, Path]) -> dict[str, str]:
 def find_recipe(recipe: str | os.PathLike) -> Path:
     """The file of a recipe, or of a sweep, given by its shipped name or its path.
 
+    A bare name is a shipped one, whatever lies in the current folder; a file is named as one: `./quickstart.yaml`.
+
     Raises:
         RecipeError: there is none.
     """
-    path = Path(os.path.expanduser(recipe))
-    if path.is_file():
-        return path
-    text = str(recipe)
-    if path.suffix in (".yaml", ".yml") or os.sep in text:
-        what = "is a directory" if path.is_dir() else "doesn't exist"
+    text = os.fspath(recipe)
+    path = Path(os.path.expanduser(text))
+    if isinstance(recipe, os.PathLike) or path.suffix in (".yaml", ".yml") or os.sep in text or "/" in text:
+        try:
+            if path.is_file():
+                return path
+            what = "is no ordinary file" if path.exists() else "doesn't exist"
+        except (OSError, ValueError) as error:
+            what = f"can't be used: {error}"
         raise RecipeError(f"The file {text} {what}. Shipped recipes go by their names: `dyconvert recipes ls`.")
     known = shipped_recipes() | shipped_sweeps()
     if text in known:
         return known[text]
     near = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]}?" if near else ""
+    if os.path.isfile(text):
+        hint += f" The file of that name is ./{text}."
     raise RecipeError(f"There is no recipe {text!r}.{hint} `dyconvert recipes ls` lists them; a file ends with .yaml.")

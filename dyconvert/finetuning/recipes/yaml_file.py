@@ -9,6 +9,7 @@ from typing import Any
 
 from dyconvert.errors import RecipeError
 from dyconvert.installation import install_command
+from dyconvert.limits import DEPTH, OVERRIDE_BYTES, YAML_BYTES, YAML_NODES, LimitError, read_text
 
 Key = tuple[str | int, ...]
 
@@ -41,13 +42,13 @@ def read_yaml(path: Path) -> Document:
         RecipeError: it can't be read, isn't YAML, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, YAML_BYTES)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path} can't be read: {error}.") from error
-    yaml, loader = _yaml()
+    yaml, _ = _yaml()
     try:
-        node = yaml.compose(text, loader)
-        document = Document(parse_yaml(text))
+        data, node = _parsed(text)
+        document = Document(data)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -67,15 +68,52 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it isn't YAML.
-        ValueError: it holds something else than plain data, such as a date.
+        ValueError: it holds something else than plain data, such as a date, or more than a recipe can need.
     """
+    if len(text) > OVERRIDE_BYTES:
+        raise LimitError(f"it has {len(text):,} characters, and at most {OVERRIDE_BYTES:,} are read")
+    return _parsed(text)[0]
+
+
+def _parsed(text: str) -> tuple[Any, Any]:
+    """The data and the tree of nodes that it was made of."""
     yaml, loader = _yaml()
-    data = yaml.load(text, loader)
     try:
-        json.dumps(data)
+        node = yaml.compose(text, loader)
+        check_nodes(node, yaml)
+        data = yaml.load(text, loader)
+    except RecursionError:
+        raise LimitError(f"it is nested deeper than {DEPTH} levels") from None
+    try:
+        json.dumps(data, allow_nan=False)
     except TypeError as error:
         raise ValueError(f"{error}; put it into quotes") from None
-    return data
+    except ValueError as error:
+        raise ValueError(f"{error}; a recipe's numbers are finite") from None
+    return data, node
+
+
+def check_nodes(node: Any, yaml: Any) -> None:
+    """Refuse what a few lines of aliases can make: a tree without end, or of a billion values.
+
+    Raises:
+        LimitError: it is deeper than `DEPTH` or has more than `YAML_NODES` values, an alias's counting each time.
+    """
+    level, count = [node], 0
+    for _ in range(DEPTH):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, yaml.SequenceNode):
+                below += each.value
+            elif isinstance(each, yaml.MappingNode):
+                below += (part for pair in each.value for part in pair)
+            if count + len(below) > YAML_NODES:
+                raise LimitError(f"it has more than {YAML_NODES:,} values, an alias's counting each time")
+        count += len(below)
+        if not below:
+            return
+        level = below
+    raise LimitError(f"it is nested deeper than {DEPTH} levels")
 
 
 def _walk(node: Any, path: Key, document: Document, yaml: Any) -> None:

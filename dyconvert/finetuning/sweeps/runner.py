@@ -1,7 +1,8 @@
 """Runs a sweep's jobs, one after the other or several at a time, and keeps their rows in sweep.csv."""
 
 import csv
-import hashlib
+import io
+import math
 import multiprocessing
 import os
 import threading
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import DyconvertError, RecipeError
+from dyconvert.files import current_folder, write_file
 from dyconvert.finetuning import finetune
+from dyconvert.finetuning.directory import fingerprint
 from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.recipes.trust import check_trusted
 from dyconvert.finetuning.sweeps.schema import Job, Sweep, jobs_of
-
-COLUMNS = (
-    "run", "seed", "recipe", "method", "g", "width", "static", "epochs",
-    "original", "converted", "finetuned", "ema", "parameters", "macs", "seconds", "fingerprint",
-)  # fmt: skip
+from dyconvert.limits import CSV_BYTES, read_text
+from dyconvert.run_files import COLUMNS, RECIPE, SWEEP, TABLE, TEXTS, WHOLE_NUMBERS
 
 
 class Runner:
@@ -35,9 +36,10 @@ class Runner:
     def __init__(
         self, sweep: Sweep, directory: Path, only: Sequence[str] = (), seeds: Sequence[int] | None = None
     ) -> None:
-        self.directory = Path(os.path.abspath(directory))
-        self.csv = self.directory / "sweep.csv"
-        self.markdown = self.directory / "sweep.md"
+        self.directory = Path(os.path.normpath(current_folder(RecipeError) / directory))
+        self.csv = self.directory / SWEEP
+        self.markdown = self.directory / TABLE
+        self._order = [run.name for run in sweep.runs]
         self.jobs = jobs_of(sweep, self.directory, only, seeds)
         self._recipe = Path(sweep.recipe).stem
         self._saved = read_rows(self.csv)
@@ -54,24 +56,41 @@ class Runner:
         return (job.run, job.seed) in self._saved
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the jobs that are done, in their order by run."""
-        order = {run: index for index, run in enumerate(dict.fromkeys(job.run for job in self.jobs))}
-        done = [job for job in self.jobs if self.is_done(job)]
-        return [self._saved[job.run, job.seed] for job in sorted(done, key=lambda job: (order[job.run], job.seed))]
+        """All rows that are saved, those of runs that weren't asked for as well, in the sweep's order."""
+        order = {run: index for index, run in enumerate(self._order)}
+        return sorted(
+            self._saved.values(), key=lambda row: (order.get(row["run"], len(order)), row["run"], row["seed"])
+        )
 
-    def run(self, workers: int = 1, report: Callable[[str], None] = lambda line: None) -> list[str]:
+    def run(
+        self,
+        workers: int = 1,
+        report: Callable[[str], None] = lambda line: None,
+        trust_code: bool = False,
+    ) -> list[str]:
         """Run what isn't done; each row is saved as its job ends.
 
         Args:
             workers: processes at a time. With one, the jobs run in this process, and show their progress.
             report: gets a line as a job starts, ends or fails.
+            trust_code: run code of the recipes' own.
 
         Returns:
             Of each job that failed, which and why; the others have run all the same.
+
+        Raises:
+            RecipeError: a recipe names code that isn't trusted; nothing has run.
         """
+        for job in self.jobs:
+            check_trusted(job.recipe, trust_code)
         waiting = [job for job in self.jobs if not self.is_done(job)]
         report(f"{len(self.jobs)} runs, {len(self.jobs) - len(waiting)} of them done; rows go to {self.csv}")
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(
+                f"{self.directory} can't be made: {error.strerror}. Choose another: `directory=...`."
+            ) from error
         if workers == 1:
             return self._run_here(waiting, report)
         return self._run_in_processes(waiting, workers, report)
@@ -117,7 +136,8 @@ class Runner:
             "recipe": self._recipe,
             "method": method.name if method else None,
             "g": method.g if method else None,
-            "width": recipe.narrow and (recipe.narrow.width or recipe.narrow.flops),
+            "width": recipe.narrow and recipe.narrow.width,
+            "flops": recipe.narrow and recipe.narrow.flops,
             "static": method is None,
             "epochs": recipe.train.epochs,
             **result,
@@ -129,9 +149,8 @@ class Runner:
 
 def run_job(recipe: Recipe, progress: bool = False) -> dict[str, Any]:
     """Run one recipe, from where an earlier try was stopped if there was one, and return its figures."""
-    from dyconvert.finetuning.directory import RECIPE
-
-    done = finetune(recipe, resume=(recipe.directory / RECIPE).is_file(), progress=progress)
+    # The sweep has asked whether the recipe's code is trusted.
+    done = finetune(recipe, resume=(recipe.directory / RECIPE).is_file(), progress=progress, trust_code=True)
     return {
         "original": done.original,
         "converted": done.converted,
@@ -143,44 +162,60 @@ def run_job(recipe: Recipe, progress: bool = False) -> dict[str, Any]:
     }
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """Of everything that the result depends on; not of where it is written."""
-    text = recipe.model_dump_json(exclude={"output": True, "name": True, "description": True})
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
 def read_rows(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """The rows of a sweep.csv, by run and seed; none if the file isn't there."""
-    if not file.is_file():
-        return {}
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(stream)]
+    """The rows of a sweep.csv, by run and seed; none if the file isn't there.
+
+    Raises:
+        RecipeError: it isn't a sweep's table, or was changed.
+    """
     try:
-        return {(row["run"], row["seed"]): row for row in rows if row["fingerprint"]}
-    except KeyError as error:
-        raise RecipeError(f"{file} has no column {error}; it isn't a sweep's. Use another directory.") from None
+        if not os.path.lexists(file):
+            return {}
+        # A spreadsheet writes a mark of the byte order, and semicolons in some countries.
+        reader = csv.DictReader(io.StringIO(read_text(file, CSV_BYTES), newline=""))
+        if missing := [
+            name for name in ("run", "seed", "finetuned", "fingerprint") if name not in (reader.fieldnames or ())
+        ]:
+            raise ValueError(f"it has no column {missing[0]!r}")
+        rows = [{name: _value(name, row.get(name)) for name in COLUMNS} for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise RecipeError(
+            f"{file} can't be read as a sweep's table: {error}. Was it saved by a spreadsheet? Restore it, or use "
+            "another directory."
+        ) from None
+    whole = [row for row in rows if row["fingerprint"] and row["run"] and row["seed"] is not None]
+    for row in whole:
+        if missing := [name for name in ("original", "finetuned", "seconds") if row[name] is None]:
+            raise RecipeError(f"{file} has no {missing[0]} for {row['run']}, seed {row['seed']}. Remove that row.")
+    return {(row["run"], row["seed"]): row for row in whole}
 
 
 def write_rows(file: Path, rows: Any) -> None:
-    """Replace sweep.csv, in one step."""
-    part = file.with_suffix(".csv.part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    """Replace sweep.csv, in one step.
+
+    Raises:
+        RecipeError: it can't be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(file, text.getvalue(), RecipeError)
 
 
 def _value(key: str, text: str | None) -> Any:
     if not text:
         return None
-    if key in ("run", "recipe", "method", "fingerprint"):
+    if key in TEXTS:
         return text
     if key == "static":
-        return text == "True"
-    return int(text) if key in ("seed", "g", "epochs") else float(text)
+        return text.lower() == "true"
+    value = float(text)
+    if not math.isfinite(value) or abs(value) > 1e15:
+        raise ValueError(f"{key} is {text}")
+    if key in WHOLE_NUMBERS and value != int(value):
+        raise ValueError(f"{key} is {text}, which is no whole number")
+    return int(value) if key in WHOLE_NUMBERS else value
 
 
 def _end_with_parent() -> None:

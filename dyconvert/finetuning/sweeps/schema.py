@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from pydantic import Field, model_validator
 from dyconvert.errors import RecipeError, some
 from dyconvert.finetuning.recipes.checking import Source, validated
 from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
-from dyconvert.finetuning.recipes.schema import Section
+from dyconvert.finetuning.recipes.schema import Section, Seed
 from dyconvert.finetuning.recipes.shipped import find_recipe
 from dyconvert.finetuning.recipes.yaml_file import read_yaml
+from dyconvert.limits import JOBS
 
 
 class SweepRun(Section):
@@ -37,13 +39,12 @@ class Sweep(Section):
     overrides: list[str] = []
     """What every run changes."""
 
-    runs: Annotated[list[SweepRun], Field(min_length=1)]
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    runs: Annotated[list[SweepRun], Field(min_length=1, max_length=JOBS)]
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=JOBS)] = [0, 1, 2]
 
     @model_validator(mode="after")
     def _different(self) -> "Sweep":
-        names = [run.name for run in self.runs]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(run.name for run in self.runs).items() if count > 1)
         if twice:
             raise ValueError(f"runs have to have different names; {some(twice)} is there twice")
         if len(set(self.seeds)) < len(self.seeds):
@@ -130,6 +131,16 @@ def jobs_of(sweep: Sweep, directory: Path, only: Sequence[str] = (), seeds: Sequ
     if not chosen:
         names = ", ".join(run.name for run in sweep.runs)
         raise RecipeError(f"No run's name matches {some(list(only))}. The runs are {names}.")
+    if len(chosen) * len(seeds or sweep.seeds) > JOBS:
+        raise RecipeError(
+            f"{len(chosen)} runs with {len(seeds or sweep.seeds):,} seeds each are more than {JOBS:,} in all. Give "
+            "fewer seeds, or choose runs: `only=[...]`."
+        )
+    directories: dict[str, str] = {}
+    for run in chosen:
+        other = directories.setdefault(_file_name(run.name).lower(), run.name)
+        if other != run.name:
+            raise RecipeError(f"The runs {other!r} and {run.name!r} would share a directory. Rename one of them.")
     return [
         Job(run.name, seed, sweep.recipe_of(run, seed, directory / f"{_file_name(run.name)}-seed{seed}"))
         for seed in (seeds or sweep.seeds)

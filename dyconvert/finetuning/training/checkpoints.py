@@ -1,6 +1,5 @@
 """Checkpoints to resume from: written in one step, so that the last good one is always whole."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,27 +11,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from dyconvert.errors import RecipeError, TrainingError, brief
+from dyconvert.files import replaced
 from dyconvert.finetuning.recipes.schema import Output
 from dyconvert.finetuning.training.guard import DivergenceGuard
 from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.training.module import FineTuner
+from dyconvert.limits import check_archive
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the old file, onto the disk, and then takes its name."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        try:
-            with part.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        with replaced(Path(path), TrainingError) as part:
+            torch.save(checkpoint, part)
 
 
 class Checkpoints(Callback):
@@ -89,13 +81,11 @@ class Checkpoints(Callback):
         self.guard.check(trainer, pl_module)
         try:
             trainer.save_checkpoint(self.file)
-        except (OSError, RuntimeError) as error:
+        except TrainingError as error:
             if not self.file.exists():
-                raise TrainingError(
-                    f"{self.file} can't be written: {brief(error)}. Free some space, or set output.directory."
-                ) from error
+                raise
             # A run needn't end for it: the disk may have room again later.
-            self.report(f"the checkpoint can't be written, the last good one is kept: {brief(error)}")
+            self.report(f"the checkpoint can't be written, the last good one is kept: {error}")
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
 
@@ -106,13 +96,15 @@ def position(file: Path) -> tuple[int, int, int]:
         RecipeError: it can't be read.
     """
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+        check_archive(file)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         loop = checkpoint["loops"]["fit_loop"]
         epoch = loop["epoch_progress"]["current"]["processed"]
         batches = loop["epoch_loop.batch_progress"]
         done = 0 if batches["is_last_batch"] else batches["current"]["processed"]
         return epoch, done, checkpoint["global_step"]
     except Exception as error:
+        # Code in a checkpoint is never run, also where a sweep goes on with a folder of others.
         raise RecipeError(
             f"The checkpoint {file} can't be read: {brief(error)}. Remove the directory and start anew."
         ) from error

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dyconvert.errors import TrainingError, some
 from dyconvert.finetuning.training.module import FineTuner, guess_loss
+from dyconvert.run_files import CHECKPOINT
 
-# The checkpoint to resume from, in the output directory.
-CHECKPOINT = "resume.ckpt"
 # A network that guesses has a loss of log(classes); one so many times worse isn't coming back.
 _DIVERGED = 100.0
 # Reading the loss of a GPU waits for the step, so it is read only now and then.

@@ -1,6 +1,7 @@
 """What a run leaves behind: the best, the last and the averaged weights, and the metrics of its epochs."""
 
 import csv
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from dyconvert.errors import CheckpointError, RecipeError, brief
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
 from dyconvert.finetuning.training.schedules import Ema
+from dyconvert.limits import CSV_BYTES, read_text
+from dyconvert.run_files import EMA, LAST, METRICS
 
 _KEPT = ("best", "best_epoch", "last", "last_step")
 
@@ -43,6 +46,7 @@ class Results(Callback):
         self.best, self.best_epoch = float("-inf"), 0
         self.last, self.last_step = float("nan"), -1
         self.seconds = 0.0
+        self._finished = False
         self._since = time.monotonic()
         self._epoch_began = time.monotonic()
 
@@ -50,8 +54,8 @@ class Results(Callback):
         return {**{key: getattr(self, key) for key in _KEPT}, "seconds": self.elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for key, value in state_dict.items():
-            setattr(self, key, value)
+        for key in (*_KEPT, "seconds"):
+            setattr(self, key, state_dict[key])
 
     def elapsed(self) -> float:
         """Seconds of training and validation, earlier tries included."""
@@ -82,9 +86,19 @@ class Results(Callback):
         return True
 
     def on_train_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
-        self._save(trainer, pl_module.model, self.directory / "last", optional=False)
+        self.finish(trainer, pl_module)
+
+    def finish(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        """Save the last weights, and the averaged ones; without effect the second time.
+
+        A run that was stopped when its last epoch had ended has no training left, and so no end of it.
+        """
+        if self._finished:
+            return
+        self._save(trainer, pl_module.model, self.directory / LAST, optional=False)
         if self.ema is not None:
-            self._save(trainer, self.ema.averaged.model, self.directory / "ema", optional=False)
+            self._save(trainer, self.ema.averaged.model, self.directory / EMA, optional=False)
+        self._finished = True
 
     def _save(self, trainer: Trainer, model: nn.Module, directory: Path, optional: bool = True) -> None:
         model = self._whole(trainer, model)
@@ -143,11 +157,14 @@ def _csv_logger(directory: Path, step: int | None) -> loggers.CSVLogger:
     Args:
         step: of the checkpoint that is resumed from; earlier rows are kept. None for a new run.
     """
-    file = directory / "metrics.csv"
+    file = directory / METRICS
     kept = []
     if step is not None and file.is_file():
-        with file.open(newline="", encoding="utf-8") as stream:
-            kept = [row for row in csv.DictReader(stream) if int(row["step"]) < step]
+        try:
+            rows = csv.DictReader(io.StringIO(read_text(file, CSV_BYTES), newline=""))
+            kept = [row for row in rows if int(row["step"]) < step]
+        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+            raise RecipeError(f"{file} can't be read: {brief(error)}. Remove it, and the run goes on.") from error
     file.unlink(missing_ok=True)
     logger = loggers.CSVLogger(str(directory), name="", version="", flush_logs_every_n_steps=1)
     if kept:

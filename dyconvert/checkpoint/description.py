@@ -1,0 +1,123 @@
+"""`dyconvert.json`: which weights, the plan, what was narrowed, their hashes, and where the model came from."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dyconvert import models
+from dyconvert.errors import CheckpointError
+from dyconvert.installation import upgrade_command
+from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.narrowing.record import Narrowing
+from dyconvert.surgery.plan import Plan, problems
+from dyconvert.version import __version__
+
+SCHEMA = 1
+DESCRIPTION = "dyconvert.json"
+# Which of the two is in use stands in dyconvert.json; the other one is free to be written.
+WEIGHTS = ("model.safetensors", "model-1.safetensors")
+
+
+class Description(BaseModel):
+    """What `dyconvert.json` holds. `plan` is None for a static model, `narrowing` for one of the original width;
+    `extra_state` has what modules' `get_extra_state` returned, by its key in the state dict."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    dyconvert: str
+    torch: str
+    weights: str
+    sha256: str
+    source: dict[str, Any] | None
+    plan_sha256: str
+    plan: Plan | None
+    narrowing_sha256: str | None = None
+    narrowing: Narrowing | None = None
+    extra_state: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """The file's text."""
+        # Versions before there was extra state refuse to read what they don't know.
+        return self.model_dump_json(indent=2, exclude={"extra_state"} if self.extra_state is None else None)
+
+
+def describe(directory: str | Path) -> Description:
+    """Read and check `dyconvert.json`.
+
+    Raises:
+        CheckpointError: it is missing, is no JSON, or is of a newer version.
+    """
+    return described(read_description(directory), directory)
+
+
+def read_description(directory: str | Path) -> str:
+    """The text of `dyconvert.json`.
+
+    Raises:
+        CheckpointError: it is missing, or can't be read.
+    """
+    file = Path(directory) / DESCRIPTION
+    try:
+        return read_text(file, JSON_BYTES)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {DESCRIPTION}: no model was saved there by dyconvert.") from None
+    except PermissionError as error:
+        raise CheckpointError(f"{file} can't be read: {error.strerror}. Give yourself the right to read it.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}. Copy the directory again.") from error
+
+
+def described(text: str, directory: str | Path) -> Description:
+    """What the text of `dyconvert.json` says, checked.
+
+    Raises:
+        CheckpointError: it is no JSON, was altered, or is of a newer version.
+    """
+    file = Path(directory) / DESCRIPTION
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file} can't be read: {error}. Copy the directory again.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise CheckpointError(
+            f"{file} has schema version {version}, and this dyconvert ({__version__}) reads up to {SCHEMA}. "
+            f"Upgrade: {upgrade_command()}."
+        )
+    try:
+        description = Description.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{file} isn't what dyconvert writes: {problems(error)}. Was it edited?") from None
+    # Another activation, say, would load without complaint and compute something else.
+    if json_sha256(content["plan"]) != description.plan_sha256:
+        raise CheckpointError(f"The plan in {file} was altered after it was saved. Copy the file again.")
+    narrowing = content.get("narrowing")
+    if narrowing is not None and json_sha256(narrowing) != description.narrowing_sha256:
+        raise CheckpointError(f"The narrowing in {file} was altered after it was saved. Copy the file again.")
+    if description.weights not in WEIGHTS:
+        raise CheckpointError(f"{file} names {description.weights!r} as its weights; it was altered.")
+    return description
+
+
+def source_in(description: Description, directory: Path) -> "models.Source | None":
+    """Where the static model came from.
+
+    Raises:
+        CheckpointError: the entry isn't what dyconvert writes.
+    """
+    if description.source is None:
+        return None
+    try:
+        return models.Source.from_json(description.source, directory)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"The source in {directory / DESCRIPTION} isn't what dyconvert writes: {error}. Was it edited?"
+        ) from None
+
+
+def json_sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,124 @@
+"""load: the static architecture, narrowed and converted as it was, with the saved values. No code of others runs."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from dyconvert import models
+from dyconvert.checkpoint.description import DESCRIPTION, Description, described, read_description, source_in
+from dyconvert.checkpoint.tensors import count_tensors, load_weights
+from dyconvert.copying import copied
+from dyconvert.errors import CheckpointError, PlanError
+from dyconvert.limits import LimitError, check_ordinary
+from dyconvert.marks import mark_source
+from dyconvert.narrowing.record import rebuild_narrowed
+from dyconvert.surgery.convert import rebuild
+
+# Of another process that saves the same model again and again.
+_ATTEMPTS = 100
+
+
+class _Replaced(CheckpointError):
+    """The weights aren't those that the description names, or not any more."""
+
+
+def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
+    """Load a model that :func:`save` wrote, in eval mode, on the CPU or on `model`'s device, in the dtype saved.
+
+    Args:
+        directory: what was saved.
+        model: the static architecture, of the original width, with any weights; left as it is. On the meta device
+            it needs no memory, and the loaded one comes onto the CPU. None: it is built from its source.
+        trust_code: run the source's code, where the source is a Python file or module of the user's own; and pass
+            the library's builder whatever arguments it had.
+
+    Raises:
+        CheckpointError: nothing was saved there; the files were altered or truncated, or are of a newer version;
+            the architecture doesn't fit, or is needed.
+    """
+    directory = Path(directory)
+    text = read_description(directory)
+    for attempt in itertools.count(1):
+        description = described(text, directory)
+        try:
+            return _load(directory, description, model, trust_code)
+        except CheckpointError as error:
+            # While this process read, another may have saved: then what was read belongs to two models.
+            before, text = text, read_description(directory)
+            if text == before and not (isinstance(error, _Replaced) and attempt < _ATTEMPTS):
+                raise
+
+
+def _load(directory: Path, description: Description, model: nn.Module | None, trust_code: bool) -> nn.Module:
+    weights = directory / description.weights
+    source = source_in(description, directory)
+    with _opened(weights, description.sha256):
+        try:
+            static = _build(source, directory, trust_code, weights) if model is None else copied(model)
+            if description.narrowing is not None:
+                static = rebuild_narrowed(static, description.narrowing)
+            result = static if description.plan is None else rebuild(static, description.plan)
+            load_weights(result, weights, description.extra_state)
+        except (PlanError, RuntimeError, SafetensorError, LimitError) as error:
+            raise CheckpointError(
+                f"The architecture isn't the one that was saved in {directory}: {_first_lines(error)}. "
+                "Pass the static model that it was made from as `model=...`."
+            ) from error
+    if source is not None:
+        mark_source(result, source)
+    return result.eval()
+
+
+@contextlib.contextmanager
+def _opened(weights: Path, sha256: str) -> Iterator[None]:
+    """See that the file is the one that was saved, and that it still is when the block has read it."""
+    try:
+        check_ordinary(weights)
+        with open(weights, "rb") as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
+                digest.update(block)
+            if digest.hexdigest() != sha256:
+                raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
+            yield
+            # Another save replaces files, and never writes into one.
+            if not os.path.samestat(os.fstat(stream.fileno()), os.stat(weights)):
+                raise _Replaced(f"{weights} was replaced while it was read. Load it again.")
+    except FileNotFoundError:
+        raise _Replaced(f"{weights} is missing. Copy the whole directory again.") from None
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{weights} can't be read: {error.strerror}. Give yourself the right to read it."
+        ) from error
+    except (OSError, LimitError) as error:
+        raise CheckpointError(f"{weights} can't be read: {error}. Copy the directory again.") from error
+
+
+def _build(source: "models.Source | None", directory: Path, trust_code: bool, weights: Path) -> nn.Module:
+    if source is None:
+        raise CheckpointError(f"{directory} doesn't say where its static model comes from. Pass it as `model=...`.")
+    if trust_code:
+        return models.build(source)
+    if source.runs_user_code:
+        raise CheckpointError(
+            f"{directory} was made from {source.specifier}, which is code that loading would run. Pass the static "
+            "model as `model=...`, or, if you trust that code, `trust_code=True`."
+        )
+    if refused := models.untrusted(source):
+        raise CheckpointError(
+            f"{directory / DESCRIPTION} has {source.specifier} built with {refused}, and only arguments that shape an "
+            "architecture are passed on from a file. Pass the static model as `model=...`, or, if you "
+            "trust the file, `trust_code=True`."
+        )
+    return models.build_without_values(source, count_tensors(weights))
+
+
+def _first_lines(error: Exception) -> str:
+    # torch lists every key that differs; the first says it.
+    return " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(". ")

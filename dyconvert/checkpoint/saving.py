@@ -1,0 +1,185 @@
+"""save: replacing `dyconvert.json` is the one step that makes a save valid, so a killed one leaves the old model."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dyconvert import models
+from dyconvert.checkpoint.description import DESCRIPTION, WEIGHTS, Description, json_sha256
+from dyconvert.checkpoint.tensors import is_ours, write_weights
+from dyconvert.errors import CheckpointError
+from dyconvert.files import locked, private_folder, said, settle
+from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.marks import mark_source, narrowing_of, source_of
+from dyconvert.nn import DynamicConv
+from dyconvert.surgery.convert import check_converted
+from dyconvert.surgery.plan import Plan
+from dyconvert.version import __version__
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    source: "models.Source | None" = None,
+    force: bool = False,
+    static: bool = False,
+) -> Path:
+    """Save a converted or narrowed model, trained or not.
+
+    Where several processes save to one directory, one comes after the other, and the last one's model is there.
+
+    Args:
+        model: what :func:`~dyconvert.convert`, :func:`~dyconvert.narrow` or :func:`load` returned.
+        directory: made if need be. A model that was saved there before is replaced, in one step.
+        source: where the static model came from, so that :func:`load` can build it. None: what the model was
+            loaded with, if anything; else :func:`load` will need the static model.
+        force: write into a directory that holds other things, which stay as they are.
+        static: save a model that wasn't converted or narrowed as well, as a control.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ModelError: the model wasn't converted or narrowed, and isn't said to be static; or its state can't be saved.
+        CheckpointError: the directory holds something else, or can't be written. What was there is still there.
+    """
+    narrowing = narrowing_of(model)
+    plan = _plan_of(model, static or narrowing is not None)
+    source = source or source_of(model)
+    directory = Path(directory)
+    check_writable(directory, replace=True, force=force)
+    if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
+        raise CheckpointError("The model is on the meta device and has no values to save.")
+    with said(directory, CheckpointError):
+        exists = directory.exists()
+        if not exists:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        with private_folder(directory if exists else directory.parent) as folder:
+            made = folder / "made"
+            made.mkdir()
+            weights = made / WEIGHTS[0]
+            extra = write_weights(model, weights)
+            settle(weights)
+            description = Description(
+                dyconvert=__version__,
+                torch=torch.__version__,
+                weights=WEIGHTS[0],
+                sha256=sha256(weights),
+                source=source.to_json(directory) if source else None,
+                plan_sha256=json_sha256(plan and plan.model_dump(mode="json")),
+                plan=plan,
+                narrowing_sha256=json_sha256(narrowing and narrowing.model_dump(mode="json")),
+                narrowing=narrowing,
+                extra_state=extra,
+            )
+            if exists or not _took_its_name(made, directory, description):
+                with locked(directory):
+                    _replace(made, directory, description)
+    if source is not None:
+        mark_source(model, source)
+    return directory
+
+
+def check_writable(directory: Path, *, replace: bool = False, force: bool = False) -> None:
+    """Refuse a place that holds something already.
+
+    Args:
+        replace: a model saved by dyconvert may stand there.
+        force: anything may stand there.
+
+    Raises:
+        CheckpointError: something stands there that may not, or one may not look.
+    """
+    try:
+        _check_writable(directory, replace, force)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} can't be used: {error}. Choose another directory.") from error
+
+
+def _check_writable(directory: Path, replace: bool, force: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file. Choose another directory.")
+    above = next((parent for parent in directory.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise CheckpointError(f"{directory} can't be made: {above} is a file. Choose another directory.")
+    if force or not directory.exists() or not any(directory.iterdir()):
+        return
+    if (directory / DESCRIPTION).exists():
+        if not replace:
+            raise CheckpointError(
+                f"{directory} holds a model already. Replace it with `force=True`, or choose another: `directory=...`."
+            )
+    else:
+        raise CheckpointError(
+            f"{directory} holds other files. Write there with `force=True`, or choose another: `directory=...`."
+        )
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _took_its_name(made: Path, directory: Path, description: Description) -> bool:
+    """Give a directory that is whole its name; False: there is one by now."""
+    _describe(made, description)
+    try:
+        os.rename(made, directory)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _replace(made: Path, directory: Path, description: Description) -> None:
+    used = _used_weights(directory)
+    ours = [name for name in WEIGHTS if _may_replace(directory, name)]
+    name = next((name for name in ours if name != used), None)
+    if name is None:
+        raise CheckpointError(
+            f"{directory} holds {' and '.join(WEIGHTS)}, which dyconvert didn't write. Choose another directory."
+        )
+    _describe(made, description.model_copy(update={"weights": name}))
+    try:
+        os.replace(made / WEIGHTS[0], directory / name)
+        os.replace(made / DESCRIPTION, directory / DESCRIPTION)
+    except BaseException:
+        if _used_weights(directory) != name:
+            (directory / name).unlink(missing_ok=True)
+        raise
+    for other in {*ours} - {name}:
+        (directory / other).unlink(missing_ok=True)
+
+
+def _may_replace(directory: Path, name: str) -> bool:
+    # Beside a description of ours it may be what a killed process left.
+    there = os.path.lexists(directory / name)
+    return not there or os.path.lexists(directory / DESCRIPTION) or is_ours(directory / name)
+
+
+def _describe(made: Path, description: Description) -> None:
+    (made / DESCRIPTION).write_text(description.to_json(), encoding="utf-8")
+    settle(made / DESCRIPTION)
+
+
+def _used_weights(directory: Path) -> str | None:
+    try:
+        return parse_json(read_text(directory / DESCRIPTION, JSON_BYTES)).get("weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _plan_of(model: nn.Module, may_be_static: bool) -> Plan | None:
+    # Without a plan, a model with dynamic convs is a part or a wrapper of a converted one.
+    if may_be_static and not any(isinstance(module, DynamicConv) for module in model.modules()):
+        return None
+    return check_converted(model)

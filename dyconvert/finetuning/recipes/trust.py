@@ -1,0 +1,57 @@
+"""What a recipe may run: models of the libraries and of this package; code of its own only where it is trusted."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dyconvert import models
+from dyconvert.errors import RecipeError
+from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.recipes.shipped import recipes_folder
+
+# torchvision's datasets that read pickles without a checksum of the publisher's.
+_PICKLED = {"LSUN", "LSUNClass"}
+# Hugging Face's readers that unpickle.
+_UNPICKLING = {"pandas", "pickle"}
+
+
+def check_trusted(recipe: Recipe, trust_code: bool) -> None:
+    """Refuse a recipe that names code of its own, unless it is trusted.
+
+    Raises:
+        RecipeError: says which file and which function would run.
+    """
+    if trust_code:
+        return
+    if found := list(_code_of(recipe)):
+        listed = "".join(f"\n  {line}" for line in found)
+        raise RecipeError(
+            f"The recipe {recipe.name} names code, which would run:{listed}\n"
+            "If you know that code and trust it, add `trust_code=True`."
+        )
+
+
+def _code_of(recipe: Recipe) -> Iterator[str]:
+    section, data = recipe.model, recipe.data
+    source = models.Source(section.specifier, section.arguments, None, None, section.num_classes)
+    if source.runs_user_code and models.names_code(section.specifier):
+        location, _, function = section.specifier.rpartition(":")
+        kind = "file" if location.endswith(".py") else "module"
+        if not (kind == "file" and _is_shipped(location)):
+            yield f"model.specifier: the function {function} of the {kind} {location}"
+    elif not source.runs_user_code and (argument := models.untrusted(source)):
+        yield f"model.arguments: {argument}, for {section.specifier}; only arguments that shape a network just run"
+    kind, _, name = data.dataset.partition(":")
+    if kind == "huggingface":
+        script = os.path.join(name, os.path.basename(os.path.normpath(name)) + ".py")
+        if data.arguments.get("trust_remote_code") or name.endswith(".py") or os.path.exists(script):
+            yield f"data.dataset: the loading script of {name}"
+        elif name in _UNPICKLING:
+            yield f"data.dataset: whatever the pickles in {data.arguments.get('data_files', name)} name"
+    elif kind == "torchvision" and name in _PICKLED:
+        yield f"data.dataset: whatever the pickled index of {name} in data.root names"
+
+
+def _is_shipped(file: str) -> bool:
+    folder = os.path.realpath(recipes_folder())
+    return Path(os.path.realpath(file)).is_relative_to(folder)

@@ -1,0 +1,147 @@
+"""How much is read, at most, of what others may have written; each limit with its reason.
+
+A file beyond a limit is refused with an error of ours before its contents take memory or time.
+"""
+
+import json
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+# dyconvert.json of the largest models of timm (1,000 convs) has 0.5 MB, a report.json of 1,000 images 20 MB.
+JSON_BYTES = 64 * 2**20
+# Plans and reports have 8 levels; Python's own reading gives up at about 1,000, and what recurses over it sooner.
+DEPTH = 50
+# The longest shipped recipe has 4 kB and 100 values; sweeps of many runs a few thousand.
+YAML_BYTES = 2**20
+YAML_NODES = 20_000
+# An alias counts as all that it stands for, so that nine lines can't become a billion values.
+# Values on a command line: a list of a few hundred layers' names.
+OVERRIDE_BYTES = 64 * 2**10
+# Runs of one sweep: a week of the shortest ones.
+JOBS = 10_000
+# A row takes 200 bytes; ten times as many rows as a sweep can have runs.
+CSV_BYTES = 64 * 2**20
+# Tensors of one file: the largest models of timm have 3,000; a dynamic one up to twice as many.
+TENSORS = 200_000
+# Modules and tensors that a checkpoint's architecture may have for each tensor in its file. Narrowing and conversion
+# change neither number by more than a few; what has a thousand times as many isn't what was saved.
+MODULES_PER_TENSOR = 20
+# Parameters of a network that needs its values to be built, which few do; the largest of those has 0.2 GB.
+MODEL_BYTES = 4 * 10**9
+# Bytes that a zip archive may unpack to for each of its own. torch.save doesn't compress; others pack weights by half.
+UNPACKED = 4
+# Pixels of one image: 100 million take 300 MB as RGB; cameras make 60 million.
+IMAGE_PIXELS = 100_000_000
+# A side of the input that is asked for. One map of 64 channels at 4,096 x 4,096 has 4 GB.
+INPUT_SIDE = 4_096
+# Experts of a conv: the papers have up to 32. A ResNet-50 of 256 has 6 billion parameters.
+EXPERTS = 256
+# Seeds of torch's and numpy's generators.
+SEED = 2**63 - 1
+# Images at a time: an ImageNet epoch.
+BATCH = 1_300_000
+
+
+class LimitError(ValueError):
+    """Something is larger, deeper or of another kind than what we read; the message says by how much."""
+
+
+def read_bytes(file: Path, limit: int) -> bytes:
+    """The contents of an ordinary file.
+
+    Raises:
+        LimitError: it is longer than `limit`, or a device, a pipe or the like, which may never end.
+        OSError: it can't be read.
+    """
+    # A pipe that nobody writes to would be waited for.
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+        os.close(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise LimitError("it is no ordinary file")
+        raise LimitError(f"it has {found.st_size:,} bytes, and at most {limit:,} are read")
+    with open(descriptor, "rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:  # such as those of /proc, whose size is 0
+        raise LimitError(f"it has more than {limit:,} bytes")
+    return content
+
+
+def read_text(file: Path, limit: int) -> str:
+    """The text of an ordinary file in UTF-8.
+
+    Raises:
+        ValueError: it isn't UTF-8, or a LimitError as in `read_bytes`.
+        OSError: it can't be read.
+    """
+    return read_bytes(file, limit).decode("utf-8-sig")
+
+
+def check_ordinary(file: Path) -> None:
+    """Refuse devices, pipes and directories, which a library would wait for, or read without end.
+
+    Raises:
+        LimitError: it is one.
+        OSError: it can't be looked at.
+    """
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise LimitError("it is no ordinary file")
+
+
+def check_archive(file: Path) -> None:
+    """Refuse a zip archive, which torch.save writes, that unpacks to far more than it is, or isn't an ordinary file.
+
+    Raises:
+        LimitError: it does.
+        OSError: it can't be read.
+    """
+    check_ordinary(file)
+    size = os.stat(file).st_size
+    try:
+        if not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+        raise LimitError(f"it is a damaged zip archive: {error}") from None
+    if unpacked > UNPACKED * size + JSON_BYTES:
+        raise LimitError(f"it has {size:,} bytes, and unpacks to {unpacked:,}")
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: it isn't JSON, or a LimitError: it is nested deeper than `DEPTH`.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise LimitError(f"it is nested deeper than {DEPTH} levels") from None
+    check_depth(content)
+    return content
+
+
+def check_depth(content: Any, nodes: int | None = None) -> None:
+    """Refuse data that is nested deeper than `DEPTH`, or of more than `nodes` values, one that stands in two places
+    counting twice.
+
+    Raises:
+        LimitError: it is.
+    """
+    level, count = [content], 0
+    for _ in range(DEPTH):
+        below: list[Any] = []
+        for value in level:
+            below.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+            if nodes is not None and count + len(below) > nodes:
+                raise LimitError(f"it has more than {nodes:,} values, those counted twice that an alias repeats")
+        count += len(below)
+        if not below:
+            return
+        level = below
+    raise LimitError(f"it is nested deeper than {DEPTH} levels")

@@ -1,0 +1,68 @@
+"""Models that are built for a file: their parameters without values, and no more of them than the file can fill."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+
+from dyconvert.errors import ModelError
+from dyconvert.limits import MODEL_BYTES, MODULES_PER_TENSOR
+
+
+class TooLargeError(ModelError):
+    """A model would be far larger than the file that it is built for."""
+
+
+@contextlib.contextmanager
+def bounded(tensors: int, values: bool) -> Iterator[None]:
+    """Within the block, no model is made that is far larger than a file.
+
+    Args:
+        tensors: how many the file has.
+        values: whether parameters have values. Without, they are on the meta device; buffers, which a file needn't
+            hold, are not.
+
+    Raises:
+        TooLargeError: the model has far more modules or parameters than the file can fill.
+    """
+    limit, made, size, thread = MODULES_PER_TENSOR * tensors + 1000, 0, 0, threading.get_ident()
+
+    def count(value: torch.Tensor | None = None) -> None:
+        nonlocal made, size
+        made, size = made + 1, size + (value.nbytes if value is not None and values else 0)
+        if made > limit:
+            raise TooLargeError(f"it has more than {limit} parts, and the weights file has {tensors} tensors")
+        if size > MODEL_BYTES:
+            raise TooLargeError(f"it has more than {MODEL_BYTES / 1e9:g} GB of parameters")
+
+    def parameter(module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        if threading.get_ident() != thread or value is None:
+            return None
+        count(value)
+        if values or value.is_meta or type(value) is not nn.Parameter:
+            return None
+        return nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
+
+    def child(module: nn.Module, name: str, value: nn.Module | None) -> None:
+        if threading.get_ident() == thread:
+            count()
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(parameter),
+        hooks.register_module_module_registration_hook(child),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lost_values(model: nn.Module) -> bool:
+    """Whether something that no file holds was computed of parameters, and so has no values."""
+    buffers = any(buffer.is_meta for buffer in model.buffers())
+    attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor))
+    return buffers or any(t.is_meta for t in attributes)

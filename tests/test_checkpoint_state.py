@@ -1,0 +1,229 @@
+"""What a state dict may hold, and what a directory may: ties, extra state, the meta device; others' files, links."""
+
+import json
+import multiprocessing
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from nets import BasicBlock, FlatNet, ResidualNet, image, listed, outputs, same, seeded, trained
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import dyconvert
+from dyconvert import CheckpointError, DyconvertError, ModelError, models
+
+
+class TwoNames(nn.Module):
+    """A block that is registered twice, as nnU-Net's, LPIPS's and DynUNet's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = BasicBlock(8, 8)
+        self.blocks = nn.ModuleList([self.first, BasicBlock(8, 8)])
+        self.all = nn.ModuleDict({"first": self.first})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](self.stem(x)))
+
+
+class TiedConvs(nn.Module):
+    """Heads that share a weight, and a buffer that is part of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = BasicBlock(8, 8)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.register_buffer("whole", torch.arange(6.0))
+        self.register_buffer("part", self.whole[2:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.stem(x)).mean((2, 3))
+        return self.b(self.a(x)) + self.part.sum()
+
+
+class Counting(FlatNet):
+    """A model with extra state."""
+
+    def __init__(self, value: object = None) -> None:
+        super().__init__()
+        self.value = {"steps": [1, 2], "name": "é"} if value is None else value
+
+    def get_extra_state(self) -> object:
+        return self.value
+
+    def set_extra_state(self, state: object) -> None:
+        self.value = state
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("convert", [False, True])
+@pytest.mark.parametrize("architecture", [TwoNames, TiedConvs, ResidualNet])
+def test_saved_and_loaded(architecture, convert, meta, tmp_path):
+    model = seeded(architecture)
+    model = trained(model, g=2) if convert else model
+    dyconvert.save(model, tmp_path / "saved", static=True)
+    with torch.device("cpu"):
+        static = seeded(architecture, seed=1)
+    if meta:
+        for module in static.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[name] = nn.Parameter(value.detach().to("meta"))
+        if architecture is TiedConvs:
+            static.b.weight = static.a.weight
+    loaded = dyconvert.load(tmp_path / "saved", static)
+    assert same(loaded, model)
+    assert torch.equal(outputs(loaded, image()), outputs(model, image()))
+    if architecture is TiedConvs:
+        assert loaded.a.weight is loaded.b.weight
+    if architecture is TwoNames:
+        assert loaded.blocks[0] is loaded.first is loaded.all["first"]
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("value", [None, torch.arange(3.0), {"a": {"b": [1.5, None, True]}}])
+def test_extra_state(value, tmp_path):
+    model = seeded(Counting, value)
+    dyconvert.save(dyconvert.convert(model), tmp_path / "saved")
+    loaded = dyconvert.load(tmp_path / "saved", Counting(value if isinstance(value, Tensor) else "other"))
+    expected = model.value
+    assert torch.equal(loaded.value, expected) if isinstance(expected, Tensor) else loaded.value == expected
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1: 2}, object(), float("nan"), {"x": torch.ones(1)}])
+def test_extra_state_that_needs_pickle(value, tmp_path):
+    with pytest.raises(ModelError, match=r"_extra_state is a .* without pickle.*get_extra_state"):
+        dyconvert.save(dyconvert.convert(Counting(value)), tmp_path / "saved")
+    assert listed(tmp_path) == []
+
+
+def test_a_dtype_that_a_file_cannot_hold(tmp_path):
+    model = dyconvert.convert(seeded(FlatNet))
+    model.register_buffer("odd", torch.ones(1, dtype=torch.complex128))
+    with pytest.raises(ModelError, match="odd is a tensor of complex128"):
+        dyconvert.save(model, tmp_path / "saved")
+
+
+def test_a_buffer_that_is_nowhere(tmp_path):
+    class Anchored(FlatNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("anchors", torch.ones(3), persistent=False)
+
+    dyconvert.save(dyconvert.convert(Anchored()), tmp_path / "saved")
+    with torch.device("meta"):
+        bare = Anchored()
+    with pytest.raises(CheckpointError, match=r"anchors .* meta device"):
+        dyconvert.load(tmp_path / "saved", bare)
+
+
+# ---- Others' files ----
+
+
+def test_weights_of_others_stay(tmp_path):
+    dynamic, net = trained(seeded(ResidualNet)), seeded(ResidualNet)
+    save_file({"theirs": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(3):
+        dyconvert.save(dynamic, tmp_path, force=True)
+        assert same(dyconvert.load(tmp_path, net), dynamic)
+    (tmp_path / "dyconvert.json").unlink()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_both_names_are_taken(tmp_path):
+    for name in ("model.safetensors", "model-1.safetensors"):
+        save_file({"theirs": torch.ones(3)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="which dyconvert didn't write"):
+        dyconvert.save(trained(seeded(FlatNet)), tmp_path, force=True)
+    assert listed(tmp_path) == ["model-1.safetensors", "model.safetensors"]
+    assert list(load_file(tmp_path / "model.safetensors")) == ["theirs"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on this system")
+@pytest.mark.parametrize(
+    "name", ["dyconvert.json", "model.safetensors", "model-1.safetensors", "dyconvert.json.part", ".dyconvert-part-x"]
+)
+def test_links_are_not_followed(name, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("not yours")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / name).symlink_to(outside)
+    for _ in range(3):
+        dyconvert.save(trained(seeded(FlatNet)), tmp_path / "saved", force=True)
+    assert outside.read_text() == "not yours"
+    assert not (tmp_path / "saved" / "dyconvert.json").is_symlink()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask on this system")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        directory = dyconvert.save(trained(seeded(FlatNet)), tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()} == {0o666 & ~mask}
+
+
+def test_paths_are_kept_relative(tmp_path, monkeypatch):
+    here = tmp_path / "project"
+    here.mkdir()
+    (here / "mine.py").write_text("from torch import nn\n\ndef net():\n    return nn.Conv2d(8, 4, 3)\n")
+    static, source = models.create(f"{here / 'mine.py'}:net")
+    dyconvert.save(dyconvert.convert(static), here / "runs" / "saved", source=source)
+    assert json.loads((here / "runs" / "saved" / "dyconvert.json").read_text())["source"]["specifier"] == (
+        "../../mine.py:net"
+    )
+    moved = here.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir("/")
+    loaded = dyconvert.load(moved / "runs" / "saved", trust_code=True)
+    # Moved again without its code, which is still where it was.
+    alone = dyconvert.save(loaded, tmp_path / "other").rename(tmp_path / "deep")
+    assert type(dyconvert.load(alone, trust_code=True)) is dyconvert.DynamicConv2d
+
+
+# ---- Several processes ----
+
+
+def _save(directory: Path, seed: int, rounds: int, queue: object) -> None:
+    torch.set_num_threads(1)
+    model = trained(seeded(FlatNet), seed=seed)
+    for _ in range(rounds):
+        try:
+            dyconvert.save(model, directory, force=True)
+        except DyconvertError as error:
+            queue.put(str(error))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks on this system")
+@pytest.mark.parametrize("rounds", [30, pytest.param(500, marks=pytest.mark.sweep)])
+def test_two_savers_and_a_reader(rounds, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    directory = tmp_path / "race"
+    savers = [context.Process(target=_save, args=(directory, seed, rounds, queue)) for seed in (1, 2)]
+    known = [trained(seeded(FlatNet), seed=seed) for seed in (1, 2)]
+    net = seeded(FlatNet)
+    for saver in savers:
+        saver.start()
+    read = 0
+    while any(saver.is_alive() for saver in savers):
+        if (directory / "dyconvert.json").exists():
+            loaded = dyconvert.load(directory, net)
+            assert any(same(loaded, each) for each in known)
+            read += 1
+    assert [saver.exitcode for saver in savers] == [0, 0]
+    assert queue.empty()
+    assert read
+    assert any(same(dyconvert.load(directory, net), each) for each in known)
+    assert len(listed(directory)) == 2
+    assert listed(tmp_path) == ["race"]
