@@ -181,7 +181,7 @@ def test_damaged_checkpoints(damage, says, saved, net):
 @pytest.mark.parametrize(
     ("model", "error", "says"),
     [
-        (None, CheckpointError, r"Pass it: dyconvert\.load\(directory, model=\.\.\.\)"),
+        (None, CheckpointError, r"Pass it as `model=\.\.\.`"),
         (FlatNet, CheckpointError, r"isn't the one that was saved.*layer1\.0\.conv1.*model="),
         (lambda: ResidualNet(width=4), CheckpointError, "isn't the one that was saved"),
         (lambda: nn.Linear(2, 2), ModelError, "no convs"),

@@ -121,3 +121,12 @@ def source_in(description: Description, directory: Path) -> "models.Source | Non
 
 def json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def source_of(directory: str | Path) -> "models.Source | None":
+    """Where a saved model's static one came from.
+
+    Raises:
+        CheckpointError: as in `describe`.
+    """
+    return source_in(describe(directory), Path(directory))

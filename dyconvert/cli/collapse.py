@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dyconvert.cli.options import IMAGES, Json, Mean, Size, Std, Trust, check_free, parse_size
+from dyconvert.cli.options import IMAGES, Factory, Json, Mean, Size, Std, Trust, check_free, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import count, out, warn, write_json
 from dyconvert.errors import ModelError
@@ -39,6 +39,7 @@ def collapse(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=IMAGES)] = 32,
     trust_code: Trust = False,
+    factory: Factory = None,
     as_json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
     device: str | None = None,
@@ -63,7 +64,7 @@ def collapse(
     from dyconvert.surgery.collapse import collapse as collapse_model
 
     with progress(f"collapsing {directory}") as tell:
-        model, source, example = loaded(directory, trust_code, size, device=device)
+        model, source, example = loaded(directory, trust_code, size, device=device, factory=factory)
         batches: Iterator[Tensor] | str = "initial"
         seen = [0]
         if data is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli.options import Json, Size, Trust, check_free, parse_size
+from dyconvert.cli.options import Factory, Json, Size, Trust, check_free, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import count, out, write_json
 from dyconvert.errors import DyconvertError
@@ -38,6 +38,7 @@ def export(
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold batch norms into the convs first.")] = True,
     input_size: Size = None,
     trust_code: Trust = False,
+    factory: Factory = None,
     as_json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
     device: str | None = None,
@@ -56,7 +57,7 @@ def export(
 
     started = time.perf_counter()
     with progress(f"exporting {directory}"):
-        model, _, example = loaded(directory, trust_code, size, batch or 2, device)
+        model, _, example = loaded(directory, trust_code, size, batch or 2, device, factory)
         if fuse:
             model = fuse_model(model)
         if to is Format.onnx:

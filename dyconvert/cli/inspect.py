@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from dyconvert.cli.options import IMAGES, Json, Mean, Size, Std, Trust, parse_size
+from dyconvert.cli.options import IMAGES, Factory, Json, Mean, Size, Std, Trust, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import count, out, write_json
 
@@ -31,6 +31,7 @@ def inspect(
     ] = 500,
     as_json: Json = False,
     trust_code: Trust = False,
+    factory: Factory = None,
     device: str | None = None,
 ) -> None:
     """Print the essentials of a saved model: its blocks, its experts, and whether its predictors have learnt."""
@@ -47,7 +48,7 @@ def inspect(
 
     with progress(f"reading {directory}"):
         description = checkpoint.describe(directory)
-        found = opened(str(directory), "default", trust_code, device)
+        found = opened(str(directory), "default", trust_code, device, factory)
         model = found.model
         check_finite(model, str(directory))
         example = example_for(model, batch=1, size=size or image_size_for(found, data))

@@ -11,15 +11,12 @@ _OTHER_NAMES = {
     "directory": ("output", "--output"),
     "dynamic_batch": ("batch", "--batch N"),
     "example": ("input_size", "--input-size 3,224,224"),
+    "model": ("factory", "--model FILE.py:FACTORY"),
 }
-# What only Python can do.
-_IN_PYTHON = re.compile(r"(Pass|or pass) the static model as `model=\.\.\.`(, or, if|; if) you trust that code, ")
 
 
 def in_options(message: str, command: inspect.Signature) -> str:
     """The message with the arguments that are options of the command written as one types them."""
-    if "trust_code" in command.parameters:
-        message = _IN_PYTHON.sub("If you trust that code, add ", message)
     return _ARGUMENT.sub(lambda found: _option(found, command), message)
 
 

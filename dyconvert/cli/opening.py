@@ -1,6 +1,6 @@
 """Models and images as commands name them: saved directories, models that `convert` takes, folders."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dyconvert.cli.common import parse_device
 from dyconvert.cli.options import parse_numbers
 from dyconvert.console import warn
 from dyconvert.errors import ModelError
-from dyconvert.marks import plan_of, source_of
+from dyconvert.marks import mark_source, plan_of, source_of
 from dyconvert.surgery.blocks import STEM
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
@@ -29,12 +29,27 @@ class Opened:
     size: tuple[int, ...] | None
 
 
-def opened(text: str, weights: str, trust_code: bool, device: str | None = None) -> Opened:
+def restored(directory: Path, trust_code: bool, factory: str | None) -> nn.Module:
+    """A saved model; its static one is built by `--model`, if that is given, which is trusted for being named."""
+    if factory is None:
+        return checkpoint.load(directory, trust_code=trust_code)
+    saved = checkpoint.source_of(directory)
+    arguments = {} if saved is None else saved.arguments
+    # Numbers shape an architecture; a path or a name in a file isn't passed on to the user's code.
+    numbers = {name: value for name, value in arguments.items() if isinstance(value, int | float | type(None))}
+    static, source = models.create(factory, "none", numbers)
+    model = checkpoint.load(directory, static)
+    known = {} if saved is None else {"weights": saved.weights, "input_size": saved.input_size}
+    mark_source(model, replace(source, **known))
+    return model
+
+
+def opened(text: str, weights: str, trust_code: bool, device: str | None = None, factory: str | None = None) -> Opened:
     """A model that dyconvert saved, if `text` is such a directory, or one that `convert` takes; on `--device`."""
     place = parse_device(device)
     directory = Path(text)
     if directory.is_dir() or (directory / checkpoint.DESCRIPTION).exists():
-        model = checkpoint.load(directory, trust_code=trust_code).to(place)
+        model = restored(directory, trust_code, factory).to(place)
         source = source_of(model)
         size = source.input_size if source else None
         return Opened(model, directory.resolve().name, source, True, size or _size_in_plan(model))
@@ -75,10 +90,15 @@ def image_size_for(main: Opened, data: str | None) -> tuple[int, ...] | None:
 
 
 def loaded(
-    directory: Path, trust_code: bool, size: tuple[int, ...] | None, batch: int = 2, device: str | None = None
+    directory: Path,
+    trust_code: bool,
+    size: tuple[int, ...] | None,
+    batch: int = 2,
+    device: str | None = None,
+    factory: str | None = None,
 ) -> tuple[nn.Module, models.Source | None, tuple[Any, ...]]:
     """A saved model, where it came from, and an input for it: of `size`, or of its source's."""
-    model = checkpoint.load(directory, trust_code=trust_code).to(parse_device(device))
+    model = restored(directory, trust_code, factory).to(parse_device(device))
     source = source_of(model)
     return model, source, example_for(model, batch=batch, size=size or (source.input_size if source else None))
 

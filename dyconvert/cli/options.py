@@ -18,6 +18,10 @@ Mean = Annotated[
 Std = Annotated[str | None, typer.Option(help="Likewise.", rich_help_panel=IMAGES)]
 Size = Annotated[str | None, typer.Option("--input-size", help="Such as 3,224,224 or 224.", rich_help_panel=IMAGES)]
 Trust = Annotated[bool, typer.Option("--trust-code", help="Run the Python file or module that the model was built by.")]
+Factory = Annotated[
+    str | None,
+    typer.Option("--model", metavar="FILE.py:FACTORY", help="Builds the static model; where its code has moved."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from dyconvert.cli import completing
-from dyconvert.cli.options import Mean, Size, Std, Trust, parse_size
+from dyconvert.cli.options import Factory, Mean, Size, Std, Trust, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
@@ -56,6 +56,7 @@ def report(
         bool, typer.Option("--cpu-time", help="Count CPU time: on a busy machine the fairer clock.")
     ] = False,
     trust_code: Trust = False,
+    factory: Factory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report's numbers as JSON.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the report in the output directory.")] = False,
     device: str | None = None,
@@ -81,7 +82,7 @@ def report(
     run = read_run(folder) if folder.is_dir() else None
     started = time.perf_counter()
     with progress(f"loading {model}") as tell:
-        main = opened(model, weights, trust_code, device)
+        main = opened(model, weights, trust_code, device, factory)
         if not any(isinstance(module, DynamicConv) for module in main.model.modules()):
             check_convertible(main.model)
         original = opened(against, against_weights, trust_code, device) if against else original_of(main, device)
