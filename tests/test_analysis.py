@@ -310,7 +310,7 @@ def test_bad_batches(net):
     model = trained(net)
     with pytest.raises(ModelError, match="no batch"):
         analyse(model, [], example=image(1), sizes=(), seconds=0)
-    with pytest.raises(ModelError, match=r"rejects the images \(2x5x16x16\).*--input-size"):
+    with pytest.raises(ModelError, match=r"rejects the images \(2x5x16x16\).*example="):
         analyse(model, [torch.zeros(2, 5, 16, 16)], example=image(1), sizes=(), seconds=0)
     with pytest.raises(ModelError, match="aren't finite"):
         analyse(model, [image() * float("nan")], example=image(1), sizes=(), seconds=0)

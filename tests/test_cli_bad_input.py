@@ -86,7 +86,7 @@ def test_a_full_disk(cli, models_file, monkeypatch, tmp_path):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dyconvert.checkpoint.save_model", full)
+    monkeypatch.setattr("dyconvert.checkpoint.tensors.save_file", full)
     before = listed(tmp_path)
     ran = cli(f"{models_file}:net", "--input-size", 16)
     assert ran.code == 2
@@ -112,7 +112,7 @@ def test_an_interrupt(cli, models_file, monkeypatch, tmp_path):
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dyconvert.checkpoint.save_model", interrupted)
+    monkeypatch.setattr("dyconvert.checkpoint.tensors.save_file", interrupted)
     before = listed(tmp_path)
     assert cli(f"{models_file}:net", "--input-size", 16).code == 130
     assert listed(tmp_path) == before
