@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported, which torch.compile does as well: Triton's kernels run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from nets import ResidualNet, seeded
 from torch import nn
 

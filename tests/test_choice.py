@@ -115,7 +115,7 @@ def test_a_strategy_that_fails_is_left_out_with_one_warning(bench: Bench, tmp_pa
     choices = Choices(clock=bench.clock)
     choices.choose(a_key(), bench.trials(broken=0.1, plain=0.2), "rule")
     with pytest.warns(RuntimeWarning, match="'broken'"):
-        choices.fail("broken", error)
+        choices.fail(["broken"], error)
     assert choices.known(a_key()) is None
     assert choices.choose(a_key(), bench.trials(broken=0.1, plain=0.2), "rule") == "plain"
 

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import metadata
@@ -150,13 +150,14 @@ class Choices:
                 self._write(key, found)
             return found.strategy
 
-    def fail(self, name: str, error: BaseException) -> None:
-        """Leave a strategy out in this process from now on, with one warning that says why."""
-        if name not in self._failed:
-            self._failed[name] = brief(error)
-            self._warn(
-                name, f"The strategy {name!r} fails here and is left out: {brief(error)}. Others take its place."
-            )
+    def fail(self, names: Sequence[str], error: BaseException, *, warn: bool = True) -> None:
+        """Leave strategies out in this process from now on, with one warning that says why."""
+        reason = brief(error)
+        if not all(name in self._failed for name in names):
+            self._failed.update(dict.fromkeys(names, reason))
+            if warn:
+                which = " and ".join(map(repr, names)) if len(names) < 3 else f"{names[0]!r} to {names[-1]!r}"
+                self._warn(names[0], f"Strategy {which} fails here and is left out: {reason}. Others take its place.")
 
     def failed(self, name: str) -> bool:
         """Whether the strategy failed in this process."""
@@ -180,7 +181,7 @@ class Choices:
                 if key.device.type != "cpu":
                     torch.accelerator.memory.empty_cache()
             else:
-                self.fail(name, error)
+                self.fail([name], error)
             return None
         # What runs may have failed, been reported, and been replaced by something that is not to be timed.
         return None if name in self._failed else took

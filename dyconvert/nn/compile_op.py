@@ -1,4 +1,4 @@
-"""The compiled kernels as an operator of torch's, which `torch.compile` calls as it is.
+"""The engines as an operator of torch's, which `torch.compile` calls as it is.
 
 A compiler that is shown a dynamic conv operation by operation makes matmuls of the unfolded input of it, at twice
 the time. Exported programs keep the plain operations: they are to run without dyconvert.
@@ -17,7 +17,8 @@ from dyconvert.torch_internals import constant_result
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 _library = torch.library.Library("dyconvert", "DEF")
 _library.define(
-    f"dynamic_conv(Tensor x, Tensor weight, Tensor? bias, Tensor coefficients, Tensor? shift, {_GEOMETRY}) -> Tensor"
+    f"dynamic_conv(Tensor x, Tensor weight, Tensor? bias, Tensor coefficients, Tensor? shift, {_GEOMETRY},"
+    " bool training=False) -> Tensor"
 )
 _library.define(
     f"dynamic_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor coefficients, {_GEOMETRY}, bool[] needs)"
@@ -25,14 +26,25 @@ _library.define(
 )
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the operator is for this conv, asked while compiling."""
-    if not x.is_cpu or x.dim() != 4 or weight.dtype not in native.BANKS.get(x.dtype, ()) or not _built():
+def takes(x: Tensor, weight: Tensor, training: bool) -> bool:
+    """Whether the operator is for this conv, asked while compiling.
+
+    Args:
+        training: whether a backward may follow.
+    """
+    if x.dim() != 4:
+        return False
+    single = isinstance(x.shape[0], int) and x.shape[0] == 1
+    pointwise = weight.shape[2:].numel() == 1
+    if x.is_cuda:
+        # A single image is a plain conv, and 1 x 1 convs are matmuls, which the compiler joins with what follows; but
+        # it would keep their kernels for backward, and unfold the input of others.
+        return not single and (training or not pointwise)
+    if not x.is_cpu or weight.dtype not in native.BANKS.get(x.dtype, ()) or not _built():
         return False
     # A single image with its channels last is a matmul for a 1 x 1 conv, which torch has; the compiled kernels would
     # turn it round.
-    single = isinstance(x.shape[0], int) and x.shape[0] == 1
-    return not (single and weight.shape[2:].numel() == 1 and native.writes_channels_last(x.shape, x.stride()))
+    return not (single and pointwise and native.writes_channels_last(x.shape, x.stride()))
 
 
 def dynamic_conv(
@@ -42,10 +54,16 @@ def dynamic_conv(
     coefficients: Tensor,
     geometry: Geometry,
     shift: Tensor | None = None,
+    *,
+    training: bool = False,
 ) -> Tensor:
-    """A strategy, padding as numbers. Differentiable but for the bias and the shift."""
+    """A strategy, padding as numbers. Differentiable but for the bias and the shift.
+
+    Args:
+        training: whether a backward may follow, by which what was measured is looked up.
+    """
     numbers = [list(values) for values in geometry[:3]]
-    return torch.ops.dyconvert.dynamic_conv(x, weight, bias, coefficients, shift, *numbers, geometry.groups)
+    return torch.ops.dyconvert.dynamic_conv(x, weight, bias, coefficients, shift, *numbers, geometry.groups, training)
 
 
 @constant_result
@@ -59,6 +77,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 @torch.library.impl(_library, "dynamic_conv", "CPU")
+@torch.library.impl(_library, "dynamic_conv", "CUDA")
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -69,9 +88,12 @@ def _forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    training: bool = False,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    engine, how = engines.known_or_by_rule(x, weight, bias, coefficients, geometry, shift, backward=False)
+    engine, how = engines.known_or_by_rule(
+        x, weight, bias, coefficients, geometry, shift, backward=False, training=training
+    )
     out = engine.forward(x, weight, bias, coefficients, geometry, how, shift)
     return out.contiguous(memory_format=_format(x))
 
@@ -87,6 +109,7 @@ def _(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    training: bool = False,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
     fitting.check(x, weight, bias, coefficients, geometry, shift)
@@ -96,6 +119,7 @@ def _(
 
 
 @torch.library.impl(_library, "dynamic_conv_backward", "CPU")
+@torch.library.impl(_library, "dynamic_conv_backward", "CUDA")
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -108,7 +132,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
-    engine, how = engines.known_or_by_rule(x, weight, None, coefficients, geometry, backward=True)
+    engine, how = engines.known_or_by_rule(x, weight, None, coefficients, geometry, backward=True, training=True)
     size = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
     if grad.shape != (len(x), weight.shape[0] // coefficients.shape[1], *size) or grad.dtype != x.dtype:
         raise ArgumentError(
@@ -137,7 +161,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, coefficients, _, *geometry = inputs
+    x, weight, _, coefficients, _, *geometry, _ = inputs
     ctx.save_for_backward(x, weight, coefficients)
     ctx.geometry = geometry
 
@@ -146,7 +170,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
     found = torch.ops.dyconvert.dynamic_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
     x, weight, eta = (part if needed else None for part, needed in zip(found, needs, strict=True))
-    return x, weight, None, eta, None, None, None, None, None
+    return x, weight, None, eta, None, None, None, None, None, None
 
 
 torch.library.register_autograd("dyconvert::dynamic_conv", _differentiate, setup_context=_setup, lib=_library)

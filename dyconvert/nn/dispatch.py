@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
-from dyconvert.nn import choice, compile_op, engines, fitting, native, strategies, tiles
+from dyconvert.nn import choice, compile_op, engines, fitting, native, recompute, strategies, tiles
 from dyconvert.nn.backward import MixedAgainConv
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key, needs_backward, trial
+from dyconvert.nn.triton import engine as triton
 
 Strategy = Callable[..., Tensor]  # of x, weight, bias, coefficients and geometry
 
@@ -135,8 +136,13 @@ def dynamic_conv(
         x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     forced = _forced.get()
-    if compiling and not forced and compile_op.takes(x, weight):
+    if compiling and not forced and compile_op.takes(x, weight, needs_backward(x, weight, bias, coefficients, shift)):
         return _compiling(x, weight, bias, coefficients, geometry, shift)
+    if forced in triton.TILES:
+        training = needs_backward(x, weight, bias, coefficients)
+        reason = triton.why_not(x, weight, coefficients, geometry, training=training)
+        if reason is not None:
+            raise DyconvertError(f"The Triton kernels can't compute this conv: {reason}. Force another strategy.")
     strategy = forced or _choose(x, weight, bias, coefficients, geometry)
     return _run(strategy, x, weight, bias, coefficients, geometry, shift)
 
@@ -172,11 +178,11 @@ def _compiling(
     geometry: Geometry,
     shift: Tensor | None,
 ) -> Tensor:
-    """The compiled kernels within what `torch.compile` makes."""
+    """By an engine within what `torch.compile` makes."""
     x, geometry = _number_the_padding(x, weight, bias, coefficients, geometry)
     if not needs_backward(x, weight, bias, coefficients, shift):
         return compile_op.dynamic_conv(x, weight, bias, coefficients, geometry, shift)
-    out = compile_op.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry)
+    out = compile_op.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry, training=True)
     out = _with_bias(out, bias if bias is None else bias.to(x.dtype), coefficients)
     return _with_shift(out, shift)
 
@@ -190,17 +196,18 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
         # A group count is a constant of the graph, so folding the batch into it would fix the batch.
         return "groups" if single else "unfold"
     if x.is_meta or _observed():
-        return "unfold" if engines.is_matmul(x, weight, geometry) else "groups"
+        return recompute.by_rule(x, weight, geometry)
     choices = choice.current()
-    if choices.cpu if x.is_cpu else x.device.type in _MEASURED:
+    if choices.cpu or _is_gpu(x):
         return _measured(choices, x, weight, bias, coefficients, geometry)
     if len(choices) and (known := choices.known(key(x, weight, bias, coefficients, geometry))):
         return known  # by `tune`
     return "native"
 
 
-# Devices for which there is no rule worth the name.
-_MEASURED = ("cuda", "mps", "xpu")
+def _is_gpu(x: Tensor) -> bool:
+    """Whether it is on a device for which there is no rule worth the name."""
+    return x.device.type in ("cuda", "mps", "xpu")
 
 
 def _measured(
@@ -213,11 +220,14 @@ def _measured(
 ) -> str:
     """The fastest strategy; where nothing may be measured, what is known already, else the rule's."""
     mode = choice.mode()
-    if mode == "off" or engines.deterministic() or type(x) not in (Tensor, nn.Parameter):  # a fake tensor takes no time
+    # A fake tensor takes no time.
+    if mode == "off" or engines.deterministic() or type(x) not in (Tensor, nn.Parameter):
         return "native"
+    geometry = fitting.numbered(geometry)
     asked = key(x, weight, bias, coefficients, geometry)
     if known := choices.known(asked):
         return known
+    fitting.check(x, weight, bias, coefficients, geometry)  # else every strategy would be found to fail
     # What was read, but never ran here, isn't compiled yet: a graph's capture is no time to do it.
     if engines.capturing(x):
         return "native"
@@ -239,14 +249,16 @@ def trials(
     kernel are tried where those are small.
     """
     training = needs_backward(x, weight, bias, coefficients)
-    if x.is_cpu:
+    if not _is_gpu(x):
         names = ["native", "tiled", "groups", "unfold"]
     else:
-        names = [name for name in engines.ENGINES if engines.can(name, x, weight, coefficients, geometry)]
+        names = list(engines.ENGINES)
+        if triton.why_not(x, weight, coefficients, geometry, training=training) is not None:
+            names = [name for name in names if name not in triton.TILES]
         if weight.shape[2:].numel() * x.numel() * x.element_size() > _UNFOLDED:
             names.remove("recompute_unfold")
         if training and _kernels_are_small(x, weight, coefficients):
-            names += ["groups", "unfold"] if engines.is_matmul(x, weight, geometry) else ["groups"]
+            names.append(recompute.by_rule(x, weight, geometry))
     tensors = (x, weight, bias, coefficients)
     return {name: trial(partial(_run_on, name, geometry), tensors) for name in names}
 

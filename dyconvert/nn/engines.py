@@ -8,13 +8,14 @@ from torch import Tensor
 from dyconvert.nn import choice, fitting, native, recompute, tiles
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key
+from dyconvert.nn.triton import engine as triton
 
 
 class Engine(Protocol):
     """What computes a dynamic conv and its gradients without autograd, keeping no image's kernel between the two.
 
-    `how` is the engine's own: a :class:`~dyconvert.nn.native.Call`, a :class:`~dyconvert.nn.tiles.Tile` or None, or
-    one of :data:`dyconvert.nn.recompute.STRATEGIES`.
+    `how` is the engine's own: a :class:`~dyconvert.nn.native.Call`, a :class:`~dyconvert.nn.tiles.Tile` or None,
+    one of :data:`dyconvert.nn.recompute.STRATEGIES`, or a :class:`~dyconvert.nn.triton.engine.Tile`.
     """
 
     def forward(
@@ -67,21 +68,15 @@ def by_rule(
             return native, call
         return tiles, None
     fitting.check(x, weight, bias, coefficients, geometry, shift)
-    if x.shape[0] == 0:
-        return recompute, "unfold"  # the one that makes no pieces of the batch
-    return recompute, "unfold" if is_matmul(x, weight, geometry) else "groups"
+    return recompute, recompute.by_rule(x, weight, geometry)
 
 
 # Engines by the names that they have as strategies; the CPU's stand in the rule alone.
 ENGINES: dict[str, tuple[Engine, Any]] = {
     "recompute_groups": (recompute, "groups"),
     "recompute_unfold": (recompute, "unfold"),
+    **{name: (triton, tile) for name, tile in triton.TILES.items()},
 }
-
-
-def can(name: str, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry) -> bool:
-    """Whether the engine `name` of :data:`ENGINES` knows the conv."""
-    return name in ENGINES
 
 
 def known_or_by_rule(
@@ -93,10 +88,16 @@ def known_or_by_rule(
     shift: Tensor | None = None,
     *,
     backward: bool,
+    training: bool,
 ) -> tuple[Engine, Any]:
-    """The engine that was measured to be the fastest in this process, else the rule's; nothing is measured here."""
+    """The engine that was measured to be the fastest in this process, else the rule's; nothing is measured here.
+
+    Args:
+        backward: whether the engine must know the backward.
+        training: what is looked up: whether a backward follows, by whichever engine.
+    """
     if not x.is_cpu and choice.mode() != "off" and not deterministic():
-        known = choice.current().known(key(x, weight, bias, coefficients, geometry, training=backward))
+        known = choice.current().known(key(x, weight, bias, coefficients, geometry, training=training))
         if known in ENGINES:
             fitting.check(x, weight, bias, coefficients, geometry, shift)
             return ENGINES[known]
@@ -115,9 +116,3 @@ def capturing(x: Tensor) -> bool:
 
 # Tiles add up the bank's gradient part by part, for which half precision is too coarse.
 _TILED_DTYPES = (torch.float32, torch.float64)
-
-
-def is_matmul(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether one batched matmul is the whole conv: 1 x 1, of several images."""
-    single = isinstance(x.shape[0], int) and x.shape[0] == 1
-    return not single and weight.shape[2:].numel() == 1 and geometry.groups == 1
