@@ -68,14 +68,17 @@ def _run_engine(
     return _differentiable(engine, how, x, weight, bias, coefficients, geometry)
 
 
+_ENGINES: dict[str, Strategy] = {name: partial(_run_engine, engine) for name, engine in engines.ENGINES.items()}
+# Those that know every conv.
 STRATEGIES: dict[str, Strategy] = {
     "native": by_rule,
     "tiled": tiled,
     "groups": strategies.groups,
     "unfold": strategies.unfold,
-    **{name: partial(_run_engine, engine) for name, engine in engines.ENGINES.items()},
+    **{name: strategy for name, strategy in _ENGINES.items() if name not in triton.TILES},
     "features": strategies.features,
 }
+_ALL = {**STRATEGIES, **_ENGINES}
 
 
 # Strategies that take half-precision banks, and the shift, by themselves, where no backward follows.
@@ -92,8 +95,8 @@ def force(name: str | None) -> Iterator[None]:
     Raises:
         DyconvertError: there is no such strategy.
     """
-    if name is not None and name not in STRATEGIES:
-        raise DyconvertError(f"There is no strategy {name!r}. The strategies are {', '.join(STRATEGIES)}.")
+    if name is not None and name not in _ALL:
+        raise DyconvertError(f"There is no strategy {name!r}. The strategies are {', '.join(_ALL)}.")
     token = _forced.set(name)
     try:
         yield
@@ -161,12 +164,12 @@ def _run(
     if not symbols and not (alone and strategy == "native"):  # by the rule, it is asked at less cost
         fitting.check(x, weight, bias, coefficients, geometry, shift)
     if alone:
-        return STRATEGIES[strategy](x, weight, bias, coefficients, geometry, shift)
+        return _ALL[strategy](x, weight, bias, coefficients, geometry, shift)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    out = STRATEGIES[strategy](x, weight, bias, coefficients, geometry)
+    out = _ALL[strategy](x, weight, bias, coefficients, geometry)
     return _with_shift(out, shift)
 
 
