@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from dyconvert.narrowing.graph import Graph, Group
 from dyconvert.narrowing.layers import ChannelSlice
@@ -157,7 +156,3 @@ def _cut_padding(model: nn.Module, name: str, graph: Graph, folds: Folds) -> Non
     start = padding.before - int((kept < padding.before).sum())
     module = model.get_submodule(name)
     put(model, name, ChannelSlice(module, start, start + len(kept)).train(module.training))
-
-
-def is_layer(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd | nn.Linear)

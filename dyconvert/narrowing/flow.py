@@ -1,145 +1,123 @@
-"""What becomes of each layer's output: which batch norm normalises it, and which residual sum it goes into.
-
-Modules' hooks don't see an addition in a block's forward. So a run is watched operator by operator, and the
-operators are numbered: a model does the same ones, in the same order, for every batch in eval mode.
-"""
+"""What becomes of each layer's output: which batch norm normalises it, and which residual sum it goes into."""
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+
+from dyconvert.narrowing.places import Place, Watch
 
 
 @dataclass(frozen=True)
 class Aim:
-    """Where a layer's output ends up, as far as it gets there by additions and factors.
+    """Where a layer's output ends up, as far as it gets there by a batch norm and an addition.
 
     Attributes:
-        operator: number of the operator whose output it is: the layer itself, its batch norm, or the sum.
+        place: of the operator whose output it is: the layer itself, its batch norm, or the sum.
         norm: name of the batch norm in between.
-        other: number of the operator whose output is added, and was there before the layer ran; None: no sum.
+        other: the operator whose output is added, and was there before the layer ran; None: no sum.
         channels_first: the channels are dimension 1; otherwise they are the last.
-        clamp: the range that a ReLU or ReLU6 leaves of it, where nothing else reads it.
+        clamp: the range that a ReLU or a clamp leaves of it, where nothing else reads it.
+        shape: of that output.
     """
 
-    operator: int
+    place: Place
     norm: str | None
-    other: int | None
+    other: Place | None
     channels_first: bool
     clamp: tuple[float, float] | None = None
+    shape: tuple[int, ...] = field(default=(), compare=False)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What has to agree between the original's aim and the narrowed model's."""
+        return self.norm, self.other is not None, self.clamp, self.channels_first
 
 
-# What a ReLU and a ReLU6 leave of their input.
-_CLAMPS = {
-    "relu": (0.0, float("inf")),
-    "relu_": (0.0, float("inf")),
-    "hardtanh": (0.0, 6.0),
-    "hardtanh_": (0.0, 6.0),
-}
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one whose weights are solved: a conv or a linear."""
+    return isinstance(module, _ConvNd | nn.Linear)
 
 
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
+    """The aims of every conv and linear that a watched forward called, one for each of its calls.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self.seen(func, args, output, self.count)
-        self.count += 1
-        return output
-
-    def seen(self, func: Any, args: Any, output: Any, number: int) -> None:
-        raise NotImplementedError
-
-
-class _Recorder(_Operators):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.inputs: list[list[int | None]] = []
-        self.made: dict[int, int] = {}
-        self._alive: list[Any] = []  # so that no two tensors have the same id
-
-    def seen(self, func: Any, args: Any, output: Any, number: int) -> None:
-        tensors = [leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor)]
-        self.names.append(func.__name__)
-        self.inputs.append([self.made.get(id(t)) for t in tensors])
-        self._alive.append((tensors, output))
-        for leaf in tree_flatten(output)[0]:
-            if isinstance(leaf, Tensor):
-                self.made[id(leaf)] = number
-
-
-def find_aims(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Aim]:
-    """Run the model once, in eval mode, and find the aim of every conv and linear that was called once."""
-    recorder = _Recorder()
-    of_layer: dict[str, int] = {}
-    several: set[str] = set()
-    of_norm: dict[int, str] = {}
-    handles = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            number = recorder.made.get(id(output))
-            if number is None:
-                return
-            if isinstance(module, _BatchNorm):
-                of_norm[number] = name
-            else:
-                several.update({name} & of_layer.keys())
-                of_layer[name] = number
-
-        return note
-
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, _ConvNd | nn.Linear | _BatchNorm):
-            handles.append(module.register_forward_hook(hook(name)))
-    try:
-        with torch.no_grad(), recorder:
-            model(*example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    readers = defaultdict(list)
-    for number, inputs in enumerate(recorder.inputs):
+    A layer that is called several times is aimed at its own output. A call whose output isn't a batch of maps, or
+    that the watch didn't see made, leaves its layer out.
+    """
+    readers: dict[int, list[int]] = defaultdict(list)
+    for number, inputs in enumerate(watch.inputs):
         for source in inputs:
-            readers[source].append(number)
-    aims = {}
-    for name, number in of_layer.items():
-        if name in several:
+            if source is not None:
+                readers[source].append(number)
+    for number in watch.returned:
+        readers[number].append(-1)  # whoever called the model
+    norms = {number: place.module for number, place in enumerate(watch.places) if _is_norm(model, watch, place)}
+    found = {}
+    for name, calls in watch.calls.items():
+        module = model.get_submodule(name)
+        if not is_layer(module) or not all(_is_batch(module, call) for call in calls):
             continue
-        at, norm, other = number, None, None
-        if len(readers[at]) == 1 and readers[at][0] in of_norm:
-            at = readers[at][0]
-            norm = of_norm[at]
-        if len(readers[at]) == 1 and recorder.names[readers[at][0]] in ("add.Tensor", "add_.Tensor"):
-            total = readers[at][0]
-            others = [source for source in recorder.inputs[total] if source != at]
-            # A sum with what is computed later is that one's to reconstruct.
-            if len(others) == 1 and others[0] is not None and others[0] < number:
-                at, other = total, others[0]
-        after = [recorder.names[reader].partition(".")[0] for reader in readers[at]]
-        clamp = _CLAMPS.get(after[0]) if len(after) == 1 else None
-        aims[name] = Aim(at, norm, other, isinstance(modules[name], _ConvNd), clamp)
-    return aims
+        first = isinstance(module, _ConvNd)
+        if len(calls) == 1:
+            found[name] = (_aim(watch, readers, norms, calls[0], first),)
+        else:
+            found[name] = tuple(
+                Aim(watch.places[c.number], None, None, first, _clamp(watch, readers[c.number]), c.shape) for c in calls
+            )
+    return found
 
 
-class Listener(_Operators):
-    """Hands the outputs of some operators to those who asked for them, while a model runs."""
+def _is_norm(model: nn.Module, watch: Watch, place: Place) -> bool:
+    """Whether an operator is that of a batch norm with statistics of its own, which is called once."""
+    if "batch_norm" not in place.operator or len(watch.calls.get(place.module, ())) != 1:
+        return False
+    module = model.get_submodule(place.module)
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
-    def __init__(self, wanted: dict[int, list[Callable[[Tensor], None]]]) -> None:
-        super().__init__()
-        self.wanted = wanted
 
-    def seen(self, func: Any, args: Any, output: Any, number: int) -> None:
-        for tell in self.wanted.get(number, ()):
-            tell(output if isinstance(output, Tensor) else output[0])
+def _is_batch(module: nn.Module, call: Any) -> bool:
+    dims = len(module.kernel_size) + 2 if isinstance(module, _ConvNd) else len(call.shape)
+    return call.number is not None and len(call.shape) == dims >= 2
+
+
+def _aim(watch: Watch, readers: dict[int, list[int]], norms: dict[int, str], call: Any, channels_first: bool) -> Aim:
+    at, norm, other = call.number, None, None
+    if readers[at] and readers[at][0] in norms and len(readers[at]) == 1:
+        at = readers[at][0]
+        norm = norms[at]
+    if len(readers[at]) == 1 and (total := readers[at][0]) >= 0 and _is_sum(watch, total):
+        others = [source for source in watch.inputs[total] if source != at]
+        # A sum with what is computed later is that one's to reconstruct; and one that widens the map has other pixels.
+        early = len(others) == 1 and others[0] is not None and others[0] < call.number
+        if early and watch.shapes[total] == watch.shapes[others[0]] == call.shape:
+            at, other = total, watch.places[others[0]]
+    return Aim(watch.places[at], norm, other, channels_first, _clamp(watch, readers[at]), call.shape)
+
+
+def _is_sum(watch: Watch, number: int) -> bool:
+    named = watch.arguments[number][1]
+    return watch.places[number].operator in ("add.Tensor", "add_.Tensor") and named.get("alpha", 1) == 1
+
+
+def _clamp(watch: Watch, readers: list[int]) -> tuple[float, float] | None:
+    """The range that the only reader leaves, if it is a ReLU, a ReLU6 or a clamp by numbers."""
+    if len(readers) != 1 or readers[0] < 0:
+        return None
+    operator = watch.places[readers[0]].operator.partition(".")[0].removesuffix("_")
+    args, named = watch.arguments[readers[0]]
+    if operator == "relu":
+        return 0.0, float("inf")
+    bounds = [*args[1:], None, None][:2]
+    if operator == "hardtanh":
+        low, high = (-1.0 if bounds[0] is None else bounds[0]), (1.0 if bounds[1] is None else bounds[1])
+    elif operator in ("clamp", "clamp_min", "clamp_max"):
+        low, high = (None, bounds[0]) if operator == "clamp_max" else bounds
+        low, high = named.get("min", low), named.get("max", high)
+    else:
+        return None
+    low, high = (float("-inf") if low is None else low), (float("inf") if high is None else high)
+    # A bound that is a tensor was left out of the arguments.
+    return None if len(watch.inputs[readers[0]]) > 1 or low > high else (float(low), float(high))

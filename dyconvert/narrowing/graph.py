@@ -2,7 +2,7 @@
 
 A group is a set of channels that are the same channels in several layers: those of a conv, of its batch norm and of
 the convs that read them; of all layers that add to one residual stream; of a depthwise conv on both sides. What
-torch-pruning 1.6 doesn't follow is in :mod:`dyconvert.narrowing.adapters`.
+torch-pruning doesn't follow is in :mod:`dyconvert.narrowing.obstacles`.
 """
 
 import fnmatch
@@ -17,11 +17,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dyconvert.copying import clear_hooks, on_meta, skeleton
 from dyconvert.errors import DyconvertError, ModelError, PlanError, brief, some
-from dyconvert.installation import install_command
-from dyconvert.narrowing.adapters import Padding, follow_padding, obstacle, tracing_graph
+from dyconvert.narrowing import torch_pruning_bridge as bridge
+from dyconvert.narrowing.flow import is_layer
+from dyconvert.narrowing.obstacles import Obstacles, Padding, follow_padding
 
 STEM = "the stem"
 OUTPUT = "the model's output"
+SINGLE = "a single channel"
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Layer:
     """A conv or linear, as it was seen in a trial run.
 
     Attributes:
-        positions: output pixels of one image.
+        positions: output pixels of one image, of all its calls.
         weights: elements of its weight; times `positions`, its multiply-adds.
     """
 
@@ -113,21 +115,21 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
         PlanError: a pattern matches nothing.
     """
     try:
-        import torch_pruning
-    except ImportError:
-        raise DyconvertError(f"Narrowing needs torch-pruning. Run `{install_command('narrow')}`.") from None
-    try:
         runner, arguments = on_meta(model), tree_map_only(Tensor, _on_meta, example)
-        graph, watch = _traced(torch_pruning, runner, arguments)
+        traced = _traced(runner, arguments)
         # Auxiliary heads are part of training only, and read channels that are narrowed.
-        layers = {name for name, m in runner.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
-        if (layers - watch.layers.keys()) & _called_in_training(runner, arguments):
-            graph, watch = _traced(torch_pruning, runner, arguments, training=True)
+        layers = {name for name, m in runner.named_modules() if is_layer(m)}
+        if (layers - traced.watch.layers.keys()) & _called_in_training(runner, arguments):
+            traced = _traced(runner, arguments, training=True)
+    except DyconvertError:
+        raise
     except (NotImplementedError, RuntimeError):
         # Control flow that looks at values needs a real run.
         runner = skeleton(model, lambda t: t.detach())
         try:
-            graph, watch = _traced(torch_pruning, runner, example)
+            traced = _traced(runner, example)
+        except DyconvertError:
+            raise
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} can't be narrowed: {brief(error)}. Pass an example that its forward "
@@ -135,14 +137,30 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
             ) from error
     except Exception as error:
         raise ModelError(f"{type(model).__name__} can't be followed by torch-pruning: {brief(error)}.") from error
-    groups, cutters = _groups(graph, watch, runner)
+    groups, cutters = _groups(traced, runner)
     _check_disjoint(groups)
-    _keep(groups, keep, [name for name, _ in model.named_modules() if name], watch)
-    found = Graph(groups, watch.layers, watch.paddings, cutters)
-    if not found.free:
-        reasons = sorted({f"{group.kept}" for group in groups})
-        raise ModelError(f"No channels of {type(model).__name__} can be narrowed: {some(reasons)}.")
+    _keep(groups, keep, [name for name, _ in model.named_modules() if name], traced.watch)
+    found = Graph(groups, traced.watch.layers, traced.watch.paddings, cutters)
+    check_free(model, found)
     return found
+
+
+def check_free(model: nn.Module, graph: Graph) -> None:
+    """Refuse a model of which nothing can be narrowed.
+
+    Raises:
+        ModelError: it says why.
+    """
+    if not graph.free:
+        reasons = sorted({f"{group.kept}" for group in graph.groups})
+        raise ModelError(f"No channels of {type(model).__name__} can be narrowed: {some(reasons)}.")
+
+
+def keep_unsteady(graph: Graph, names: set[str]) -> None:
+    """Keep the channels that layers read or make whose calls can't be recognised from one run to the next."""
+    for group in graph.free:
+        if held := sorted({member.name for member in group.members} & names):
+            group.kept = f"{held[0]} is called otherwise from one run to the next"
 
 
 def _on_meta(t: Tensor) -> Tensor:
@@ -170,25 +188,27 @@ def _called_in_training(model: nn.Module, arguments: tuple[Any, ...]) -> set[str
 class _Watch:
     """What hooks see in the run that is traced."""
 
-    def __init__(self, model: nn.Module, image_channels: int) -> None:
+    def __init__(self, model: nn.Module, image_channels: int, images: int) -> None:
         self.layers: dict[str, Layer] = {}
         self.small: set[str] = set()
         self.paddings: dict[str, Padding] = {}
         self.stems: set[str] = set()
         self._shortcuts: dict[Any, tuple[str, nn.Module]] = {}
         self._image_channels = image_channels
+        self._images = images
         self._handles = [m.register_forward_hook(self._hook(name)) for name, m in model.named_modules()]
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
-            if isinstance(module, _ConvNd | nn.Linear):
+            if is_layer(module):
                 channels = module.out_channels if isinstance(module, _ConvNd) else module.out_features
-                positions = output.numel() // (channels * output.shape[0])
+                positions = output.numel() // (channels * self._images)
                 depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
-                self.layers.setdefault(name, Layer(name, positions, module.weight.numel(), depthwise))
-                if positions == 1:
+                layer = self.layers.setdefault(name, Layer(name, 0, module.weight.numel(), depthwise))
+                layer.positions += positions
+                if layer.positions == 1:
                     self.small.add(name)
                 if isinstance(module, _ConvNd) and module.in_channels == self._image_channels <= 4:
                     self.stems.add(name)
@@ -210,67 +230,92 @@ class _Watch:
             handle.remove()
 
 
-def _traced(
-    torch_pruning: Any, runner: nn.Module, arguments: tuple[Any, ...], training: bool = False
-) -> tuple[Any, _Watch]:
+@dataclass
+class _Traced:
+    """torch-pruning's graph of a run, and what hooks saw of the same run."""
+
+    graph: bridge.DependencyGraph
+    watch: _Watch
+    obstacles: Obstacles
+
+
+def _traced(runner: nn.Module, arguments: tuple[Any, ...], training: bool = False) -> _Traced:
     clear_hooks(runner)
-    runner.requires_grad_(True)
+    for p in runner.parameters():
+        p.requires_grad_(p.is_floating_point() or p.is_complex())
     tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
-    watch = _Watch(runner, tensors[0].shape[1] if tensors and tensors[0].dim() > 2 else 0)
+    listed = bool(arguments) and isinstance(arguments[0], list)
+    images = len(arguments[0]) if listed else len(tensors[0]) if tensors and tensors[0].dim() else 1
+    channels = tensors[0].shape[0 if listed else 1] if tensors and tensors[0].dim() > 2 else 0
+    watch = _Watch(runner, channels, max(images, 1))
+    obstacles = Obstacles(runner)
     try:
         with torch.enable_grad():
-            graph = tracing_graph(torch_pruning, training).build_dependency(
-                runner, example_inputs=arguments, forward_fn=lambda model, args: model(*args), verbose=False
-            )
+            graph = bridge.dependency_graph(runner, arguments, training, obstacles.mend)
     finally:
         watch.remove()
-    follow_padding(graph, watch.padding)
-    return graph, watch
+    follow_padding(graph, obstacles, watch.padding)
+    return _Traced(graph, watch, obstacles)
 
 
-def _groups(graph: Any, watch: _Watch, runner: nn.Module) -> tuple[list[Group], dict[str, Any]]:
+def _groups(traced: _Traced, runner: nn.Module) -> tuple[list[Group], dict[str, Any]]:
     names = {id(m): name for name, m in runner.named_modules()}
-    parameters = {id(p): name for name, p in runner.named_parameters()}
-    dims = {id(p): dim for p, dim in graph.unwrapped_parameters}
-    nodes = {names[id(m)]: node for m, node in graph.module2node.items() if id(m) in names}
+    found = {names[id(node.module)]: node for node in bridge.nodes(traced.graph) if id(node.module) in names}
     covered: dict[str, set[int]] = {}
     groups, cutters = [], {}
-    for name in watch.layers:
-        if name not in nodes:
+    for name in traced.watch.layers:
+        if name not in found:
             continue  # it doesn't reach the output
-        module = nodes[name].module
-        pruner = graph.get_pruner_of_module(module)
-        rest = sorted(set(range(pruner.get_out_channels(module))) - covered.get(name, set()))
-        if not rest:
-            continue
-        place = {channel: position for position, channel in enumerate(rest)}
-        members, kept = [], None
-        unit = torch.arange(len(rest))
-        for item in graph.get_pruning_group(module, pruner.prune_out_channels, rest):
-            node = item.dep.target
-            kept = kept or obstacle(node, graph)
-            target = node.module
-            side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-            channels, positions = torch.tensor(item.idxs), torch.tensor([place[r] for r in item.root_idxs])
-            if id(target) in parameters:
-                member = Member(parameters[id(target)], "parameter", channels, positions, dims[id(target)])
-            elif id(target) in names:
-                member = Member(names[id(target)], side, channels, positions)
-                cutters[member.name] = graph.get_pruner_of_module(target)
-                if side == "out":
-                    covered.setdefault(member.name, set()).update(item.idxs)
-                    if not node.outputs:
-                        kept = kept or OUTPUT
-                unit = _tie(unit, target, side, channels, positions)
-            elif padded := getattr(node, "dyconvert_padding", None):
-                member = Member(padded, "padding", channels, positions)
-            else:
-                if type(target).__name__ == "_OutputOp":
-                    kept = kept or OUTPUT
-                continue
-            members.append(member)
-        groups.append(Group(name, len(rest), members, unit, kept))
+        module = found[name].module
+        size = bridge.cutter(traced.graph, module).get_out_channels(module)
+        rest = sorted(set(range(size)) - covered.get(name, set()))
+        if rest:
+            groups.append(_group(traced, runner, names, name, module, rest, covered, cutters))
     return groups, cutters
+
+
+def _group(
+    traced: _Traced,
+    runner: nn.Module,
+    names: dict[int, str],
+    name: str,
+    module: nn.Module,
+    rest: list[int],
+    covered: dict[str, set[int]],
+    cutters: dict[str, Any],
+) -> Group:
+    """The group of the channels `rest` of a module; notes which channels of which modules it covers."""
+    parameters = {id(p): n for n, p in runner.named_parameters()}
+    dims = bridge.parameter_dims(traced.graph)
+    place = {channel: position for position, channel in enumerate(rest)}
+    members, kept = [], None
+    unit = torch.arange(len(rest))
+    for node, side, numbers, roots in bridge.coupled(traced.graph, module, rest):
+        target = node.module
+        if kept is None and (kept := traced.obstacles.of(node, max(numbers) + 1)) and id(target) in names:
+            kept = f"{names[id(target)]}: {kept}"
+        channels, positions = torch.tensor(numbers), torch.tensor([place[r] for r in roots])
+        if id(target) in parameters:
+            member = Member(parameters[id(target)], "parameter", channels, positions, dims[id(target)])
+        elif id(target) in names:
+            member = Member(names[id(target)], side, channels, positions)
+            cutters[member.name] = bridge.cutter(traced.graph, target)
+            if side == "out":
+                covered.setdefault(member.name, set()).update(numbers)
+                if not node.outputs:
+                    kept = kept or OUTPUT
+            unit = _tie(unit, target, side, channels, positions)
+        elif padded := getattr(node, "dyconvert_padding", None):
+            member = Member(padded, "padding", channels, positions)
+        else:
+            kept = kept or (OUTPUT if bridge.is_output(node) else None)
+            continue
+        members.append(member)
+    group = Group(name, len(rest), members, unit, kept)
+    if kept is None and group.units == 1:
+        grouped = next((m.name for m in members if getattr(runner.get_submodule(m.name), "groups", 1) > 1), None)
+        group.kept = SINGLE if len(rest) == 1 or grouped is None else f"{grouped}: its groups tie all channels together"
+    return group
 
 
 def _tie(unit: Tensor, module: nn.Module, side: str, channels: Tensor, positions: Tensor) -> Tensor:

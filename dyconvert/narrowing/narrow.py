@@ -1,35 +1,29 @@
 """narrow(model): fewer channels, and weights that make up for them; then dynamic convs."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch import nn
 
 from dyconvert.analysis.flops import macs
 from dyconvert.arguments import as_arguments, first_image
-from dyconvert.copying import clear_hooks, copied, on_meta, skeleton
-from dyconvert.errors import ModelError, PlanError, brief
-from dyconvert.marks import mark_narrowing, narrowing_of
+from dyconvert.copying import copied
+from dyconvert.marks import mark_narrowing
 from dyconvert.methods import Method
-from dyconvert.narrowing import choose
-from dyconvert.narrowing.budget import by_flops, by_width
-from dyconvert.narrowing.calibrate import collect_images, images_that_fit, map_similarity, positions_for, sample
-from dyconvert.narrowing.cut import Choice, Folds, cut
-from dyconvert.narrowing.flow import find_aims
-from dyconvert.narrowing.graph import Graph, Group, channel_groups
-from dyconvert.narrowing.reconstruct import reconstruct
+from dyconvert.narrowing.calibrate import Samples, images_that_fit, sample
+from dyconvert.narrowing.channels import Chooser, Chosen, cut_channels
+from dyconvert.narrowing.checks import Init, bare, check_runs, check_takes, checked_init, example_of
+from dyconvert.narrowing.cut import Folds
+from dyconvert.narrowing.graph import Graph, channel_groups, check_free, keep_unsteady
+from dyconvert.narrowing.images import Images, collect_images
+from dyconvert.narrowing.positions import Positions, held_out, positions_for
 from dyconvert.narrowing.record import NarrowedGroup, Narrowing, changes, rebuild_narrowed
-from dyconvert.surgery.blocks import check_convertible
+from dyconvert.narrowing.weights import give_weights, warn_of_width
 from dyconvert.surgery.convert import convert, plan, preview
-from dyconvert.surgery.observe import example_for
 
-# Mixing kernels takes multiply-adds too, as many more as there are weights: known when the channels are.
-_ATTEMPTS = 5
-
-Init = Literal["least-squares", "merge", "l1"]
 Progress = Callable[[str, int, int], None]
 
 
@@ -92,77 +86,42 @@ def narrow(
             channels can't be followed; the message names the operator.
         PlanError: an unknown init, a pattern that matches nothing, or a conversion that can't be planned.
     """
-    init = _check(model, width, flops, data, init, round_to, calibration_images, static, choices)
+    init = checked_init(model, width, flops, data, init, round_to, calibration_images, static, choices)
     tell = progress or (lambda what, done, total: None)
-    images = None
-    if data is not None and init != "l1":
-        images = collect_images(data, calibration_images, next(model.parameters()))
-    example = _example(model, example, images)
     keep = (keep,) if isinstance(keep, str) else keep
-    original = _runner(model)
-    _check_takes(original, example, "example")
-    if images is not None:
-        _check_takes(original, (images[:1],), "calibration images")
-    tell("following the channels", 0, 1)
-    graph = channel_groups(model, example, keep)
-
-    samples: dict[str, Tensor] = {}
-    positions = None
-    if images is not None:
-        aims = find_aims(original, (images[:1],))
-        images = images[: images_that_fit(original, images[:1])]
-        channels = sum(group.size * len(group.makers) for group in graph.groups)
-        positions = positions_for(len(images), channels, seed)
-        samples = sample(original, images, aims, positions, lambda *at: tell("looking at images", *at))
-    similarity = {group.name: _similarity(model, samples, graph, group) for group in graph.free}
-
-    def pick(counts: dict[str, int]) -> dict[str, Choice]:
-        return {
-            group.name: _choose(model, graph, group, similarity[group.name], counts[group.name], init)
-            for group in graph.free
-        }
-
-    if width is not None:
-        chosen = pick(by_width(graph, width, round_to))
-    else:
-        whole, one = macs(original, first_image(example)), first_image(example)
-        reserve = 0.0
-        for _ in range(_ATTEMPTS):
-            chosen = pick(by_flops(graph, flops, similarity, round_to, reserve))
-            trial = on_meta(model)
-            _cut(trial, graph, Folds(graph, chosen), merge=False)
-            if not static:
-                trial = preview(trial, plan(trial, method, g, example=example, **choices))
-            over = macs(trial, one) / whole - flops
-            if over <= 0:
-                break
-            reserve += over + 1e-3
-
-    folds = Folds(graph, chosen)
-    narrowed = copied(model)
-    _cut(narrowed, graph, folds, merge=init != "l1")
-    _check_runs(original, narrowed, example)
-    if init == "least-squares":
-        with _quiet(narrowed):
-            reconstruct(narrowed, images, samples, folds, positions, lambda *at: tell("solving layers", *at))
-    record = Narrowing(
-        model=type(model).__name__,
-        width=width,
-        flops=flops,
-        init=init,
-        groups=[
-            NarrowedGroup(
-                name=group.name,
-                before=group.size,
-                after=len(chosen[group.name].kept) if group.name in chosen else group.size,
-                kept=group.kept,
-            )
-            for group in graph.groups
-        ],
-        modules=changes(model, narrowed),
-    )
-    mark_narrowing(narrowed, record)
-    planned = None if static else plan(narrowed, method, g, example=example, **choices)
+    with _undisturbed(model):
+        images = None if data is None else collect_images(data, calibration_images, model, _given(example))
+        example = example_of(model, example, images)
+        original = bare(model)
+        check_takes(original, example, "example")
+        if images is not None:
+            check_takes(original, images.part(0, 1), "calibration images")
+            images = images.head(images_that_fit(original, images))
+        tell("following the channels", 0, 1)
+        graph = channel_groups(model, example, keep)
+        tell("looking at images", 0, 1)
+        samples, positions = _looked_at(original, images, graph, init, seed)
+        chooser = Chooser(model, graph, samples, init, round_to)
+        if width is not None:
+            chosen = chooser.by_width(width)
+        else:
+            made = None if static else lambda m: preview(m, plan(m, method, g, example=example, **choices))
+            chosen = chooser.by_flops(flops, example, made)
+        narrowed = copied(model)
+        folds = Folds(graph, chosen.choices)
+        cut_channels(narrowed, graph, folds, merge=init != "l1")
+        check_runs(original, narrowed, example)
+        one = first_image(example)
+        record = _record(width, flops, init, graph, chosen, images)
+        record.model, record.macs = type(model).__name__, macs(narrowed, one) / max(macs(model, one), 1)
+        warn_of_width(record)
+        if images is not None:
+            give_weights(original, narrowed, images, samples, folds, positions, record, tell)
+        record.modules = changes(model, narrowed)
+        mark_narrowing(narrowed, record)
+        planned = None if static else plan(narrowed, method, g, example=example, **choices)
+    for warning in record.warnings:
+        warnings.warn(f"{record.model}, narrowed: {warning}", stacklevel=2)
     if inplace:
         rebuild_narrowed(model, record).load_state_dict(narrowed.state_dict())
         narrowed = model
@@ -178,137 +137,67 @@ def narrow(
     )
 
 
-def _check(
-    model: nn.Module,
-    width: float | None,
-    flops: float | None,
-    data: Any,
-    init: str | None,
-    round_to: int,
-    calibration_images: int,
-    static: bool,
-    choices: dict[str, Any],
-) -> str:
-    check_convertible(model)
-    if narrowing_of(model) is not None:
-        raise ModelError("The model is narrowed already. Narrow the original, by as much as is wanted in all.")
-    if (width is None) == (flops is None):
-        raise PlanError("narrow() takes a width or a share of the multiply-adds (flops). Give one of the two.")
-    for name, value in (("width", width), ("flops", flops)):
-        if value is not None and not 0 < value <= 1:
-            raise PlanError(f"{name}={value:g} is out of range. It is a share of the original's: 0 < {name} <= 1.")
-    if init is None:
-        init = "merge" if data is None else "least-squares"
-    if init not in get_args(Init):
-        raise PlanError(f"init is one of {', '.join(get_args(Init))}, not {init!r}.")
-    if init == "least-squares" and data is None:
-        raise PlanError(
-            "init='least-squares' solves the weights on images, and there are none. Give `data=...`, or choose "
-            "`init='merge'`."
-        )
-    for name, value in (("round_to", round_to), ("calibration_images", calibration_images)):
-        if value < 1:
-            raise PlanError(f"{name}={value} is out of range. It is at least 1.")
-    if static and choices:
-        raise PlanError(f"static=True converts nothing, so {', '.join(choices)} would do nothing. Give one of them.")
-    return init
-
-
-def _example(model: nn.Module, example: Any, images: Tensor | None) -> tuple[Any, ...]:
-    if example is None and images is not None:
-        example = images[:2]
-    if example is None:
-        return example_for(model)
-    return as_arguments(example)
-
-
-def _runner(model: nn.Module) -> nn.Module:
-    """A copy that shares the model's tensors, in eval mode, without the user's hooks."""
-    runner = skeleton(model, lambda t: t.detach()).eval()
-    clear_hooks(runner)
-    return runner
+def _given(example: Any) -> tuple[Any, ...] | None:
+    return None if example is None else as_arguments(example)
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and without hooks, for as long as it is being solved."""
-    modes = [(module, module.training) for module in model.modules()]
-    hooks = [
-        (owner, dict(owner)) for m in model.modules() for owner in (m._forward_hooks, m._forward_pre_hooks) if owner
-    ]
-    model.eval()
-    clear_hooks(model)
-    try:
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """As outside of the caller's contexts (autocast, inference mode, a default device); random draws are their own."""
+    devices = {p.device.type for p in model.parameters()} | {"cpu"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.random.fork_rng(devices=()))
+        # Without a cache: a model's own autocast would go on with weights from before they were solved.
+        for device in devices - {"meta"}:
+            stack.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
+        if devices == {"cpu"}:
+            stack.enter_context(torch.device("cpu"))
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for owner, held in hooks:
-            owner.update(held)
 
 
-def _similarity(model: nn.Module, samples: dict[str, Tensor], graph: Graph, group: Group) -> Tensor:
-    found = map_similarity(samples, graph, group) if samples else None
-    return choose.filter_similarity(model, graph, group) if found is None else found
+def _looked_at(
+    original: nn.Module, images: Images | None, graph: Graph, init: str, seed: int
+) -> tuple[Samples | None, Positions | None]:
+    """What the original computes on the images; what can't be recognised there keeps its channels."""
+    if images is None or init == "l1":
+        return None, None
+    positions = positions_for(len(images), sum(group.size * len(group.makers) for group in graph.groups), seed)
+    samples = sample(original, images, positions)
+    keep_unsteady(graph, samples.unsteady)
+    check_free(original, graph)
+    return samples, positions
 
 
-def _choose(model: nn.Module, graph: Graph, group: Group, similarity: Tensor, count: int, init: str) -> Choice:
-    if init == "l1":
-        return choose.strongest(choose.filter_strength(model, graph, group), count, group)
-    return choose.choose(similarity, count, group)
-
-
-def _cut(model: nn.Module, graph: Graph, folds: Folds, *, merge: bool) -> None:
-    try:
-        cut(model, graph, folds, merge=merge)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} can't be narrowed: {brief(error)}. Keep the channels of the module it is about: "
-            "`keep=[...]`."
-        ) from error
-
-
-def _check_takes(model: nn.Module, arguments: tuple[Any, ...], what: str) -> None:
-    try:
-        with torch.no_grad():
-            model(*tree_map_only(Tensor, torch.clone, arguments))
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} rejects the {what}: {brief(error)}. Give what its forward takes, at its size and "
-            "normalised as it is used to: `example=...`, `data=...`."
-        ) from error
-
-
-def _check_runs(original: nn.Module, narrowed: nn.Module, example: tuple[Any, ...]) -> None:
-    """Refuse a narrowed model that doesn't run, or returns other shapes."""
-    runner = _runner(narrowed)
-    inside: list[str] = []
-
-    def entered(name: str) -> Callable[..., None]:
-        return lambda *_: inside.append(name)
-
-    def left(*_: Any) -> None:
-        inside.pop()
-
-    for name, module in runner.named_modules():
-        module.register_forward_pre_hook(entered(name))
-        module.register_forward_hook(left)
-    with torch.no_grad():
-        expected = _shapes(original(*tree_map_only(Tensor, torch.clone, example)))
-        try:
-            found = _shapes(runner(*tree_map_only(Tensor, torch.clone, example)))
-        except Exception as error:
-            where = inside[-1] if inside and inside[-1] else type(narrowed).__name__
-            raise ModelError(
-                f"{type(narrowed).__name__} doesn't run when its channels are narrowed: {where} raises {brief(error)}. "
-                "It counts on their number; keep the channels that it reads: `keep=[...]`."
-            ) from error
-    if found != expected:
-        raise ModelError(
-            f"{type(narrowed).__name__} returns {found} when its channels are narrowed, not {expected}. "
-            "Keep the channels of its last layers: `keep=[...]`."
+def _record(
+    width: float | None,
+    flops: float | None,
+    init: str,
+    graph: Graph,
+    chosen: Chosen,
+    images: Images | None,
+) -> Narrowing:
+    record = Narrowing(
+        model="",
+        width=width,
+        flops=flops,
+        init=init,
+        images=images and len(images),
+        held_out=images and held_out(len(images)),
+        groups=[
+            NarrowedGroup(
+                name=group.name,
+                before=group.size,
+                after=len(chosen.choices[group.name].kept) if group.name in chosen.choices else group.size,
+                kept=group.kept,
+            )
+            for group in graph.groups
+        ],
+        modules=[],
+    )
+    if chosen.missed is not None:
+        record.warnings.append(
+            f"{chosen.missed:.4g} of the multiply-adds are left, more than the {flops:g} that was asked for: layers "
+            "whose channels are kept, and operators that belong to no layer, take the rest. Ask for less, or keep less"
         )
-
-
-def _shapes(output: Any) -> list[list[int]]:
-    return [list(leaf.shape) for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+    return record

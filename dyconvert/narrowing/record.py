@@ -47,6 +47,25 @@ class NarrowedModule(BaseModel):
     channels: tuple[int, int] | None = None
 
 
+class SolvedLayer(BaseModel):
+    """Where a layer's weights come from, and how good they are.
+
+    Attributes:
+        name: where it stands.
+        weights: "least-squares", or "merge" where that is better, or where they can't be solved for.
+        error: mean square of what its output is off on images that weren't used to solve, over their variance, behind
+            its batch norm, residual sum and ReLU; None: not known.
+        why: why its weights aren't least squares'.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    weights: str
+    error: float | None = None
+    why: str | None = None
+
+
 class Narrowing(BaseModel):
     """What was narrowed, and how. `print(narrowing)` shows it; `model.dyconvert_narrowing` holds it.
 
@@ -54,28 +73,59 @@ class Narrowing(BaseModel):
         model: the class of the original.
         width, flops: what was asked for.
         init: where the weights came from: "least-squares", "merge" or "l1".
+        macs: the share of the original's multiply-adds that is left, before a conversion.
+        images: how many calibration images were used, those that were held out included.
+        held_out: how many of them weren't used to solve, and tell the errors.
+        error: mean square of what the outputs are off on held-out images, over their variance from image to image;
+            None: not known.
+        merged_error: the same, had all weights been merged.
+        warnings: what isn't as it was asked for, or as one would wish.
         groups: the coupled channels, in the order in which data flows.
+        layers: of least squares, layer by layer, in that order.
         modules: what changed, module by module.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[1] = 1
+    # 1 has no macs, images, errors, warnings and layers.
+    schema_version: Literal[1, 2] = 2
     model: str
     width: float | None = None
     flops: float | None = None
     init: str
+    macs: float | None = None
+    images: int | None = None
+    held_out: int | None = None
+    error: float | None = None
+    merged_error: float | None = None
+    warnings: list[str] = []
     groups: list[NarrowedGroup] = []
+    layers: list[SolvedLayer] = []
     modules: list[NarrowedModule]
 
     def __str__(self) -> str:
-        lines = [f"{self.model}, init {self.init}"]
+        lines = [f"{self.model}, init {self.init}", *(f"  {line}" for line in self.said())]
         for group in self.groups:
             kept = f"  ({group.kept})" if group.kept else ""
             lines.append(f"  {group.name}: {group.before} -> {group.after}{kept}")
+        if self.layers:
+            lines.append("  error of each layer on held-out images:")
+        for layer in self.layers:
+            error = "not known" if layer.error is None else f"{layer.error:.3f}"
+            lines.append(f"    {layer.name}: {error}{f'  (merged: {layer.why})' if layer.why else ''}")
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def said(self) -> list[str]:
+        """What the record says as a whole: multiply-adds, the outputs' error, warnings."""
+        lines = []
+        if self.macs is not None:
+            lines.append(f"{self.macs:.1%} of the multiply-adds")
+        if self.error is not None:
+            merged = "" if self.merged_error is None else f"; {self.merged_error:.3g} by merging alone"
+            lines.append(f"the outputs' error on {self.held_out} held-out images: {self.error:.3g}{merged}")
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
 
 def changes(original: nn.Module, narrowed: nn.Module) -> list[NarrowedModule]:

@@ -1,0 +1,264 @@
+"""What torch-pruning doesn't follow, or follows wrongly: padded channels, reshapes, splits, weights of a special kind.
+
+- A reshape that takes channels apart, as ShuffleNet's channel shuffle does, breaks its guess of how many channels
+  there are (ZeroDivisionError), and so do splits. They are traced as elementwise operators, and groups that pass
+  through them keep their channels, as those do that pass through any operator not known to leave channels alone.
+- `F.pad` over channels, the CIFAR ResNets' shortcut, couples channel i with channel i + before.
+- A weight that is computed at each call (weight_norm, spectral_norm, parametrizations, pruning's masks), or that
+  several modules share, keeps its channels.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from dyconvert.narrowing import torch_pruning_bridge as bridge
+from dyconvert.surgery.adapters import unsupported
+
+# Backward nodes of operators that treat every channel by itself and keep the channels' order. What is left when
+# "Backward0" is taken away.
+_CHANNELWISE = {
+    *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Rsqrt", "Exp", "Log", "Abs", "Clamp", "ClampMin"),
+    *(
+        "Relu",
+        "Hardtanh",
+        "Hardswish",
+        "Hardsigmoid",
+        "Sigmoid",
+        "Tanh",
+        "Silu",
+        "Gelu",
+        "LeakyRelu",
+        "Elu",
+        "Softplus",
+    ),
+    *("Mish", "PreluKernel", "NativeDropout", "Mean", "Amax", "Sum", "LinalgVectorNorm"),
+    *("MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "MkldnnAdaptiveAvgPool2D"),
+    *("MaxPool3DWithIndices", "AvgPool3D", "AdaptiveAvgPool3D", "AdaptiveMaxPool3D", "MaxPool2D"),
+    *("AvgPool1D", "AdaptiveAvgPool1D", "MaxPool1D"),
+    *("UpsampleBilinear2D", "UpsampleNearest2D", "UpsampleBicubic2D", "UpsampleBilinear2DAa", "UpsampleNearest1D"),
+    *("UpsampleNearest3D", "UpsampleTrilinear3D", "UpsampleLinear1D"),
+    *("ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D", "ReflectionPad1D", "ReplicationPad1D"),
+    *("Cat", "Clone", "ToCopy", "T", "Permute", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Alias", "Copy"),
+    *("View", "UnsafeView", "ReshapeAlias", "AsStrided", "Slice"),
+    *("Convolution", "Addmm", "Mm", "NativeBatchNorm", "NativeLayerNorm", "NativeGroupNorm", "CudnnBatchNorm"),
+    *("CudnnConvolution", "MkldnnConvolution"),
+}
+
+
+@dataclass
+class Padding:
+    """Zero channels that a shortcut adds, before and after those that it reads."""
+
+    before: int
+    after: int
+
+
+class Obstacles:
+    """Why channels can't be narrowed, by the nodes that they pass through.
+
+    Args:
+        model: the model that is traced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._spatial = max((len(m.kernel_size) for m in model.modules() if isinstance(m, _ConvNd)), default=2)
+        self._shared = shared_weights(model)
+
+    def mend(self, nodes: list[bridge.Node]) -> None:
+        """Correct what is traced, before it is known which channels go together."""
+        for node in nodes:
+            kind = bridge.kind(node)
+            if kind in ("SPLIT", "UNBIND") or (kind == "RESHAPE" and not self._is_flatten(node.grad_fn)):
+                bridge.treat_as_elementwise(node)
+        sizes = _Sizes()
+        for node in nodes:
+            if bridge.kind(node) == "ELEMENTWISE" and bridge.is_operator(node) and len(node.inputs) > 1:
+                counts = {id(source): sizes.of(source) for source in node.inputs}
+                # A gate of one channel for all of them is broadcast.
+                if 1 in counts.values() and any(count is not None and count > 1 for count in counts.values()):
+                    for source in [s for s in node.inputs if counts[id(s)] == 1]:
+                        bridge.part(source, node)
+
+    def _is_flatten(self, grad_fn: Any) -> bool:
+        return len(_sizes(grad_fn)) in (2, self._spatial + 2)
+
+    def of(self, node: bridge.Node, channels: int) -> str | None:
+        """Why the channels that pass through this node can't be narrowed, or None if they can.
+
+        Args:
+            channels: how many there are at least.
+        """
+        if bridge.kind(node) in ("MHA", "LSTM", "EMBED"):
+            return f"they pass through {type(node.module).__name__}"
+        if not bridge.is_operator(node):
+            return self._of_module(node.module)
+        if bridge.is_output(node) or node.grad_fn is None:
+            return None
+        operator = _operator(node.grad_fn)
+        if operator == "Cat" and not _only_adds_last(node):
+            return "they are concatenated with what the forward makes itself"
+        if operator in _REDUCTIONS and _over(node, _channels_read(node) or channels):
+            return "they are reduced to one (a mean, sum or maximum over channels)"
+        if operator in ("Split", "SplitWithSizes", "Unbind"):
+            return "they are split into parts (split, chunk)"
+        if operator not in _CHANNELWISE:
+            return f"they pass through the operator {operator}, which may mix channels"
+        if operator in ("View", "UnsafeView", "ReshapeAlias") and not self._is_flatten(node.grad_fn):
+            return "they are reshaped, as by a channel shuffle"
+        if operator == "Slice" and _saved(node.grad_fn, "dim") in (1, None):
+            return "they are sliced"
+        if operator == "ConstantPadNd" and self.padding(node) and not hasattr(node, "dyconvert_padding"):
+            return "they are padded by constant_pad_nd, which no module of its own calls"
+        return None
+
+    def _of_module(self, module: Any) -> str | None:
+        if not isinstance(module, nn.Module):
+            return None
+        parameters = list(module.parameters(recurse=False))
+        if any(id(p) in self._shared for p in parameters):
+            return f"the weight of a {type(module).__name__} is shared with another module"
+        return computed_weight(module)
+
+    def padding(self, node: bridge.Node) -> tuple[int, int] | None:
+        """Zero channels that a node adds before and after, if any: the pair behind those of the spatial dimensions."""
+        if node.grad_fn is None or _operator(node.grad_fn) != "ConstantPadNd":
+            return None
+        pair = tuple(_saved(node.grad_fn, "pad") or ())[2 * self._spatial : 2 * self._spatial + 2]
+        return pair if any(pair) else None
+
+
+class _Sizes:
+    """How many channels nodes return; None where it can't be told."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int | None] = {}
+
+    def of(self, node: bridge.Node) -> int | None:
+        # Depth first, without recursion: graphs are deep.
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if id(top) in self._known:
+                stack.pop()
+                continue
+            missing = [] if _own_size(top) is not None else [s for s in top.inputs if id(s) not in self._known]
+            if missing and not any(s in stack for s in missing):
+                stack.extend(missing)
+                continue
+            self._known[id(top)] = self._from_inputs(top)
+            stack.pop()
+        return self._known[id(node)]
+
+    def _from_inputs(self, node: bridge.Node) -> int | None:
+        if (own := _own_size(node)) is not None:
+            return own
+        counts = [self._known.get(id(source)) for source in node.inputs]
+        if not counts or None in counts or bridge.kind(node) not in (*_KEEP_COUNT, "CONCAT"):
+            return None
+        if bridge.kind(node) == "CONCAT":
+            return sum(counts) if _cat_dim(node.grad_fn) == 1 else None
+        reduces = bridge.is_operator(node) and _operator(node.grad_fn) in _REDUCTIONS and _over(node, max(counts))
+        return 1 if reduces else max(counts)
+
+
+# Nodes that return as many channels as they read.
+_KEEP_COUNT = ("ELEMENTWISE", "EXPAND", "OUTPUT", "BN", "LN", "GN", "IN", "PRELU")
+
+
+def _own_size(node: bridge.Node) -> int | None:
+    module = node.module
+    if isinstance(module, _ConvNd):
+        return module.out_channels
+    return module.out_features if isinstance(module, nn.Linear) else None
+
+
+# Backward nodes of operators that may reduce channels to one.
+_REDUCTIONS = {"Mean", "Sum", "Amax", "Amin", "LinalgVectorNorm"}
+
+
+def _channels_read(node: bridge.Node) -> int | None:
+    sizes = _Sizes()
+    return max((count for source in node.inputs if (count := sizes.of(source)) is not None), default=None)
+
+
+def _over(node: bridge.Node, channels: int) -> bool:
+    """Whether a reduction is over the dimension of so many channels: 1, or the last where it has their number."""
+    shape, dims = _sizes(node.grad_fn), _saved(node.grad_fn, "dim")
+    if len(shape) < 2 or dims is None or channels == 1:
+        return False
+    # Negative dimensions are kept as unsigned numbers.
+    several = dims if isinstance(dims, tuple | list) else (dims,)
+    reduced = {(d - 2**64 if d >= 2**63 else d) % len(shape) for d in several}
+    at = 1 if shape[1] == channels or shape[-1] != channels else len(shape) - 1
+    return at in reduced
+
+
+def _cat_dim(grad_fn: Any) -> int:
+    dim = _saved(grad_fn, "dim")
+    return -1 if dim is None else dim - 2**64 if dim >= 2**63 else dim
+
+
+def _only_adds_last(node: bridge.Node) -> bool:
+    """Whether a concatenation has all inputs in the graph, or lacks the last ones only, for convs that read it."""
+    inside = [function is not None for function, _ in node.grad_fn.next_functions]
+    if all(inside):
+        return True
+    readers = all(isinstance(reader.module, _ConvNd) for reader in node.outputs)
+    return readers and _cat_dim(node.grad_fn) == 1 and inside == sorted(inside, reverse=True)
+
+
+def computed_weight(module: nn.Module) -> str | None:
+    """Why a module's weight is none of its own parameters, but computed from others at each call; None if it isn't."""
+    if isinstance(module, _ConvNd) and (parametrize.is_parametrized(module) or not _is_plain(module)):
+        return f"{type(module).__name__}: {unsupported(module)}"
+    if parametrize.is_parametrized(module):
+        return f"a {type(module).__name__} is parametrized; parametrize.remove_parametrizations makes it plain"
+    if not _is_plain(module):
+        return f"the weight of a {type(module).__name__} is computed by a hook (weight_norm, prune); remove that first"
+    return None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return not isinstance(weight, Tensor) or "weight" in module._parameters or "weight" in module._buffers
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules have."""
+    counts = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return {key for key, count in counts.items() if count > 1}
+
+
+def _operator(grad_fn: Any) -> str:
+    """`Relu` for ReluBackward0; a function of Python's by its class."""
+    name = grad_fn.name() if hasattr(grad_fn, "name") else type(grad_fn).__name__
+    return name.rpartition(".")[2].rstrip("0123456789").removesuffix("Backward")
+
+
+def _sizes(grad_fn: Any) -> tuple[int, ...]:
+    return tuple(_saved(grad_fn, "self_sym_sizes") or _saved(grad_fn, "self_sizes") or ())
+
+
+def _saved(grad_fn: Any, name: str) -> Any:
+    """What an autograd node kept of an operator's arguments; None where it has no such thing."""
+    return getattr(grad_fn, f"_saved_{name}", None)
+
+
+def follow_padding(graph: bridge.DependencyGraph, found: Obstacles, owner: Callable[..., str | None]) -> None:
+    """Couple what a channel-padding shortcut reads with what it returns.
+
+    Args:
+        owner: gives the name of the module that pads, by its grad_fn and by how many channels, or None.
+    """
+    for node in bridge.nodes(graph):
+        if (pair := found.padding(node)) is None or (name := owner(node.grad_fn, *pair)) is None:
+            continue
+        node.dyconvert_padding = name
+        for before in node.inputs:
+            bridge.shift_channels(node, before, pair[0], bridge.channels_out(graph, before))

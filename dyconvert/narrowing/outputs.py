@@ -1,0 +1,43 @@
+"""How far a narrowed model's outputs are from the original's."""
+
+import torch
+from torch import Tensor, nn
+
+from dyconvert.narrowing.images import Images
+from dyconvert.narrowing.positions import held_out
+from dyconvert.outputs import tensors_in
+
+
+@torch.no_grad()
+def output_error(original: nn.Module, narrowed: nn.Module, images: Images) -> float | None:
+    """How far the narrowed model's outputs are off on the images that are held out.
+
+    Mean square of the difference, over the variance from image to image; the mean over the output's tensors. 1 is
+    what each output's mean would have. None where it can't be told: too few images, or outputs of other shapes.
+
+    Args:
+        original, narrowed: in eval mode.
+    """
+    count = held_out(len(images))
+    if not count:
+        return None
+    first = len(images) - count
+    wanted, found = (
+        [t for _, t in tensors_in(model(*images.part(first, len(images)))) if t.is_floating_point() and t.numel()]
+        for model in (original, narrowed)
+    )
+    if [t.shape for t in wanted] != [t.shape for t in found]:
+        return None
+    errors = [e for a, b in zip(wanted, found, strict=True) if (e := _error(a.double(), b.double(), count)) is not None]
+    return sum(errors) / len(errors) if errors else None
+
+
+def _error(wanted: Tensor, found: Tensor, count: int) -> float | None:
+    if not wanted.isfinite().all():
+        return None
+    by_image = count > 1 and wanted.dim() > 1 and len(wanted) == count
+    mean = wanted.mean(0) if by_image else wanted.mean()
+    variance = (wanted - mean).square().mean()
+    if variance <= 1e-12 * wanted.square().mean():
+        return None
+    return ((wanted - found).square().mean() / variance).nan_to_num(float("inf"), float("inf")).item()

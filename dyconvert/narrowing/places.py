@@ -1,0 +1,142 @@
+"""Where an operator stands in a forward: in which call of which module, and as which of its kind there.
+
+Modules' hooks don't see an addition in a block's forward, so a run is watched operator by operator. Numbers alone
+don't tell which is which: a model may run other operators for one image than for many (`reshape(-1, C)`,
+`contiguous()`, `einsum`, a loop over the images). An operator's place leaves out what other operators do.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dyconvert.torch_internals import DispatchMode
+
+
+class Place(NamedTuple):
+    """An operator of a forward.
+
+    Attributes:
+        module: name of the innermost module whose call it belongs to.
+        call: which of that module's calls, from 0.
+        operator: as "add.Tensor".
+        nth: which of the operators of this name in that call, from 0.
+    """
+
+    module: str
+    call: int
+    operator: str
+    nth: int
+
+
+class Call(NamedTuple):
+    """A call of a module: what it returned, as the operator's number, and that tensor's shape."""
+
+    number: int | None
+    shape: tuple[int, ...]
+
+
+class Watch(DispatchMode):
+    """Records a forward: each operator's place, what it reads, and what each module's calls return.
+
+    Args:
+        model: its modules' calls are followed by hooks while this context is entered.
+        wanted: who is told an operator's output as soon as it is there, by place.
+
+    Attributes:
+        places, inputs, arguments, shapes: of each operator: its place; the numbers of the operators that made the
+            tensors it reads, None for what was there before; its arguments that aren't tensors; its output's shape.
+        calls: by module name, its calls in order.
+        returned: the numbers of the operators whose outputs the model returns.
+    """
+
+    def __init__(self, model: nn.Module, wanted: dict[Place, list[Callable[[Tensor], None]]] | None = None) -> None:
+        super().__init__()
+        self.places: list[Place] = []
+        self.inputs: list[list[int | None]] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.calls: dict[str, list[Call]] = {}
+        self.returned: set[int] = set()
+        self._model = model
+        self._wanted = wanted or {}
+        self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._stack: list[tuple[str, int, Counter[str]]] = [("", 0, Counter())]
+        self._called: Counter[str] = Counter()
+        self._handles: list[Any] = []
+
+    def number(self, value: Any) -> int | None:
+        """The number of the operator that made this tensor; None for what no operator of this run made."""
+        found = self._made.get(id(value))
+        return found[1] if found is not None and found[0]() is value else None
+
+    def __enter__(self) -> "Watch":
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._entered(name), prepend=True))
+            self._handles.append(module.register_forward_hook(self._left(name), always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _entered(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._stack.append((name, self._called[name], Counter()))
+            self._called[name] += 1
+
+        return hook
+
+    def _left(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+            shape = tuple(output.shape) if isinstance(output, Tensor) else ()
+            self.calls.setdefault(name, []).append(Call(self.number(output), shape))
+            if not name:
+                self.returned = {self.number(leaf) for leaf in tree_leaves(output)} - {None}
+
+        return hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        reads = [self.number(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        output = func(*args, **kwargs)
+        module, call, counts = self._stack[-1]
+        operator = func.__name__
+        place = Place(module, call, operator, counts[operator])
+        counts[operator] += 1
+        number = len(self.places)
+        self.places.append(place)
+        self.inputs.append(reads)
+        plain = tuple(None if isinstance(value, Tensor | list) else value for value in args)
+        self.arguments.append((plain, {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}))
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.shapes.append(tuple(made[0].shape) if made else ())
+        for leaf in made:
+            self._keep(leaf, number)
+        for tell in self._wanted.get(place, ()):
+            tell(output if isinstance(output, Tensor) else output[0])
+        return output
+
+    def _keep(self, t: Tensor, number: int) -> None:
+        key, made = id(t), self._made
+        # Another tensor may get the same id once this one is gone.
+        made[key] = weakref.ref(t, lambda _: made.pop(key, None)), number
+
+
+@torch.no_grad()
+def watched(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    wanted: dict[Place, list[Callable[[Tensor], None]]] | None = None,
+) -> Watch:
+    """Run the model once, and return what was seen."""
+    watch = Watch(model, wanted)
+    with watch:
+        model(*arguments)
+    return watch

@@ -1,0 +1,65 @@
+"""Where maps are sampled: the same rows of all maps of one size, and which of them are of held-out images."""
+
+import torch
+from torch import Tensor
+
+# Bytes of all samples together, and the rows of one layer that this may come to.
+_SAMPLES = 2 << 30
+_ROWS = (4096, 32768)
+
+# At most so many images, or this share of them, aren't used to solve the weights, but to see how good these are.
+_HELD_OUT = 100
+_HELD_OUT_SHARE = 5
+
+
+def held_out(images: int) -> int:
+    """How many of so many images are held out: the last ones."""
+    return 0 if images < 2 else min(max(images // _HELD_OUT_SHARE, 1), _HELD_OUT)
+
+
+class Positions:
+    """Rows of maps: a map `[N, C, *spatial]`, or `[..., C]`, has a row for each pixel, of C numbers.
+
+    Args:
+        images: how many there are.
+        limit: rows of one layer.
+    """
+
+    def __init__(self, images: int, limit: int, seed: int) -> None:
+        self._images = images
+        self._fitted = images - held_out(images)
+        self._limit = limit
+        self._seed = seed
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, rows: int, calls: int = 1) -> Tensor:
+        """`[P]`: numbers of the sampled rows of a map that has `rows`, in order; fewer where a layer has `calls`."""
+        if (rows, calls) not in self._known:
+            limit = max(self._limit // calls, 64)
+            generator = torch.Generator().manual_seed(self._seed)
+            chosen = torch.arange(rows)
+            if rows > limit:
+                chosen = torch.randint(rows, (limit,), generator=generator).unique()
+            self._known[rows, calls] = chosen
+        return self._known[rows, calls]
+
+    def fitted(self, rows: int, calls: int = 1) -> int:
+        """How many of the sampled rows are of images that the weights are solved on: the first so many.
+
+        A map's rows are taken to stand in the order of its images; a map of fewer rows than images has no order.
+        """
+        return int((self.of(rows, calls) < rows * self._fitted / self._images).sum())
+
+    def take(self, x: Tensor, channels_first: bool, calls: int = 1) -> Tensor:
+        """The sampled rows `[P, C]` of a map `[N, C, *spatial]`, or `[..., C]`."""
+        if channels_first:
+            x = x.movedim(1, -1)
+        leading = tuple(x.shape[:-1])
+        rows = x.numel() // x.shape[-1]
+        return x[torch.unravel_index(self.of(rows, calls).to(x.device), leading)]
+
+
+def positions_for(images: int, channels: int, seed: int) -> Positions:
+    """As many rows as the samples of `channels` channels may take memory for."""
+    low, high = _ROWS
+    return Positions(images, min(max(_SAMPLES // (4 * max(channels, 1)), low), high), seed)

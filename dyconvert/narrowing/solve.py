@@ -1,0 +1,180 @@
+"""Ridge regression towards a prior, its strength chosen on rows that aren't used to solve.
+
+Minimises ``|x W - z|^2 / P + ridge * mean(var x) * |W - prior|^2`` over the rows of the images that are solved on, for
+each group of a grouped conv (Hoerl and Kennard 1970); the factorisation is in float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Relative to the inputs' mean variance: enough against noise, far below what carries signal. Where held-out rows say
+# so, ten times as much or as little, and again; the largest leaves next to nothing but the prior.
+RIDGE = 1e-2
+_STEP = 10.0
+_WEAKEST, _STRONGEST = 1e-5, 1e3
+# Passes over what an activation cuts off.
+_ROUNDS = 10
+
+
+@dataclass
+class Rows:
+    """What a layer reads and what it is to return, at the sampled rows of its calls.
+
+    Attributes:
+        x: `[P, groups, F]`: what the narrowed layer multiplies its weights with.
+        z: `[P, C_out]`: what the original computes.
+        added: `[P, C_out]`: what a sum adds to the layer's output before its activation; None: nothing.
+        fitted: the rows before this one are solved on, those from there on are held out.
+        clamp: the range that an activation leaves.
+    """
+
+    x: Tensor
+    z: Tensor
+    added: Tensor | None
+    fitted: int
+    clamp: tuple[float, float] | None
+
+    def error(self, made: Tensor) -> float | None:
+        """Mean square of what `made` `[P, C_out]` is off on held-out rows, over their variance; None without rows.
+
+        Both are seen behind the activation. 1 is what the mean of each channel would have.
+        """
+        held = len(self.z) - self.fitted
+        if held < 2:
+            return None
+        wanted, found = self.z[self.fitted :], made[self.fitted :]
+        if self.added is not None:
+            wanted, found = wanted + self.added[self.fitted :], found + self.added[self.fitted :]
+        if self.clamp is not None:
+            wanted, found = wanted.clamp(*self.clamp), found.clamp(*self.clamp)
+        variance = wanted.double().var(0, correction=0).mean().clamp(min=1e-30)
+        return ((wanted.double() - found.double()).square().mean() / variance).item()
+
+
+@dataclass
+class Solution:
+    """A layer's weights as :func:`solve` finds them.
+
+    Attributes:
+        weight: `[groups, F, C_out / groups]`: from the inputs, less their mean, to the outputs, less theirs.
+        mean_in: `[groups, F]`.
+        mean_out: `[C_out]`.
+        variance: `[C_out]`: of the outputs that these weights give.
+        error: as :meth:`Rows.error` has it.
+        ridge: the strength that was chosen.
+    """
+
+    weight: Tensor
+    mean_in: Tensor
+    mean_out: Tensor
+    variance: Tensor
+    error: float | None
+    ridge: float
+
+
+class _Normal:
+    """The normal equations of a layer's rows."""
+
+    def __init__(self, rows: Rows, center: bool) -> None:
+        x, z, fit = rows.x, rows.z, slice(rows.fitted)
+        groups = x.shape[1]
+        self.rows = rows
+        self.center = center
+        self.mean_in = x[fit].mean(0) if center else x.new_zeros(x.shape[1:])
+        self.mean_out = z[fit].mean(0) if center else z.new_zeros(z.shape[1:])
+        self.left = (x - self.mean_in).transpose(0, 1)  # [g, P, F]
+        self.gram = self._product(self.left[:, fit])
+        self.scale = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12).view(-1, 1, 1)
+        self.groups = groups
+        self.cross = self.cross_with(z, self.mean_out)
+        self.eye = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
+
+    def _product(self, right: Tensor) -> Tensor:
+        left = self.left[:, : self.rows.fitted]
+        return (left.mT @ right).double() / self.rows.fitted
+
+    def cross_with(self, z: Tensor, mean: Tensor) -> Tensor:
+        fit = slice(self.rows.fitted)
+        return self._product((z[fit] - mean).unflatten(1, (self.groups, -1)).transpose(0, 1))
+
+    def factor(self, ridge: float) -> Tensor:
+        return torch.linalg.cholesky(self.gram + ridge * self.scale * self.eye)
+
+    def made(self, weight: Tensor, mean: Tensor) -> Tensor:
+        """`[P, C_out]`: what these weights return."""
+        return (self.left @ weight.to(self.left.dtype)).transpose(0, 1).flatten(1) + mean
+
+
+def solve(rows: Rows, priors: list[Tensor], *, center: bool, ridge: float = RIDGE) -> Solution:
+    """Find the weights, towards the prior, and with the ridge, that held-out rows favour.
+
+    Args:
+        priors: `[groups, F, C_out / groups]` each: what the weights are where the images don't tell; the first one
+            counts where there are no held-out rows.
+        center: with a bias, which takes the means.
+        ridge: where the search begins, and what it is where there are no held-out rows.
+
+    Raises:
+        torch.linalg.LinAlgError: the rows aren't finite.
+    """
+    normal = _Normal(rows, center)
+
+    def at(strength: float) -> tuple[float, Tensor, Tensor, float]:
+        factor = normal.factor(strength)
+        pull = strength * normal.scale
+        found = []
+        for prior in priors if rows.fitted < len(rows.z) else priors[:1]:
+            weight = torch.cholesky_solve(normal.cross + pull * prior, factor)
+            error = rows.error(normal.made(weight, normal.mean_out))
+            found.append((float("nan") if error is None else error, weight, prior))
+        error, weight, prior = min(found, key=lambda entry: entry[0])
+        return error, weight, prior, strength
+
+    best = _search(at, ridge)
+    error, weight, prior, strength = best
+    mean_out = normal.mean_out
+    error = None if error != error else error
+    if rows.clamp is not None:
+        clamped, mean = _behind_the_clamp(normal, weight, strength, prior)
+        after = rows.error(normal.made(clamped, mean))
+        if after is None or after <= error:
+            weight, mean_out, error = clamped, mean, after
+    variance = torch.einsum("gfc,gfe,gec->gc", weight, normal.gram, weight).flatten()
+    return Solution(weight, normal.mean_in.double(), mean_out.double(), variance, error, strength)
+
+
+def _search(
+    at: Callable[[float], tuple[float, Tensor, Tensor, float]], ridge: float
+) -> tuple[float, Tensor, Tensor, float]:
+    """Walk to the ridge of the least error, up or down by the same factor; stay where there are no errors."""
+    best = at(ridge)
+    for factor in (_STEP, 1 / _STEP):
+        moved = False
+        while best[3] * factor * 1.01 >= _WEAKEST and best[3] * factor <= _STRONGEST * 1.01:
+            other = at(best[3] * factor)
+            if not other[0] < best[0]:
+                break
+            best, moved = other, True
+        if moved:
+            break
+    return best
+
+
+def _behind_the_clamp(normal: _Normal, weight: Tensor, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and means for what is left behind an activation: what it cuts off needs no more than to be cut off."""
+    rows = normal.rows
+    low, high = rows.clamp
+    base = 0 if rows.added is None else rows.added
+    whole = rows.z + base
+    below, above = whole <= low, whole >= high
+    factor, pull = normal.factor(ridge), ridge * normal.scale
+    mean = normal.mean_out
+    for _ in range(_ROUNDS):
+        made = normal.made(weight, mean) + base
+        moved = torch.where(below, made.clamp(max=low), torch.where(above, made.clamp(min=high), whole)) - base
+        mean = moved[: rows.fitted].mean(0) if normal.center else mean
+        weight = torch.cholesky_solve(normal.cross_with(moved, mean) + pull * prior, factor)
+    return weight, mean
