@@ -305,7 +305,7 @@ class Counts(Net):
         (net, {"flops": 1e-4, "static": True}, ModelError, r"can't be reached: at the narrowest, 0\.\d+ .*Ask for 0"),
         (net, {}, PlanError, "Give one of the two"),
         (net, {"width": 0.5, "flops": 0.5}, PlanError, "Give one of the two"),
-        (net, {"width": 0.5, "init": "least-squares"}, PlanError, r"images, and there are none.*--data"),
+        (net, {"width": 0.5, "init": "least-squares"}, PlanError, r"images, and there are none.*`data="),
         (net, {"width": 0.5, "init": "magic"}, PlanError, "least-squares, merge, l1"),
         (net, {"width": 0.5, "data": []}, ModelError, "holds no images"),
         (net, {"width": 0.5, "data": ["cat.png"]}, ModelError, "gave a str"),

@@ -18,6 +18,7 @@ from dyconvert.analysis.flops import macs
 
 pytest.importorskip("torch_pruning")
 
+
 def narrowed(model: nn.Module, data: object, **options: object) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -52,7 +52,9 @@ def test_kinds_of_nodes():
     flat = nn.Sequential(model.a, nn.Flatten(), nn.Linear(512, 2), nn.ReLU())
     kinds = [bridge.kind(node) for node in bridge.nodes(traced(flat)) if bridge.is_operator(node)]
     assert "RESHAPE" in kinds
-    assert {"OUTPUT"} == {bridge.kind(node) for node in bridge.nodes(traced(nn.Sequential(model.a, Twice()))) if bridge.is_output(node)}
+    assert {"OUTPUT"} == {
+        bridge.kind(node) for node in bridge.nodes(traced(nn.Sequential(model.a, Twice()))) if bridge.is_output(node)
+    }
 
 
 def test_it_traces_the_mode_that_is_asked_for():

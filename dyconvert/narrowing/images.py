@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyconvert.errors import ModelError
-from dyconvert.surgery.adapters import CONVS
+from dyconvert.surgery.adapters import is_conv
 from dyconvert.surgery.observe import example_for
 
 # How a map is resized, by its number of spatial dimensions.
@@ -111,7 +111,7 @@ def _dims(model: nn.Module, example: Any) -> int:
         return example.dim() - 1
     if isinstance(example, list):
         return example[0].dim()
-    first = next((m for m in model.modules() if isinstance(m, CONVS)), None)
+    first = next((m for m in model.modules() if is_conv(m)), None)
     return len(first.kernel_size) + 1 if first is not None else 3
 
 
