@@ -6,11 +6,15 @@
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from dyconvert.version import __version__
 
+# Type checkers take this name for true. Importing it from typing would double the time that this module takes.
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from dyconvert.checkpoint import load, save
     from dyconvert.differences import Differences, verify
     from dyconvert.errors import (
@@ -132,7 +136,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
         globals()[name] = value

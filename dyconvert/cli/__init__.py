@@ -12,7 +12,7 @@ from dyconvert.cli import interrupts
 
 def main() -> None:
     """Run the command in `sys.argv`: errors end with exit code 2, Ctrl-C with 130."""
-    with interrupts.taken_over():
+    with interrupts.TakenOver():
         code = _code()
     sys.exit(code)
 

@@ -126,9 +126,9 @@ app.add_typer(recipes.app, name="recipes", rich_help_panel=_LISTING)
 
 def run(arguments: list[str]) -> int:
     """Run a command, and return its exit code."""
-    completing.join_colons()
     try:
-        return app(args=arguments, prog_name="dyconvert", standalone_mode=False) or 0
+        with completing.words_with_colons():
+            return app(args=arguments, prog_name="dyconvert", standalone_mode=False) or 0
     except DyconvertError as error:
         return _failed(str(error))
     except BrokenPipeError:

@@ -1,7 +1,11 @@
 """Tab completion of names, without importing the libraries that have them."""
 
+import contextlib
+import io
 import os
 import re
+import sys
+from collections.abc import Iterator
 
 
 def models(incomplete: str) -> list[str]:
@@ -15,9 +19,7 @@ def models(incomplete: str) -> list[str]:
         names = [name for source in ("torchvision", "builtin") for name in found[source]]
         names += [f"{each}:" for each in LIBRARIES if each in found]
         return [name for name in names if name.startswith(incomplete)]
-    # bash takes what stands behind a colon for a word of its own.
-    before = "" if _in_bash() else f"{library}:"
-    return [before + name for name in found.get(library, []) if name.startswith(start)]
+    return [f"{library}:{name}" for name in found.get(library, []) if name.startswith(start)]
 
 
 def methods(incomplete: str) -> list[str]:
@@ -42,10 +44,16 @@ def recipes_and_sweeps(incomplete: str) -> list[str]:
     return recipes(incomplete) + sweeps(incomplete)
 
 
-def join_colons() -> None:
-    """Undo bash's splitting of words at colons in what it asks to be completed: `timm : resn` is `timm:resn`."""
+@contextlib.contextmanager
+def words_with_colons() -> Iterator[None]:
+    """Within this, bash's words are those that were typed. It splits them at colons: `timm : resn` is `timm:resn`.
+
+    It takes what is printed for what follows the last colon, so what stands before that isn't printed.
+    """
     words, at = os.environ.get("COMP_WORDS"), os.environ.get("COMP_CWORD", "")
-    if not _in_bash() or words is None or not at.isdigit():
+    in_bash = os.environ.get("_DYCONVERT_COMPLETE", "").endswith("complete_bash")
+    if not in_bash or words is None or not at.isdigit():
+        yield
         return
     joined: list[str] = []
     index = 0
@@ -57,7 +65,10 @@ def join_colons() -> None:
         if number == int(at):
             index = len(joined) - 1
     os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = " ".join(joined), str(index)
-
-
-def _in_bash() -> bool:
-    return os.environ.get("_DYCONVERT_COMPLETE", "").endswith("bash")
+    before = "".join(joined[index].rpartition(":")[:2]) if index < len(joined) else ""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        sys.stdout.write("".join(line.removeprefix(before) for line in printed.getvalue().splitlines(keepends=True)))

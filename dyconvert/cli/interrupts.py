@@ -10,11 +10,12 @@ import atexit
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False  # this is the first module that runs, and typing takes longer than all of it
+
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
 
 CODE = 130
 MESSAGE = "Stopped. Nothing half-written was left."
@@ -26,24 +27,27 @@ _process = 0
 _seen = False
 
 
-@contextmanager
-def taken_over() -> Iterator[None]:
-    """Within this, Ctrl-C is handled as above; in a thread, as it was before."""
-    global _process, _seen
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _process, _seen = os.getpid(), False
-    before, hook = signal.signal(signal.SIGINT, _handle), sys.unraisablehook
-    sys.unraisablehook = _unraisable
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        sys.unraisablehook = hook
-        # All is done: while Python shuts down there is nothing to stop. What is registered last runs first.
-        atexit.unregister(_ignore)
-        atexit.register(_ignore)
+class TakenOver:
+    """Within this context, Ctrl-C is handled as above; in a thread that isn't the main one, as it was before."""
+
+    def __enter__(self) -> None:
+        global _process, _seen
+        _process, _seen = os.getpid(), False
+        self.hook = sys.unraisablehook
+        try:
+            self.before = signal.signal(signal.SIGINT, _handle)
+        except ValueError:  # not the main thread
+            self.before = None
+            return
+        sys.unraisablehook = _unraisable
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self.hook
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+            # All is done: while Python shuts down there is nothing to stop. What is registered last runs first.
+            atexit.unregister(_ignore)
+            atexit.register(_ignore)
 
 
 def seen() -> bool:
@@ -55,7 +59,7 @@ def _ignore() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, frame: "FrameType | None") -> None:
     global _seen
     if os.getpid() != _process:
         os._exit(CODE)  # a worker: the terminal sends Ctrl-C to all, and the first process says so
@@ -66,7 +70,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _importing(frame: "FrameType | None") -> bool:
     importing = False
     while frame is not None:
         name = frame.f_code.co_filename
@@ -87,7 +91,7 @@ def _exit() -> None:
         os._exit(CODE)
 
 
-def _unraisable(unraisable: Any) -> None:
+def _unraisable(unraisable: "Any") -> None:
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         _thread.interrupt_main()  # it was raised in a callback, where Python can only print it
         return
