@@ -115,6 +115,33 @@ def test_temperature_falls_and_experts_wait(tmp_path):
     assert not torch.equal(model[0].weight, start[0].weight)
 
 
+def test_a_late_conversion_trains_as_the_static_network_until_then(tmp_path):
+    for name in ("frozen", "static", "turned"):
+        (tmp_path / name).mkdir()
+    frozen = recipe(tmp_path / "frozen", dynamic={"freeze_predictors_epochs": 2, "predictor_adam": 0.01}, model="plain")
+    finetune(frozen, progress=False)
+    finetune(recipe(tmp_path / "static", convert=None, model="plain"), progress=False)
+    dynamic, static = (load(tmp_path / name / "run/last") for name in ("frozen", "static"))
+    convs = [module for module in dynamic.modules() if isinstance(module, DynamicConv)]
+    assert len(convs) == 2
+    x = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(dynamic(x), static(x), rtol=1e-4, atol=1e-5)
+    assert all(not m.linear.weight.any() for m in dynamic.modules() if isinstance(m, CoefficientPredictor))
+    turned = recipe(tmp_path / "turned", dynamic={"freeze_predictors_epochs": 1.5, "predictor_adam": 0.01})
+    finetune(turned, progress=False)
+    found = [m for m in load(tmp_path / "turned/run/last").modules() if isinstance(m, CoefficientPredictor)]
+    assert all(m.linear.weight.any() for m in found)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 10.0])
+def test_decay_of_experts(tmp_path, factor):
+    made = recipe(tmp_path, dynamic={"expert_decay": factor}, train={"weight_decay": 0.1, "lr": 0.01})
+    groups = {group["name"]: group for group in parameter_groups(recipe_start(made), made.train, made.dynamic)}
+    # What a step takes off a weight: rate times decay.
+    assert groups["experts"]["lr"] * groups["experts"]["weight_decay"] == pytest.approx(factor * 0.001)
+    assert groups["weights"]["lr"] * groups["weights"]["weight_decay"] == pytest.approx(0.001)
+
+
 def recipe_start(made: dyconvert.Recipe) -> nn.Module:
     """The converted network before training."""
     from dyconvert.finetuning.network import create_original, transform

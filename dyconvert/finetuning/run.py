@@ -29,10 +29,11 @@ from dyconvert.finetuning.training.guard import DivergenceGuard
 from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
 from dyconvert.finetuning.training.results import Results, make_loggers
-from dyconvert.finetuning.training.schedules import Ema, FrozenExperts, TemperatureSchedule
+from dyconvert.finetuning.training.schedules import Ema, Frozen, TemperatureSchedule
 from dyconvert.finetuning.training.teacher import create_teacher, feature_distillation, score
 from dyconvert.finetuning.training.teacher_cache import kept_outputs
 from dyconvert.finetuning.training.trainers import check_devices, is_main_process, make_trainer
+from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.run_files import CHECKPOINT, LAST, PRETRAIN, RECIPE
 
 Report = Callable[[str], None]
@@ -234,7 +235,9 @@ class _Session:
         if recipe.dynamic.temperature is not None:
             yield TemperatureSchedule(recipe.dynamic.temperature)
         if recipe.dynamic.freeze_experts_epochs:
-            yield FrozenExperts(recipe.dynamic.freeze_experts_epochs)
+            yield Frozen(DynamicConv, recipe.dynamic.freeze_experts_epochs)
+        if recipe.dynamic.freeze_predictors_epochs:
+            yield Frozen(CoefficientPredictor, recipe.dynamic.freeze_predictors_epochs)
 
     def _sizes(self) -> dict[str, Any]:
         pair = (self.networks.original, self.networks.student)

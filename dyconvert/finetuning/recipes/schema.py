@@ -354,6 +354,13 @@ class Dynamic(Section):
     freeze_experts_epochs: Amount = 0.0
     """Epochs at the start in which, of the converted convs, only the predictors train."""
 
+    freeze_predictors_epochs: Amount = 0.0
+    """Epochs at the start in which the predictors don't train. With equal coefficients the network trains as its static
+    original for so long, and turns dynamic then: a late conversion."""
+
+    expert_decay: Amount = 1.0
+    """Factor on the weight decay of the experts."""
+
     diversity: Amount = 0.1
     """How far the experts differ at first, relative to each output channel's root mean square."""
 

@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
         if kind == "experts":
             factor = expert_lr(module.g, coefficients[module.g], train, dynamic)
             # What a step takes off a weight is its rate times its decay: the same as of the others.
-            rate, decay = factor * rate, decay / factor if factor else 0.0
+            rate, decay = factor * rate, decay * dynamic.expert_decay / factor if factor else 0.0
         elif kind in _PREDICTORS:
             rate = _predictor_lr(kind, train, dynamic)
         for name, parameter in module.named_parameters(recurse=False):

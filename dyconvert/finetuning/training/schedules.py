@@ -4,11 +4,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dyconvert.finetuning.recipes.schema import Temperature
 from dyconvert.finetuning.training.module import FineTuner
-from dyconvert.nn import DynamicConv
+from dyconvert.nn import CoefficientPredictor
 
 
 class TemperatureSchedule(Callback):
@@ -31,21 +32,25 @@ class TemperatureSchedule(Callback):
             predictor.temperature.fill_(temperature)
 
 
-class FrozenExperts(Callback):
-    """At first only the predictors train, of the converted convs.
+class Frozen(Callback):
+    """At first the experts don't train, or the predictors.
 
     Their gradients are dropped rather than not asked for: DDP is built with the parameters that require one.
+
+    Args:
+        kind: DynamicConv for experts, CoefficientPredictor for predictors.
     """
 
-    def __init__(self, epochs: float) -> None:
-        self.epochs = epochs
+    def __init__(self, kind: type[nn.Module], epochs: float) -> None:
+        self.kind, self.epochs = kind, epochs
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: FineTuner, optimizer: Any) -> None:
         if pl_module.epochs_done >= self.epochs:
             return
         for module in pl_module.model.modules():
-            if isinstance(module, DynamicConv):
-                for parameter in module.parameters(recurse=False):
+            if isinstance(module, self.kind):
+                # A conv may hold its own predictor.
+                for parameter in module.parameters(recurse=self.kind is CoefficientPredictor):
                     parameter.grad = None
 
 
