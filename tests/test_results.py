@@ -50,7 +50,7 @@ def test_a_table(results, tmp_path, monkeypatch):
     results.write("x-costs", results.COSTS, costs)
     lines = results.table("x").splitlines()
     assert lines[2:] == [
-        "| original | 87.19 |  |  |  |  |  |  |",
+        "| original | 87.19 |  |  |  |  | 0.42 | 320 |",
         "| static | 87.10 ± 0.10 |  | 90.0 | 78.19 k | 12.50 M |  |  |",
         "| static, l1 | 81.00 ± 1.00 |  | 90.0 | 78.19 k | 12.50 M |  |  |",
         "| dynet g=6 (1 seed) | 88.60 | +1.50 | 90.0 | 512.30 k | 12.50 M | 0.38 | 1134 |",
