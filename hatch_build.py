@@ -1,20 +1,36 @@
 """Builds the kernels in `dyconvert/nn/csrc` when a wheel is built. Where there is no C++ compiler, dyconvert does
-without them: everything works, dynamic convs on a CPU take longer."""
+without them: everything works, dynamic convs on a CPU take longer. `DYCONVERT_NATIVE=1` makes that an error, and
+`DYCONVERT_NATIVE=0` leaves them out."""
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ModuleNotFoundError:  # `python hatch_build.py` builds the library alone
+    BuildHookInterface = object
 
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra")
-# Processors since 2013; `native.py` asks for them. Elsewhere the compiler's own choice.
-X86_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+# Each file of `csrc/targets` says itself which instructions it may use, so all are compiled with the same flags.
+# GCC warns of its own headers (-Wno-maybe-uninitialized) and of how vectors are passed between libraries, which they
+# aren't (-Wno-psabi).
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+)
 
 
 class NativeKernels(BuildHookInterface):
@@ -26,7 +42,10 @@ class NativeKernels(BuildHookInterface):
         folder = Path(self.root) / "dyconvert" / "nn"
         library = folder / "_native.so"
         library.unlink(missing_ok=True)
-        problem = build(folder / "csrc" / "native.cpp", library)
+        wish = os.environ.get("DYCONVERT_NATIVE")
+        problem = "DYCONVERT_NATIVE=0 says so." if wish == "0" else build(folder / "csrc", library)
+        if problem and wish == "1":
+            raise RuntimeError(f"DYCONVERT_NATIVE=1 asks for compiled kernels, but {problem}")
         if problem:
             self.app.display_warning(f"dyconvert is installed without its compiled kernels: {problem}")
             return
@@ -36,16 +55,30 @@ class NativeKernels(BuildHookInterface):
         build_data["tag"] = f"py3-none-{platform_tag}"  # it is called through ctypes, so any Python will do
 
 
-def build(source: Path, library: Path) -> str:
-    """Compile `source`. Returns what kept it from that, or nothing."""
-    if os.environ.get("DYCONVERT_NATIVE") == "0":
-        return "DYCONVERT_NATIVE=0 says so."
+def build(folder: Path, library: Path, flags: tuple[str, ...] = FLAGS) -> str:
+    """Compile the sources in `folder`. Returns what kept it from that, or nothing."""
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     compiler = next((name for name in names if name and shutil.which(shlex.split(name)[0])), None)
     if compiler is None:
         return "there is no C++ compiler. Install g++ or clang++ and install dyconvert again to have them."
-    flags = [*FLAGS, *(X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else ())]
-    run = subprocess.run(
-        [*shlex.split(compiler), *flags, str(source), "-o", str(library)], capture_output=True, text=True, check=False
-    )
-    return f"{compiler} failed:\n{run.stderr.strip()}" if run.returncode else ""
+    command = [*shlex.split(compiler), *flags]
+    sources = [folder / "native.cpp", *sorted((folder / "targets").glob("*.cpp"))]
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(work) / f"{source.stem}.o" for source in sources]
+        runs = pool.map(
+            lambda pair: _run([*command, f"-I{folder}", "-c", str(pair[0]), "-o", str(pair[1])]),
+            zip(sources, objects, strict=True),
+        )
+        said = "\n".join(filter(None, runs)) or _run([*command, "-shared", *map(str, objects), "-o", str(library)])
+    return f"{compiler} failed:\n{said}" if said else ""
+
+
+def _run(command: list[str]) -> str:
+    """Returns what a failed command said, or nothing."""
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (run.stderr.strip() or f"exit code {run.returncode}") if run.returncode else ""
+
+
+if __name__ == "__main__":  # python hatch_build.py [FLAG...]: builds the library in the source tree
+    nn = Path(__file__).parent / "dyconvert" / "nn"
+    sys.exit(build(nn / "csrc", nn / "_native.so", (*FLAGS, *sys.argv[1:])))

@@ -1,12 +1,19 @@
 """The compiled kernels, on convs of all shapes: where they aren't built, what takes their place."""
 
+import os
 import random
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from test_kernels import compare, reference
 
+from dyconvert.nn import native
 from dyconvert.nn.dispatch import dynamic_conv
+from dyconvert.nn.native import Asked, Kernel
+from dyconvert.nn.strategies import Geometry
 
 
 def draw(rng, *, dtype=torch.float64):
@@ -38,12 +45,117 @@ def draw(rng, *, dtype=torch.float64):
     return tensors, (stride, padding, dilation, groups)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_any_shape(seed):
+TARGETS = native.targets() or [None]
+
+
+@contextmanager
+def on(target):
+    """With the kernels for an instruction set; None: without compiled kernels."""
+    with nullcontext() if target is None else native.using(target):
+        yield
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("seed", range(25))
+def test_any_shape(seed, target):
     tensors, geometry = draw(random.Random(seed))
-    compare(dynamic_conv(*tensors, *geometry), tensors, geometry)
-    with torch.inference_mode():
+    with on(target):
         compare(dynamic_conv(*tensors, *geometry), tensors, geometry)
+        with torch.inference_mode():
+            compare(dynamic_conv(*tensors, *geometry), tensors, geometry)
+
+
+# Of each kernel: the input, the bank without its experts, and how the conv walks (stride, padding, groups).
+SHAPES = {
+    Kernel.WINOGRAD: ((2, 24, 40, 38), (16, 24, 3, 3), 1, 1, 1),
+    Kernel.PANELS: ((2, 70, 9, 11), (33, 70, 1, 1), 1, 0, 1),
+    Kernel.PLANES: ((3, 6, 9, 9), (8, 3, 5, 5), 2, 2, 2),
+    Kernel.DEPTHWISE: ((2, 9, 13, 10), (18, 1, 3, 3), 1, 1, 9),
+    Kernel.DEPTHWISE_LAST: ((2, 40, 13, 10), (40, 1, 5, 5), 1, 2, 40),
+    Kernel.TILE_PRODUCTS: ((2, 24, 40, 38), (16, 24, 3, 3), 1, 1, 1),
+    Kernel.PIXEL_PRODUCTS: ((2, 12, 20, 18), (8, 12, 3, 3), 2, 1, 1),
+    Kernel.DEPTHWISE_PRODUCTS: ((2, 9, 13, 10), (18, 1, 3, 3), 1, 1, 9),
+}
+PRODUCTS = (Kernel.TILE_PRODUCTS, Kernel.PIXEL_PRODUCTS, Kernel.DEPTHWISE_PRODUCTS)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", Kernel)
+def test_each_kernel(kernel, dtype, target):
+    """Which one computes a shape is known, and each computes it rightly."""
+    size, bank, stride, padding, groups = SHAPES[kernel]
+    g = 3
+    generator = torch.Generator().manual_seed(0)
+    x, weight, eta = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in (size, (g * bank[0], *bank[1:]), (size[0], g, bank[0]))
+    )
+    if kernel == Kernel.DEPTHWISE_LAST:
+        x = x.contiguous(memory_format=torch.channels_last)
+    geometry = Geometry((stride,) * 2, (padding,) * 2, (1, 1), groups)
+    with on(target):
+        call = native.prepare(x, weight, None, eta, geometry)
+        asked = [Asked.BANK_GRADIENT] if kernel in PRODUCTS else [Asked.OUTPUT]
+        assert call.kernel(asked[0], dtype) == kernel
+        tensors = [t if t is None else t.requires_grad_(kernel in PRODUCTS) for t in (x, weight, None, eta)]
+        found = dynamic_conv(*tensors, *geometry)
+        if dtype == torch.float64:
+            return compare(found, tensors, geometry)
+        exact = [t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+        expected = reference(exact, geometry)
+        # Winograd's filtering has an error of four times float32's at most, as below; sums of a hundred products.
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        if kernel in PRODUCTS:
+            grad = torch.randn(found.shape, generator=generator)
+            wanted = [t for t in tensors if t is not None]
+            ours = torch.autograd.grad(found, wanted, grad)
+            theirs = torch.autograd.grad(expected, [t for t in exact if t is not None], grad.double())
+            for our, their in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(our.double(), their, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [kernel for kernel in SHAPES if kernel not in PRODUCTS])
+def test_banks_of_half_precision(kernel, half, target):
+    size, bank, stride, padding, groups = SHAPES[kernel]
+    generator = torch.Generator().manual_seed(0)
+    x, weight, eta = (
+        torch.randn(shape, generator=generator) for shape in (size, (2 * bank[0], *bank[1:]), (size[0], 2, 1))
+    )
+    weight = weight.to(half)
+    weight.view(-1)[:3] = torch.tensor([0.0, -6e-8, 1e-40]).to(half)  # the smallest, which are written otherwise
+    geometry = (stride,) * 2, (padding,) * 2, (1, 1), groups
+    with on(target), torch.inference_mode():
+        found = dynamic_conv(x, weight, None, eta, *geometry)
+        expected = dynamic_conv(x, weight.float(), None, eta, *geometry)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+def test_an_instruction_set_by_the_environment():
+    code = "from dyconvert.nn import native; print(native.target())"
+    assert run_python(code, DYCONVERT_CPU=TARGETS[-1]).stdout.strip() == TARGETS[-1]
+    refused = run_python(code, DYCONVERT_CPU="z80")
+    assert refused.returncode
+    assert f"It can use {', '.join(TARGETS)}" in refused.stderr
+
+
+def test_kernels_that_are_required_and_missing():
+    code = (
+        "from pathlib import Path; from dyconvert.nn import native; "
+        "native.LIBRARY = Path('nowhere.so'); print(native.library())"
+    )
+    assert run_python(code, DYCONVERT_NATIVE="").stdout.strip() == "None"
+    assert "DYCONVERT_NATIVE=1 asks for the compiled kernels" in run_python(code, DYCONVERT_NATIVE="1").stderr
 
 
 @pytest.mark.parametrize("per", ["layer", "channel"])

@@ -1,114 +1,83 @@
-// Dynamic convs on a CPU, called by `native.py` through the plain C functions at the end of this file.
-#include "bank_gradient.h"
-#include "conv.h"
-#include "depthwise.h"
-#include "depthwise_bank_gradient.h"
-#include "depthwise_last.h"
-#include "winograd_conv.h"
+// The plain C functions that `native.py` calls. Which target's kernels they use is chosen when they are loaded.
+#include "interface.h"
 
-namespace {
+#include <new>
+#include <stdexcept>
 
-using namespace dyconvert;
+#define DYCONVERT_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Tensors by their addresses.
-struct Tensors {
-  const void *x, *bank, *eta, *bias, *shift;
-  void* out;
-};
+// Raised when `Shape`, an enum or a function changes.
+constexpr int kAbi = 2;
 
-template <typename Kind, typename T, typename B>
-void run(Problem<T, B>& problem) {
-  Kind conv(problem);
-  problem.scratch = scratch<T>().of(conv.scratch_elements());
-  conv.run();
-}
+// The best first; what is only for tests last.
+#if defined(__x86_64__)
+extern const DyconvertTarget dyconvert_target_avx512, dyconvert_target_avx2, dyconvert_target_plain,
+    dyconvert_target_halves;
+static const DyconvertTarget* const kTargets[] = {&dyconvert_target_avx512, &dyconvert_target_avx2,
+                                                  &dyconvert_target_plain, &dyconvert_target_halves};
+#elif defined(__aarch64__)
+extern const DyconvertTarget dyconvert_target_neon;
+static const DyconvertTarget* const kTargets[] = {&dyconvert_target_neon};
+#else
+extern const DyconvertTarget dyconvert_target_plain;
+static const DyconvertTarget* const kTargets[] = {&dyconvert_target_plain};
+#endif
+constexpr int kCount = sizeof(kTargets) / sizeof(kTargets[0]);
 
-// Whether it pays to bring together what a vector of pixels meets: for output channels enough, and where phases of a
-// stride of channels enough would lie in too many pages.
-bool in_panels(const Shape& s, bool gradient) {
-  if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
-  return !gradient && s.stride_y * s.stride_x > 1 && s.group_in() >= 16 && s.group_out() >= 48;
-}
+static const DyconvertTarget* used = nullptr;
 
-template <typename T, typename B, bool gradient>
-void convolve(const Shape& s, ParallelFor parallel_for, const Tensors& t) {
-  Problem<T, B> problem{s,
-                        parallel_for,
-                        static_cast<const T*>(t.x),
-                        static_cast<const B*>(t.bank),
-                        static_cast<const T*>(t.eta),
-                        static_cast<const B*>(t.bias),
-                        static_cast<const T*>(t.shift),
-                        static_cast<T*>(t.out),
-                        nullptr};
-  if (!gradient && DepthwiseLast<T, B>::takes(s))
-    DepthwiseLast<T, B>(problem).run();
-  else if (s.group_in() == 1)
-    Depthwise<T, B, gradient>(problem).run();
-  else if (winograd_pays<T>(s))
-    run<WinogradConv<T, B, gradient>>(problem);
-  else if (in_panels(s, gradient))
-    run<Conv<T, B, Panels, gradient>>(problem);
-  else
-    run<Conv<T, B, Planes, gradient>>(problem);
-}
-
-template <typename T>
-void bank_gradient(const Shape& shape, ParallelFor parallel_for, const void* grad, const Tensors& t, void* grad_bank,
-                   void* grad_eta) {
-  const Gradients<T> to{shape,
-                        parallel_for,
-                        static_cast<const T*>(grad),
-                        static_cast<const T*>(t.x),
-                        static_cast<const T*>(t.bank),
-                        static_cast<const T*>(t.eta),
-                        static_cast<T*>(grad_bank),
-                        static_cast<T*>(grad_eta)};
-  if (shape.group_in() == 1)
-    DepthwiseBankGradient<T>(to).run();
-  else if (winograd_pays<T>(shape))
-    BankGradient<T, TileProducts>(to).run();
-  else
-    BankGradient<T, PixelProducts>(to).run();
-}
-
-enum Type { kFloat32, kFloat64, kFloat16, kBFloat16 };  // as `native.py` numbers them
-
-}  // namespace
-
-// All return 0, or 1 if there was no memory.
-#define DYCONVERT_CALL(...)     \
-  try {                         \
-    __VA_ARGS__;                \
-    return 0;                   \
-  } catch (...) {               \
-    return 1;                   \
+template <typename F>
+static int ended(const F& body) {
+  try {
+    body();
+    return kDone;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  } catch (const std::runtime_error&) {
+    return kThreadFailed;
+  } catch (...) {
+    return kUnknownFailure;
   }
+}
 
-extern "C" {
+DYCONVERT_EXPORT int dyconvert_abi() { return kAbi; }
+DYCONVERT_EXPORT int dyconvert_shape_bytes() { return kTargets[0]->shape_bytes; }
 
-int dyconvert_conv(const Shape* shape, ParallelFor parallel_for, const void* x, const void* bank, const void* eta,
-                   const void* bias, const void* shift, void* out, int dtype, int bank_dtype) {
-  const Tensors tensors{x, bank, eta, bias, shift, out};
-  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, false>(*shape, parallel_for, tensors);
-                 else if (bank_dtype == kFloat16) convolve<float, Float16, false>(*shape, parallel_for, tensors);
-                 else if (bank_dtype == kBFloat16) convolve<float, BFloat16, false>(*shape, parallel_for, tensors);
-                 else convolve<float, float, false>(*shape, parallel_for, tensors))
+// The targets by their numbers, or null: no more.
+DYCONVERT_EXPORT const char* dyconvert_target_name(int number) {
+  return number >= 0 && number < kCount ? kTargets[number]->name : nullptr;
+}
+DYCONVERT_EXPORT int dyconvert_target_runs_here(int number) { return kTargets[number]->runs_here() ? 1 : 0; }
+DYCONVERT_EXPORT void dyconvert_use(int number) { used = kTargets[number]; }
+
+DYCONVERT_EXPORT int dyconvert_path(const void* shape, int asked, int type) {
+  return used->path(shape, static_cast<DyconvertAsked>(asked), static_cast<DyconvertType>(type));
+}
+
+DYCONVERT_EXPORT int dyconvert_conv(const void* shape, DyconvertParallelFor parallel_for, const void* x,
+                                    const void* bank, const void* eta, const void* bias, const void* shift, void* out,
+                                    int type, int bank_type) {
+  const DyconvertTensors tensors{x, bank, eta, bias, shift, nullptr, out, nullptr, nullptr};
+  return ended([&] {
+    used->convolve(shape, parallel_for, tensors, kOutput, static_cast<DyconvertType>(type),
+                   static_cast<DyconvertType>(bank_type));
+  });
 }
 
 // The gradient of the input, from the output's; both contiguous.
-int dyconvert_input_gradient(const Shape* shape, ParallelFor parallel_for, const void* grad, const void* bank,
-                             const void* eta, void* grad_x, int dtype) {
-  const Tensors tensors{grad, bank, eta, nullptr, nullptr, grad_x};
-  DYCONVERT_CALL(if (dtype == kFloat64) convolve<double, double, true>(*shape, parallel_for, tensors);
-                 else convolve<float, float, true>(*shape, parallel_for, tensors))
+DYCONVERT_EXPORT int dyconvert_input_gradient(const void* shape, DyconvertParallelFor parallel_for, const void* grad,
+                                              const void* bank, const void* eta, void* grad_x, int type) {
+  const DyconvertTensors tensors{grad, bank, eta, nullptr, nullptr, nullptr, grad_x, nullptr, nullptr};
+  return ended([&] {
+    used->convolve(shape, parallel_for, tensors, kInputGradient, static_cast<DyconvertType>(type),
+                   static_cast<DyconvertType>(type));
+  });
 }
 
 // The gradients of the bank and the coefficients, from the output's, the input, the bank and the coefficients.
-int dyconvert_bank_gradient(const Shape* shape, ParallelFor parallel_for, const void* grad, const void* x,
-                            const void* bank, const void* eta, void* grad_bank, void* grad_eta, int dtype) {
-  const Tensors tensors{x, bank, eta, nullptr, nullptr, nullptr};
-  DYCONVERT_CALL(dtype == kFloat64 ? bank_gradient<double>(*shape, parallel_for, grad, tensors, grad_bank, grad_eta)
-                                   : bank_gradient<float>(*shape, parallel_for, grad, tensors, grad_bank, grad_eta))
-}
+DYCONVERT_EXPORT int dyconvert_bank_gradient(const void* shape, DyconvertParallelFor parallel_for, const void* grad,
+                                             const void* x, const void* bank, const void* eta, void* grad_bank,
+                                             void* grad_eta, int type) {
+  const DyconvertTensors tensors{x, bank, eta, nullptr, nullptr, grad, nullptr, grad_bank, grad_eta};
+  return ended([&] { used->bank_gradient(shape, parallel_for, tensors, static_cast<DyconvertType>(type)); });
 }

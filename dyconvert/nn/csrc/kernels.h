@@ -1,0 +1,106 @@
+// Which of the kernels computes a conv or a gradient: all that a target offers.
+#pragma once
+#include "depthwise/bank_gradient.h"
+#include "depthwise/conv.h"
+#include "depthwise/last.h"
+#include "direct/bank_gradient.h"
+#include "direct/conv.h"
+#include "interface.h"
+#include "winograd/conv.h"
+
+namespace DYCONVERT_TARGET {
+
+// Whether it pays to bring together what a vector of pixels meets: for output channels enough, and where phases of a
+// stride of channels enough would lie in too many pages.
+inline bool in_panels(const Shape& s, bool gradient) {
+  if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
+  return !gradient && s.stride_y * s.stride_x > 1 && s.group_in() >= 16 && s.group_out() >= 48;
+}
+
+template <typename T>
+DyconvertPath path_of(const Shape& s, DyconvertAsked asked) {
+  if (asked == kBankGradient)
+    return s.group_in() == 1 ? kDepthwiseProducts : winograd_pays<T>(s) ? kTileProducts : kPixelProducts;
+  if (asked == kOutput && takes_channels_last<T>(s)) return kDepthwiseLast;
+  if (s.group_in() == 1) return kDepthwise;
+  if (winograd_pays<T>(s)) return kWinograd;
+  return in_panels(s, asked == kInputGradient) ? kPanels : kPlanes;
+}
+
+template <typename Kind, typename T, typename B>
+void run_with_scratch(Problem<T, B>& problem) {
+  Kind conv(problem);
+  problem.scratch = scratch<T>().of(conv.scratch_elements());
+  conv.run();
+}
+
+template <typename T, typename B, Result result>
+void convolve(const Shape& s, ParallelFor parallel_for, const DyconvertTensors& t) {
+  Problem<T, B> problem{s,
+                        parallel_for,
+                        static_cast<const T*>(t.x),
+                        static_cast<const B*>(t.bank),
+                        static_cast<const T*>(t.eta),
+                        static_cast<const B*>(t.bias),
+                        static_cast<const T*>(t.shift),
+                        static_cast<T*>(t.out),
+                        nullptr};
+  switch (path_of<T>(s, result == Result::kOutput ? kOutput : kInputGradient)) {
+    case kDepthwiseLast: return DepthwiseLast<T, B>(problem).run();
+    case kDepthwise: return Depthwise<T, B, result>(problem).run();
+    case kWinograd: return run_with_scratch<WinogradConv<T, B, result>>(problem);
+    case kPanels: return run_with_scratch<Conv<T, B, Panels, result>>(problem);
+    default: return run_with_scratch<Conv<T, B, Planes, result>>(problem);
+  }
+}
+
+template <typename T>
+void bank_gradient(const Shape& shape, ParallelFor parallel_for, const DyconvertTensors& t) {
+  const Gradients<T> to{shape,
+                        parallel_for,
+                        static_cast<const T*>(t.grad),
+                        static_cast<const T*>(t.x),
+                        static_cast<const T*>(t.bank),
+                        static_cast<const T*>(t.eta),
+                        static_cast<T*>(t.grad_bank),
+                        static_cast<T*>(t.grad_eta)};
+  switch (path_of<T>(shape, kBankGradient)) {
+    case kDepthwiseProducts: return DepthwiseBankGradient<T>(to).run();
+    case kTileProducts: return BankGradient<T, TileProducts>(to).run();
+    default: return BankGradient<T, PixelProducts>(to).run();
+  }
+}
+
+inline DyconvertPath path(const void* shape, DyconvertAsked asked, DyconvertType type) {
+  const Shape& s = *static_cast<const Shape*>(shape);
+  return type == kFloat64 ? path_of<double>(s, asked) : path_of<float>(s, asked);
+}
+
+inline void convolve_any(const void* shape, ParallelFor parallel_for, const DyconvertTensors& t, DyconvertAsked asked,
+                         DyconvertType type, DyconvertType bank_type) {
+  const Shape& s = *static_cast<const Shape*>(shape);
+  if (asked == kInputGradient)
+    type == kFloat64 ? convolve<double, double, Result::kInputGradient>(s, parallel_for, t)
+                     : convolve<float, float, Result::kInputGradient>(s, parallel_for, t);
+  else if (type == kFloat64)
+    convolve<double, double, Result::kOutput>(s, parallel_for, t);
+  else if (bank_type == kFloat16)
+    convolve<float, Float16, Result::kOutput>(s, parallel_for, t);
+  else if (bank_type == kBFloat16)
+    convolve<float, BFloat16, Result::kOutput>(s, parallel_for, t);
+  else
+    convolve<float, float, Result::kOutput>(s, parallel_for, t);
+}
+
+inline void bank_gradient_any(const void* shape, ParallelFor parallel_for, const DyconvertTensors& t,
+                              DyconvertType type) {
+  const Shape& s = *static_cast<const Shape*>(shape);
+  type == kFloat64 ? bank_gradient<double>(s, parallel_for, t) : bank_gradient<float>(s, parallel_for, t);
+}
+
+// What a target's file makes of all this.
+constexpr DyconvertTarget target_of(const char* name, int (*runs_here)()) {
+  return {name, sizeof(Shape), DYCONVERT_VECTOR, runs_here, path, convolve_any, bank_gradient_any};
+}
+
+}  // namespace DYCONVERT_TARGET
