@@ -1,7 +1,9 @@
 """How long dynamic convs and whole models take, against what they replace and what else there is."""
 
 import math
+import platform
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 from dyconvert.analysis.timing import Timing, bandwidth, in_turns, peak_memory
 from dyconvert.arguments import as_arguments
 from dyconvert.methods import Method, get_method
+from dyconvert.nn import native
 from dyconvert.nn.dispatch import dynamic_conv, force
+from dyconvert.nn.strategies import Geometry
 
 
 class Layer(NamedTuple):
@@ -59,6 +63,7 @@ class LayerResult(NamedTuple):
     Attributes:
         limit: the static conv's time and one read of the bank (forward and backward read it twice, and write it
             once).
+        kernel: which of the compiled kernels computed the output, or None.
     """
 
     layer: str
@@ -71,6 +76,33 @@ class LayerResult(NamedTuple):
     features: Timing | None
     limit: float
     memory: dict[str, int]
+    kernel: str | None
+
+
+def processor() -> str:
+    """This machine's processor by its name, and by its family, of which generic names say nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.partition(":")[::2] for line in reversed(lines))
+    said = {name.strip(): value.strip() for name, value in fields.items()}
+    name = said.get("model name") or platform.machine()
+    return f"{name} (family {said['cpu family']}, model {said['model']})" if "cpu family" in said else name
+
+
+def compiled_kernel(layer: Layer, batch: int, g: int, per: str) -> str | None:
+    """Which of the compiled kernels computes the layer's output; None: another strategy does."""
+    channels = layer.c_in // layer.groups
+    tensors = (
+        torch.empty(batch, layer.c_in, layer.size, layer.size),
+        torch.empty(g * layer.c_out, channels, layer.kernel, layer.kernel),
+        None,
+        torch.empty(batch, g, layer.c_out if per == "channel" else 1),
+    )
+    geometry = Geometry((layer.stride,) * 2, (layer.kernel // 2,) * 2, (1, 1), layer.groups)
+    call = native.prepare(*tensors, geometry)
+    return None if call is None else call.kernel(native.Asked.OUTPUT, torch.float32).name.lower()
 
 
 def bench_layer(
@@ -122,6 +154,7 @@ def bench_layer(
         found.get("features"),
         found["static"].median + bank * (3 if training else 1) / read,
         peaks,
+        compiled_kernel(layer, batch, g, method.per),
     )
 
 

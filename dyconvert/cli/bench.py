@@ -85,6 +85,9 @@ def layers(
         table.add_row(*cells)
     out.print(table)
     out.print(f"Times over the static conv's; {_conditions(train, read, cpu_time)}")
+    for kernel in sorted({r.kernel for r in results if r.kernel}):
+        layers = dict.fromkeys(r.layer for r in results if r.kernel == kernel)
+        out.print(f"{kernel}: {'; '.join(layers)}")
     if memory:
         peaks = _table("peak memory, MB", "batch", method, "timm", "features")
         for r in results:
@@ -249,20 +252,29 @@ def _ratio(timing: "Timing | None", base: float) -> tuple[str, str]:
 def _conditions(train: bool, read: float, cpu: bool) -> str:
     import torch
 
+    from dyconvert.analysis.bench import processor
+    from dyconvert.nn import native
+
     mode = "a forward and a backward" if train else "inference"
     return (
         f"{mode}, {torch.get_num_threads()} threads, {'CPU' if cpu else 'wall'} time, medians in turns.\n"
-        f"+-: half the distance of the quartiles. limit: static, and the bank at {read / 1e9:.1f} GB/s."
+        f"+-: half the distance of the quartiles. limit: static, and the bank at {read / 1e9:.1f} GB/s.\n"
+        f"On {processor()}; compiled kernels: {native.target() or 'none'}."
     )
 
 
 def _print_json(results: list[Any], train: bool, read: float, cpu: bool) -> None:
     import torch
 
+    from dyconvert.analysis.bench import processor
+    from dyconvert.nn import native
+
     def plain(value: Any) -> Any:
         return {k: plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else value
 
     figures = {
+        "processor": processor(),
+        "kernels": native.target(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "training": train,
