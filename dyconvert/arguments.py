@@ -1,8 +1,10 @@
 """An example, as users give it, as the arguments of a model's forward."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 
@@ -11,11 +13,24 @@ def as_arguments(example: Any) -> tuple[Any, ...]:
     return example if isinstance(example, tuple) else (example,)
 
 
+def as_call(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments that an example stands for.
+
+    A dict whose keys are all parameters of the model's forward is keyword arguments; another dict is the only argument.
+    """
+    if isinstance(example, Mapping) and example:
+        parameters = inspect.signature(model.forward).parameters.values()
+        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if all(isinstance(key, str) and key in named for key in example):
+            return (), dict(example)
+    return as_arguments(example), {}
+
+
 def first_image(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arguments for a batch of one: tensors `[N, ...]` as `[1, ...]`, all else as it is."""
     return tuple(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in arguments)
 
 
-def on_device(arguments: tuple[Any, ...], device: Any) -> tuple[Any, ...]:
-    """The same arguments with every tensor in them on `device`."""
-    return tree_map_only(Tensor, lambda t: t.to(device), arguments)
+def map_tensors(change: Any, value: Any) -> Any:
+    """`value` with `change(t)` in the place of every tensor t in its lists, tuples and dicts."""
+    return tree_map_only(Tensor, change, value)

@@ -1,13 +1,16 @@
 """Copies of a model: whole, sharing tensors, or on the meta device; with or without the user's hooks."""
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dyconvert.errors import ModelError
+from dyconvert.nn.handing import is_handing
 
 
 def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -17,20 +20,37 @@ def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
         ModelError: the model can't be copied.
     """
     memo: dict[int, Any] = {}
-    # weight_norm's hook leaves a result of autograd as a plain attribute, which deepcopy refuses.
-    attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
-    for t in (*model.parameters(), *model.buffers(), *attributes):
+    for t in (*model.parameters(), *model.buffers()):
         with torch.no_grad():
             new = tensor(t)
         memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
     try:
-        return copy.deepcopy(model, memo)
+        with _Tensors(tensor):
+            result = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} can't be copied: {error} "
-            "copy.deepcopy(model) has to work; remove tensors that are no parameters or buffers, or that "
-            "belong to an autograd graph."
+            "copy.deepcopy(model) has to work: remove from it what can't be copied, such as locks and open files."
         ) from error
+    _adopt_hooks(result, memo)
+    return result
+
+
+class _Tensors(TorchFunctionMode):
+    """Copies tensors that lie anywhere in a model by `tensor`: also results of autograd, which `deepcopy` refuses."""
+
+    def __init__(self, tensor: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        t, memo = args
+        if id(t) not in memo:
+            with torch.no_grad():
+                memo[id(t)] = self.tensor(t)
+        return memo[id(t)]
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -40,6 +60,15 @@ def on_meta(model: nn.Module) -> nn.Module:
         ModelError: the model can't be copied.
     """
     return skeleton(model, lambda t: t.to("meta"))
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A deep copy for a run: it shares the parameters' values; what a forward may write to, as buffers, is its own.
+
+    Raises:
+        ModelError: the model can't be copied.
+    """
+    return skeleton(model, lambda t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone())
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -52,7 +81,42 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def clear_hooks(model: nn.Module) -> None:
-    """Remove forward hooks: a user's hook is not to see a trial run's tensors."""
+    """Remove the user's forward hooks: they are not to see a trial run's tensors. Those that hand coefficients stay."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
+            for key in [key for key, hook in hooks.items() if not is_handing(hook)]:
+                del hooks[key]
+                for table in (
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                    module._forward_pre_hooks_with_kwargs,
+                ):
+                    table.pop(key, None)
+
+
+def _adopt_hooks(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Have a copy's hooks work on the copy: `deepcopy` takes functions as they are, with the modules that they know."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in hooks.items():
+                if isinstance(hook, types.FunctionType) and hook.__closure__:
+                    hooks[key] = _with_copied_cells(hook, memo)
+
+
+def _with_copied_cells(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """The function with what it closes over as the copy has it, where the copy has it."""
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            copied = memo.get(id(cell.cell_contents))
+        except ValueError:  # an empty cell
+            copied = None
+        cells.append(cell if copied is None else types.CellType(copied))
+    if all(new is old for new, old in zip(cells, function.__closure__ or (), strict=True)):
+        return function
+    result = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    result.__dict__.update(function.__dict__)
+    return result

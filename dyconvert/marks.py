@@ -24,8 +24,13 @@ def plan_of(model: nn.Module) -> "Plan | None":
 
 
 def mark_plan(model: nn.Module, plan: "Plan") -> None:
-    """Note the plan that was carried out; a copy of it, for the caller may go on editing it."""
-    setattr(model, _PLAN, plan.model_copy(deep=True))
+    """Note the plan that was carried out; a copy of it, for the caller may go on editing it, without its example."""
+    setattr(model, _PLAN, type(plan).model_validate(plan.model_dump()))
+
+
+def forget_plan(model: nn.Module) -> None:
+    """Take the plan off a model whose conversion is taken back."""
+    vars(model).pop(_PLAN, None)
 
 
 def source_of(model: nn.Module) -> "Source | None":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyconvert.errors import ModelError
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.watch import predictor_of
+from dyconvert.surgery.watch import block_of, predictor_of
 
 BINS = 200
 # Numbers that the class sums of one conv may take: above, its output channels are sampled.
@@ -183,12 +183,7 @@ class CoefficientStatistics:
     def _conv(self, name: str, stream: "_Stream") -> ConvCoefficients:
         conv, predictor = self._convs[name], predictor_of(self._model, name)
         own = conv.coefficient_predictor is not None
-        block = None
-        if not own:
-            names = [
-                n for n, m in self._model.named_modules() if getattr(m, "coefficient_predictor", None) is predictor
-            ]
-            block = names[0]
+        block = None if own else block_of(self._model, name)[0]
         return ConvCoefficients(
             name=name,
             block=block,

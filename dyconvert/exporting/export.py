@@ -21,7 +21,7 @@ from dyconvert.exporting.exported import (
     written,
 )
 from dyconvert.installation import install_command
-from dyconvert.surgery.rewrite import replace_everywhere
+from dyconvert.surgery.apply import replace_everywhere
 
 # A protobuf message, and so an ONNX file, can't be larger than 2 GB; then the weights are in a file beside it.
 LARGEST_FILE = 2**31 - 2**24

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.nn.handing import handed
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.strategies import CONV
 
@@ -55,6 +56,8 @@ class MixedConv(nn.Module):
         self.padding = amounts_of_padding(conv.kernel_size, conv.padding, conv.dilation)  # as F.pad takes it
         self.tf_same = conv.padding == TF_SAME
         self.coefficient_predictor = conv.coefficient_predictor
+        self.block_predictor = conv.block_predictor
+        self._handed: Tensor | None = None
         experts = conv.weight.detach().unflatten(0, (conv.g, -1)).flatten(3)  # [g, C_out, C_in / groups, taps]
         if dynamic_batch:
             experts = experts.transpose(2, 3)  # patches lie tap by tap
@@ -69,9 +72,11 @@ class MixedConv(nn.Module):
         self.register_parameter("shift", shift)  # [1, C_out]
         self.train(conv.training)
 
-    def forward(self, x: Tensor, coefficients: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        x = input
         if coefficients is None:
-            coefficients = self.coefficient_predictor(x)[0]
+            own = self.coefficient_predictor
+            coefficients = handed(self) if own is None else own(x)[0]
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, padding, mode=self.padding_mode), [0] * len(padding)

@@ -18,6 +18,7 @@ __all__ = [
     "DynamicConv1d",
     "DynamicConv2d",
     "DynamicConv3d",
+    "DynamicConvTranspose",
     "DynamicConvTranspose1d",
     "DynamicConvTranspose2d",
     "DynamicConvTranspose3d",

@@ -1,5 +1,6 @@
 """DynamicConv1d/2d/3d and DynamicConvTranspose1d/2d/3d: convs with g weight sets, mixed per image."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from dyconvert.methods import Method, get_method
 from dyconvert.nn.dispatch import dynamic_conv
+from dyconvert.nn.handing import handed
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.predictor import CoefficientPredictor
@@ -24,14 +27,14 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 class DynamicConv(nn.Module):
     r"""A conv whose kernel is mixed per image from g experts, :math:`\tilde w = \sum_i \eta^i w^i`.
 
-    The coefficients come from the predictor of the block that the conv stands in, as the second argument,
-    or else from the conv's own predictor, reading the conv's input.
+    By hand it is made as the static conv is, `DynamicConv2d(16, 32, 3, g=4)`, and predicts its coefficients from its
+    own input. In a converted model the coefficients may come from the block that the conv stands in, by the block's
+    hooks (:mod:`dyconvert.nn.handing`).
 
     The parameters keep the names and the number of dimensions that they have in the static conv, so that
     memory formats, initialisers and weight-decay rules go on working:
 
-    - `weight`: the bank `[g * C_out, C_in / groups, *kernel]`, expert by expert
-      (`weight.unflatten(0, (g, -1))` has one expert per index);
+    - `weight`: the bank `[g * C_out, C_in / groups, *kernel]`, expert by expert; :meth:`experts` has one per index;
     - `bias`: `[g * C_out]`, or None;
     - `shift`: `[C_out]`, or None: added after mixing, the same for every image. Only
       :func:`~dyconvert.surgery.fuse.fuse` sets it, for a batch norm's shift that is not to be mixed.
@@ -39,57 +42,191 @@ class DynamicConv(nn.Module):
     Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g` and
     `coefficients_per`: `"layer"` or `"channel"`.
 
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            of the static conv. `padding` may also be :data:`~dyconvert.nn.padding.TF_SAME`.
+        g: number of experts. None: the method's own.
+        method: a name, or a :class:`~dyconvert.methods.Method`: what the coefficients are, and their predictor.
+
     Shape:
-        - Input: `[N, C_in, *spatial]`; coefficients `[N, g, 1]` or `[N, g, C_out]`
+        - Input: `[N, C_in, *spatial]`; coefficients, where given by hand, `[N, g, 1]` or `[N, g, C_out]`
         - Output: `[N, C_out, *spatial]`
     """
 
     spatial_dims: int
+    transposed = False
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Sequence[int],
-        *,
-        g: int,
-        coefficients_per: str = "channel",
-        stride: Sequence[int],
-        padding: Sequence[int] | str,
-        dilation: Sequence[int],
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
         groups: int = 1,
+        bias: bool = True,
         padding_mode: str = "zeros",
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        coefficient_predictor: CoefficientPredictor | None = None,
-        shift: nn.Parameter | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        g: int | None = None,
+        method: str | Method = "dynet",
     ) -> None:
         super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"{in_channels} and {out_channels} channels can't be divided into {groups} groups.")
+        method = get_method(method, g=g)
+        self._describe(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode,
+            method.g,
+            method.per,
+        )
+        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        options = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(method.g * first, second // groups, *self.kernel_size, **options))
+        self.register_parameter("bias", nn.Parameter(torch.empty(method.g * out_channels, **options)) if bias else None)
+        outputs = [out_channels if method.per == "channel" else 1]
+        self.coefficient_predictor = CoefficientPredictor(in_channels, outputs, method, dtype=dtype).to(device)
+        self.reset_parameters()
+
+    def _describe(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int] | str,
+        dilation: int | Sequence[int],
+        groups: int,
+        padding_mode: str,
+        g: int,
+        coefficients_per: str,
+    ) -> None:
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = tuple(kernel_size)
-        self.g = g
-        self.coefficients_per = coefficients_per
-        self.stride = tuple(stride)
-        self.padding = padding if isinstance(padding, str) else tuple(padding)
-        self.dilation = tuple(dilation)
+        self.kernel_size = self._each(kernel_size)
+        self.stride = self._each(stride)
+        self.padding = padding if isinstance(padding, str) else self._each(padding)
+        self.dilation = self._each(dilation)
         self.groups = groups
         self.padding_mode = padding_mode
-        self.weight = weight
-        self.register_parameter("bias", bias)
-        self.register_parameter("shift", shift)
-        self.coefficient_predictor = coefficient_predictor
+        self.g = g
+        self.coefficients_per = coefficients_per
         self._explicit_padding = (
             None if padding_mode == "zeros" else amounts_of_padding(self.kernel_size, self.padding, self.dilation)
         )
+        # What a block being compiled hands over; see nn/handing.py.
+        self._handed: Tensor | None = None
+        self.register_parameter("shift", None)
+        # Of the conv itself, reading its input; of the block, where this conv is the first that it serves.
+        self.register_module("coefficient_predictor", None)
+        self.register_module("block_predictor", None)
 
-    def forward(self, x: Tensor, coefficients: Tensor | None = None) -> Tensor:
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Module,
+        method: Method,
+        *,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        padding: Sequence[int] | str,
+        coefficient_predictor: CoefficientPredictor | None = None,
+    ) -> "DynamicConv":
+        """The dynamic conv that stands in the place of a static one.
+
+        Args:
+            conv: a conv of torch's, of as many dimensions, transposed or not as this class.
+            weight, bias: the banks, as the class has them.
+            padding: what the conv pads by, which a subclass of torch's may say otherwise.
+            coefficient_predictor: None: the coefficients will be handed by the conv's block.
+        """
+        dynamic = cls.__new__(cls)
+        nn.Module.__init__(dynamic)
+        dynamic._describe(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+            conv.padding_mode,
+            method.g,
+            method.per,
+        )
+        dynamic.weight = weight
+        dynamic.register_parameter("bias", bias)
+        dynamic.coefficient_predictor = coefficient_predictor
+        return dynamic
+
+    def reset_parameters(self) -> None:
+        """Draw every expert as torch draws a static conv's weight and bias, so that half of them, say, mix to one."""
+        scale = 1 / (self.g * self._predictor().initial_coefficient)
+        for expert in self.experts():
+            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+        with torch.no_grad():
+            # g independent draws, each weighted by c, have g * c^2 of one draw's variance.
+            self.weight.mul_(scale * self.g**0.5)
+            if self.bias is not None:
+                bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
+                self.bias.uniform_(-bound, bound).mul_(scale * self.g**0.5)
+
+    def forward(self, input: Tensor, coefficients: Tensor | None = None) -> Tensor:
         if coefficients is None:
-            coefficients = self._coefficients(x)
-        x, padding = self.padded(x)
+            coefficients = self._coefficients(input)
+        x, padding = self.padded(input)
         return dynamic_conv(
             x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups, self.shift
         )
+
+    def experts(self) -> Tensor:
+        """A view of the bank, expert by expert: `[g, C_out, C_in / groups, *kernel]`, transposed C_in first."""
+        return self.weight.unflatten(0, (self.g, -1))
+
+    def scale_outputs(self, scale: Tensor) -> None:
+        """Multiply each output channel of every expert, and of its bias, by `scale`, `[C_out]`, in float64."""
+        factors = self._per_output(scale.double().expand(self.g, -1))
+        with torch.no_grad():
+            scaled = (self.experts().double() * factors).flatten(0, 1)
+            self.weight = nn.Parameter(scaled.to(self.weight.dtype), self.weight.requires_grad)
+            if self.bias is not None:
+                scaled = (self.bias.double().unflatten(0, (self.g, -1)) * scale.double()).flatten()
+                self.bias = nn.Parameter(scaled.to(self.bias.dtype), self.bias.requires_grad)
+
+    def mixture(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The static weight and bias (with the shift) that fixed coefficients mix, in float64.
+
+        Args:
+            coefficients: `[g, 1]` or `[g, C_out]`.
+
+        Returns:
+            One expert's shape, in the bank's memory format; `[C_out]` or None.
+        """
+        eta = coefficients.double().to(self.weight.device)
+        total: Tensor | None = None
+        # One expert at a time: in float64 all of them would be many times the bank.
+        for expert, factor in zip(self.experts().detach(), self._per_output(eta), strict=True):
+            part = expert.double() * factor
+            total = part if total is None else total.add_(part)
+        bias = None
+        if self.bias is not None:
+            bias = (self.bias.detach().double().unflatten(0, (self.g, -1)) * eta).sum(0)
+        if self.shift is not None:
+            bias = self.shift.detach().double() + (0 if bias is None else bias)
+        return total, bias
+
+    def _per_output(self, factors: Tensor) -> Tensor:
+        """`[g, 1 | C_out]` as what multiplies :meth:`experts`: the output channel stands first in a kernel."""
+        return factors.reshape(self.g, -1, 1, *[1] * self.spatial_dims)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Sequence[int] | str]:
         """The input with what :func:`dynamic_conv` can't pad by put onto it, and the padding that is left to it."""
@@ -102,16 +239,22 @@ class DynamicConv(nn.Module):
         return x, (0,) * self.spatial_dims
 
     def _coefficients(self, x: Tensor) -> Tensor:
-        if self.coefficient_predictor is None:
+        if self.coefficient_predictor is not None:
+            return self.coefficient_predictor(x)[0]
+        coefficients = handed(self)
+        if coefficients is None:
             raise RuntimeError(
-                "This dynamic conv takes its coefficients from the predictor of its block, but was called from "
-                "outside the block's forward. Convert it with a predictor of its own: plan.unshare(conv), or "
-                "scope='layer'."
+                "This dynamic conv takes its coefficients from its block's predictor, but was called outside of the "
+                "block's call (block.forward(x) instead of block(x), or the block's hooks were removed). Convert it "
+                "with a predictor of its own: plan.unshare(conv), or scope='layer'."
             )
-        return self.coefficient_predictor(x)[0]
+        return coefficients
 
-    def _shifted(self, out: Tensor) -> Tensor:
-        return out if self.shift is None else out + self.shift.view(-1, *[1] * self.spatial_dims)
+    def _predictor(self) -> CoefficientPredictor:
+        return self.coefficient_predictor or self.block_predictor
+
+    def _each(self, value: int | Sequence[int]) -> tuple[int, ...]:
+        return (value,) * self.spatial_dims if isinstance(value, int) else tuple(value)
 
     def extra_repr(self) -> str:
         text = (
@@ -170,8 +313,15 @@ def dynamic_conv_transpose(
 
     Returns:
         `[N, C_out, *spatial]`
+
+    Raises:
+        RuntimeError: the coefficients are of another number of images than the input.
     """
     batch, g = coefficients.shape[:2]
+    if x.shape[0] != batch:
+        raise RuntimeError(f"Coefficients of {batch} images were given for an input of {x.shape[0]} images.")
+    if batch == 0:
+        return _transpose_of_nothing(x, weight, bias, g, stride, padding, output_padding, groups, dilation)
     # The output channel stands second in each group; mixing wants it first.
     bank = weight.unflatten(0, (g, groups, -1)).transpose(2, 3)  # [g, G, C_out / G, C_in / G, *kernel]
     kernel = mix(bank.flatten(1, 2), coefficients)  # [N, C_out, C_in / G, *kernel]
@@ -190,6 +340,11 @@ def dynamic_conv_transpose(
     return out.unflatten(1, (batch, -1)).squeeze(0)
 
 
+def _transpose_of_nothing(x: Tensor, weight: Tensor, bias: Tensor | None, g: int, *geometry: Any) -> Tensor:
+    """The output for an empty batch: any kernel gives it."""
+    return _CONV_TRANSPOSE[x.dim() - 2](x, weight.chunk(g)[0], None if bias is None else bias.chunk(g)[0], *geometry)
+
+
 class DynamicConvTranspose(DynamicConv):
     r"""A transposed conv whose kernel is mixed per image from g experts.
 
@@ -197,26 +352,65 @@ class DynamicConvTranspose(DynamicConv):
     `output_padding` and `output_size`, which are those of `nn.ConvTranspose2d`.
     """
 
-    def __init__(self, *args: Any, output_padding: Sequence[int], **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.output_padding = tuple(output_padding)
+    transposed = True
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None, coefficients: Tensor | None = None) -> Tensor:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        g: int | None = None,
+        method: str | Method = "dynet",
+    ) -> None:
+        if padding_mode != "zeros":
+            raise ValueError("A transposed conv pads with zeros only: padding_mode='zeros'.")
+        geometry = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, kernel_size, *geometry, g=g, method=method)
+        self.output_padding = self._each(output_padding)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module, method: Method, **parts: Any) -> "DynamicConvTranspose":
+        """As :meth:`DynamicConv.from_conv`."""
+        dynamic = super().from_conv(conv, method, **parts)
+        dynamic.output_padding = tuple(conv.output_padding)
+        return dynamic
+
+    def forward(
+        self, input: Tensor, output_size: list[int] | None = None, coefficients: Tensor | None = None
+    ) -> Tensor:
         output_padding = _ConvTransposeNd._output_padding(
-            self, x, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
+            self, input, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
         )
         out = dynamic_conv_transpose(
-            x,
+            input,
             self.weight,
             self.bias,
-            self._coefficients(x) if coefficients is None else coefficients,
+            self._coefficients(input) if coefficients is None else coefficients,
             self.stride,
             self.padding,
             output_padding,
             self.groups,
             self.dilation,
         )
-        return self._shifted(out)
+        return out if self.shift is None else out + self.shift.view(-1, *[1] * self.spatial_dims)
+
+    def _per_output(self, factors: Tensor) -> Tensor:
+        # The output channel stands second in each group of a kernel [C_in, C_out / groups, *kernel].
+        spatial = [1] * self.spatial_dims
+        if factors.shape[1] == 1:
+            return factors.reshape(self.g, 1, 1, *spatial)
+        by_group = factors.reshape(self.g, self.groups, 1, -1).expand(-1, -1, self.in_channels // self.groups, -1)
+        return by_group.reshape(self.g, self.in_channels, -1, *spatial)
 
 
 class DynamicConvTranspose1d(DynamicConvTranspose):
@@ -232,3 +426,15 @@ class DynamicConvTranspose2d(DynamicConvTranspose):
 class DynamicConvTranspose3d(DynamicConvTranspose):
     __doc__ = DynamicConvTranspose.__doc__
     spatial_dims = 3
+
+
+# The class of a static conv, by class; both ways.
+DYNAMIC_OF: dict[type[nn.Module], type[DynamicConv]] = {
+    nn.Conv1d: DynamicConv1d,
+    nn.Conv2d: DynamicConv2d,
+    nn.Conv3d: DynamicConv3d,
+    nn.ConvTranspose1d: DynamicConvTranspose1d,
+    nn.ConvTranspose2d: DynamicConvTranspose2d,
+    nn.ConvTranspose3d: DynamicConvTranspose3d,
+}
+STATIC_OF: dict[type[DynamicConv], type[nn.Module]] = {dynamic: static for static, dynamic in DYNAMIC_OF.items()}

@@ -1,12 +1,14 @@
 """The coefficient predictor: pool -> linear(s) -> sigmoid | softmax(z / T)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dyconvert.methods import Method
+from dyconvert.nn.handing import maps_in
 
 
 class CoefficientPredictor(nn.Module):
@@ -26,7 +28,7 @@ class CoefficientPredictor(nn.Module):
         method: activation, temperature, reduction and g.
 
     Shape:
-        - Input: `[N, in_channels, *spatial]`
+        - Input: `[N, in_channels, *spatial]`, or a list or dict of maps with `in_channels` channels in all
         - Output: one tensor `[N, g, outputs[i]]` for each conv i
     """
 
@@ -62,8 +64,8 @@ class CoefficientPredictor(nn.Module):
         self.linear.bias = nn.Parameter(_zeros(self.linear.bias))
         self.register_buffer("temperature", torch.tensor(method.temperature, dtype=dtype))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        z = x.flatten(2).mean(2)  # [N, C]
+    def forward(self, x: Tensor | Any) -> tuple[Tensor, ...]:
+        z = _pooled(x)  # [N, C]
         if self.hidden is not None:
             z = self.hidden(z).relu()
         z = self.linear(z) / self.temperature  # [N, g * sum(outputs)]
@@ -78,6 +80,14 @@ class CoefficientPredictor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, outputs={self.outputs}, g={self.g}, activation={self.activation}"
+
+
+def _pooled(x: Any) -> Tensor:
+    """The mean over the pixels of a map `[N, C, *spatial]`, or of several maps, one after the other: `[N, C]`."""
+    if not isinstance(x, (list, tuple, Mapping)):
+        return x.flatten(2).mean(2)
+    maps = [m.flatten(2).mean(2) for m in maps_in(x)]
+    return torch.cat(maps, 1) if len(maps) > 1 else maps[0]
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -63,10 +63,8 @@ def _observe(
 
     def note(name: str) -> Callable[..., None]:
         def hook(conv: DynamicConv, given: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-            x = given[0]
-            coefficients = given[1] if len(given) > 1 else options.get("coefficients")
-            if coefficients is None:
-                coefficients = conv.coefficient_predictor(x)[0]
+            x = given[0] if given else options["input"]
+            coefficients = conv._coefficients(x)
             x, padding = conv.padded(x)
             needs = model.training
             tensors = [x.detach().requires_grad_(needs), conv.weight, conv.bias]

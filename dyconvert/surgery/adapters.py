@@ -52,7 +52,26 @@ def unsupported(conv: nn.Module) -> str | None:
         names = ", ".join(type(p[0]).__name__.lstrip("_") for p in conv.parametrizations.values())
         return f"its weight is parametrized ({names}); parametrize.remove_parametrizations makes it plain"
     if not isinstance(conv.weight, nn.Parameter):
-        return "its weight is computed by a hook (weight_norm, spectral_norm); remove that first"
+        return "its weight is computed by a hook (weight_norm, spectral_norm, pruning); remove that first"
+    for patched in ("forward", "_conv_forward", "__call__"):
+        if patched in vars(conv):
+            return f"its {patched} was replaced on this instance"
+    parameters = {"weight": conv.weight, "bias": conv.bias}
+    for kind, parameter in parameters.items():
+        if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+            return f"there are hooks on its {kind}"
+        if parameter is not None and not parameter.is_floating_point():
+            return f"its {kind} is {str(parameter.dtype).removeprefix('torch.')}"
+        if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
+            return f"its {kind} is a {type(parameter).__name__}"
+    first, second = conv.out_channels, conv.in_channels
+    if conv.transposed:
+        first, second = second, first
+    shape = (first, second // conv.groups, *conv.kernel_size)
+    if tuple(conv.weight.shape) != shape:
+        return f"its weight is {list(conv.weight.shape)}, not {list(shape)} as its attributes say"
+    if conv.bias is not None and (conv.bias.shape != (conv.out_channels,) or conv.bias.dtype != conv.weight.dtype):
+        return f"its bias is {list(conv.bias.shape)}, {conv.bias.dtype}, which doesn't fit its weight"
     if _timm_name(conv) in _ADAPTED:
         return None
     forward, conv_forward = type(conv).forward, getattr(type(conv), "_conv_forward", None)

@@ -1,60 +1,80 @@
-"""Carrying out a plan: dynamic convs in the place of static ones, predictors in the blocks."""
+"""Carries a plan out: dynamic convs in the place of static ones, hooks on the blocks that share a predictor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dyconvert.copying import skeleton
 from dyconvert.errors import PlanError
-from dyconvert.marks import mark_plan
+from dyconvert.marks import forget_plan, mark_plan
 from dyconvert.methods import Method
-from dyconvert.names import within
-from dyconvert.nn import (
-    CoefficientPredictor,
-    DynamicConv,
-    DynamicConv1d,
-    DynamicConv2d,
-    DynamicConv3d,
-    DynamicConvTranspose1d,
-    DynamicConvTranspose2d,
-    DynamicConvTranspose3d,
-)
+from dyconvert.names import holds, within
+from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.nn.convs import DYNAMIC_OF
+from dyconvert.nn.handing import Handing, share
 from dyconvert.surgery.adapters import static_padding, static_weight, unsupported
 from dyconvert.surgery.expand import Deviations, empty_bank, expand
-from dyconvert.surgery.plan import Plan, PlannedConv
-from dyconvert.surgery.rewrite import PREDICTOR, block_class, hand_over, replace_everywhere, shared_forward
-from dyconvert.surgery.trace import BlockTrace
+from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
 
-# By (transposed, number of spatial dimensions).
-_CLASSES = {
-    (False, 1): DynamicConv1d,
-    (False, 2): DynamicConv2d,
-    (False, 3): DynamicConv3d,
-    (True, 1): DynamicConvTranspose1d,
-    (True, 2): DynamicConvTranspose2d,
-    (True, 3): DynamicConvTranspose3d,
-}
+# Some prime, so that the convs take their deviations from different places of the table.
+_OFFSET = 7919
 
 
-def carry_out(
+def apply(
     model: nn.Module,
     plan: Plan,
-    traces: dict[str, BlockTrace],
     *,
     inplace: bool,
     seed: int,
     diversity: float | None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> nn.Module:
-    """What :func:`convert` does when the plan is made. `diversity=None` leaves the experts unfilled."""
+) -> tuple[nn.Module, Callable[[], None]]:
+    """What :func:`convert` does when the plan is made. `diversity=None` leaves the experts unfilled.
+
+    Returns:
+        The converted model, and a function that takes back what was done to it.
+
+    Raises:
+        PlanError: the plan doesn't fit the model, which is still as it was.
+    """
     static = {entry.name: static_conv(model, entry) for entry in plan.converted}
+    handings = {block.name: _handing(model, plan, block) for block in plan.blocks if plan.shared(block.name)}
+    _check_blocks(plan)
     if not inplace:
         # The convs' weights are about to be replaced, so the copy may share them with the original until then.
         replaced = {id(t) for conv in static.values() for t in (conv.weight, conv.bias) if t is not None}
         model = skeleton(model, lambda t: t if id(t) in replaced else t.detach().clone())
         static = {name: model.get_submodule(name) for name in static}
-    # All that is new is made first: after an error the model is as it was.
+    # All that is new is made first: after an error the model is as it was. It is made on the CPU, whatever the caller's
+    # default device is, and goes to its conv's device.
+    with torch.device("cpu"):
+        replacements, predictors = _made(plan, static, seed, diversity, progress)
+
+    converted = replace_everywhere(model, replacements)
+    handles = []
+    for name, handing in handings.items():
+        block = converted.get_submodule(name)
+        handles += share(block, handing, set_mode(predictors[name], block.training))
+    mark_plan(converted, plan)
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        replace_everywhere(converted, {new: old for old, new in replacements.items()})
+        forget_plan(converted)
+
+    return converted, undo
+
+
+def _made(
+    plan: Plan,
+    static: dict[str, nn.Module],
+    seed: int,
+    diversity: float | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[dict[nn.Module, nn.Module], dict[str, CoefficientPredictor]]:
+    """The dynamic conv for each static one, and the predictor of each block that shares one."""
     fill = _Expansion(plan.method, seed, diversity)
     generator = torch.Generator().manual_seed(seed)
     replacements = {}
@@ -66,25 +86,20 @@ def carry_out(
         replacements[conv] = _dynamic(conv, plan.method, fill, predictor, done)
         if progress is not None:
             progress(entry.name, done, len(static))
-    blocks, sources = [], {}
+    predictors = {}
     for block in plan.blocks:
-        entries = plan.shared(block.name)
-        if not entries:
-            continue
-        source = shared_forward(traces[block.name], [within(block.name, entry.name) for entry in entries], sources)
-        module = model.get_submodule(block.name)
-        predictor = _predictor(block.in_channels, entries, plan.method, static[entries[0].name], generator)
-        blocks.append((module, block_class(type(module), source), predictor))
-
-    for module, cls, predictor in blocks:
-        module.__class__ = cls
-        module.add_module(PREDICTOR, predictor.train(module.training))
-    model = replace_everywhere(model, replacements)
-    mark_plan(model, plan)
-    return model
+        if entries := plan.shared(block.name):
+            like = static[entries[0].name]
+            predictors[block.name] = _predictor(block.in_channels, entries, plan.method, like, generator)
+    return replacements, predictors
 
 
 def static_conv(model: nn.Module, entry: PlannedConv) -> nn.Module:
+    """The static conv that a plan's entry speaks of.
+
+    Raises:
+        PlanError: the model has no such conv, or it can't become dynamic.
+    """
     try:
         conv = model.get_submodule(entry.name)
     except AttributeError:
@@ -92,18 +107,43 @@ def static_conv(model: nn.Module, entry: PlannedConv) -> nn.Module:
             f"The plan names the conv {entry.name!r}, which {type(model).__name__} doesn't have. "
             "Plan this model afresh."
         ) from None
-    found = (
+    shape = (
         tuple(getattr(conv, "kernel_size", ())),
         getattr(conv, "in_channels", 0),
         getattr(conv, "out_channels", 0),
     )
-    if found != (entry.kernel_size, entry.in_channels, entry.out_channels):
+    if shape != (entry.kernel_size, entry.in_channels, entry.out_channels):
         raise PlanError(
             f"The plan has {entry.name} as {entry.label}, but the model has {conv}. Plan this model afresh."
         )
     if reason := unsupported(conv):
         raise PlanError(f"{entry.name} can't be converted: {reason}. Skip it: plan.skip({entry.name!r}).")
     return conv
+
+
+def _check_blocks(plan: Plan) -> None:
+    listed = {block.name for block in plan.blocks}
+    for entry in plan.converted:
+        if entry.block is not None and (entry.block not in listed or not holds(entry.block, entry.name)):
+            raise PlanError(
+                f"The plan has {entry.name} share with block {entry.block!r}, which it doesn't list or which doesn't "
+                "hold it. Plan this model afresh."
+            )
+
+
+def _handing(model: nn.Module, plan: Plan, block: PlannedBlock) -> Handing:
+    names = [within(block.name, entry.name) for entry in plan.shared(block.name)]
+    try:
+        return Handing(model.get_submodule(block.name).forward, block.reads, names)
+    except (AttributeError, ValueError, TypeError) as why:
+        raise PlanError(
+            f"The convs of block {block.name!r} can't share a predictor: {why}. "
+            f"Give them their own: plan.unshare({_pattern(block.name)!r})."
+        ) from why
+
+
+def _pattern(block: str) -> str:
+    return f"{block}.*" if block else "*"
 
 
 class _Expansion:
@@ -121,8 +161,7 @@ class _Expansion:
         key = static.dtype, static.device
         if key not in self.tables:
             self.tables[key] = Deviations(self.method.g, self.seed, *key)
-        # Some prime, so that the convs take their deviations from different places of the table.
-        bank = expand(static, self.method, self.tables[key], self.diversity, offset=number * 7919)
+        bank = expand(static, self.method, self.tables[key], self.diversity, offset=number * _OFFSET)
         return nn.Parameter(bank, requires_grad)
 
 
@@ -142,20 +181,36 @@ def _predictor(
 def _dynamic(
     conv: nn.Module, method: Method, fill: _Expansion, predictor: CoefficientPredictor | None, number: int
 ) -> DynamicConv:
-    dynamic = _CLASSES[conv.transposed, len(conv.kernel_size)](
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        g=method.g,
-        coefficients_per=method.per,
-        stride=conv.stride,
-        padding=static_padding(conv),
-        dilation=conv.dilation,
-        groups=conv.groups,
-        padding_mode=conv.padding_mode,
+    kind = next(cls for static, cls in DYNAMIC_OF.items() if isinstance(conv, static))
+    dynamic = kind.from_conv(
+        conv,
+        method,
         weight=fill(static_weight(conv), 2 * number, conv.weight.requires_grad),
         bias=None if conv.bias is None else fill(conv.bias.detach(), 2 * number + 1, conv.bias.requires_grad),
+        padding=static_padding(conv),
         coefficient_predictor=predictor,
-        **({"output_padding": conv.output_padding} if conv.transposed else {}),
     )
     return hand_over(conv, dynamic)
+
+
+def replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put new modules in the place of old ones, under every name that they have; the model, or what replaces it."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def hand_over(old: nn.Module, new: nn.Module, but: Collection[str] = ()) -> nn.Module:
+    """Put onto `new` the hooks, the train/eval switch and whatever else the user has put on `old`; return it."""
+    own = vars(nn.Module()).keys() | vars(new).keys() | set(but)
+    vars(new).update({name: value for name, value in vars(old).items() if name not in own or "hook" in name})
+    return set_mode(new, old.training)
+
+
+def set_mode(module: nn.Module, training: bool) -> nn.Module:
+    """Switch a module and all in it to training or eval mode, whatever their own `train` does or returns."""
+    for each in module.modules():
+        each.training = training
+    return module

@@ -6,37 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.copying import skeleton
 from dyconvert.errors import ModelError, some
 from dyconvert.marks import remove_marks
-from dyconvert.nn import (
-    CoefficientPredictor,
-    DynamicConv,
-    DynamicConv1d,
-    DynamicConv2d,
-    DynamicConv3d,
-    DynamicConvTranspose1d,
-    DynamicConvTranspose2d,
-    DynamicConvTranspose3d,
-)
+from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.nn.convs import STATIC_OF
+from dyconvert.nn.handing import sharing_blocks, unshare
 from dyconvert.nn.padding import TF_SAME
-from dyconvert.surgery.rewrite import PREDICTOR, SharesPredictor, hand_over, replace_everywhere
+from dyconvert.surgery.apply import hand_over, replace_everywhere
 from dyconvert.surgery.watch import predictor_of, run_over, watch_coefficients
 
-# Which conv each dynamic conv goes back to.
-STATIC_CLASSES: dict[type[DynamicConv], type[nn.Module]] = {
-    DynamicConv1d: nn.Conv1d,
-    DynamicConv2d: nn.Conv2d,
-    DynamicConv3d: nn.Conv3d,
-    DynamicConvTranspose1d: nn.ConvTranspose1d,
-    DynamicConvTranspose2d: nn.ConvTranspose2d,
-    DynamicConvTranspose3d: nn.ConvTranspose3d,
-}
-
 # Attributes that only a dynamic conv has; all others are the static conv's, or what the user has put on it.
-_DYNAMIC_ONLY = {"g", "coefficients_per", "_explicit_padding"}
+_DYNAMIC_ONLY = {"g", "coefficients_per", "_explicit_padding", "_handed"}
 
 
 def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") -> nn.Module:
@@ -86,10 +68,8 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     for name in convs:
         conv = result.get_submodule(name)
         replacements[conv] = _static(conv, chosen[name], predictors[name].linear.weight.dtype)
-    for module in result.modules():
-        if isinstance(module, SharesPredictor):
-            module.__class__ = module._dyconvert_base
-            del module._modules[PREDICTOR]
+    for _, block, _ in list(sharing_blocks(result)):
+        unshare(block)
     result = replace_everywhere(result, replacements)
     # The plan and the source speak of the dynamic model; what was narrowed stays narrow.
     remove_marks(result, but_narrowing=True)
@@ -141,11 +121,10 @@ def _initial(predictor: CoefficientPredictor, conv: DynamicConv) -> Tensor:
 
 
 def _static(dynamic: DynamicConv, coefficients: Tensor, dtype: torch.dtype) -> nn.Module:
-    cls = STATIC_CLASSES.get(type(dynamic))
+    cls = STATIC_OF.get(type(dynamic))
     if cls is None:
         raise ModelError(f"collapse() doesn't know which static conv a {type(dynamic).__name__} goes back to.")
     tf_same = dynamic.padding == TF_SAME
-    transposed = hasattr(dynamic, "output_padding") and issubclass(cls, _ConvTransposeNd)
     static = cls(
         dynamic.in_channels,
         dynamic.out_channels,
@@ -157,35 +136,16 @@ def _static(dynamic: DynamicConv, coefficients: Tensor, dtype: torch.dtype) -> n
         bias=dynamic.bias is not None or dynamic.shift is not None,
         padding_mode=dynamic.padding_mode,
         device="meta",
-        **({"output_padding": dynamic.output_padding} if transposed else {}),
+        **({"output_padding": dynamic.output_padding} if dynamic.transposed else {}),
     )
     if tf_same:  # only timm's convs pad like that
         from timm.layers import Conv2dSame
 
         static.__class__ = Conv2dSame
-    spatial = [1] * dynamic.spatial_dims
-    # [g, 1 | C_out] to what multiplies an expert: the output channel stands first, or in a transposed conv second.
-    per_weight = coefficients.view(dynamic.g, -1, 1, *spatial)
-    if transposed and coefficients.shape[1] > 1:
-        by_group = coefficients.view(dynamic.g, dynamic.groups, 1, -1)
-        by_group = by_group.expand(-1, -1, dynamic.in_channels // dynamic.groups, -1)
-        per_weight = by_group.flatten(1, 2).view(dynamic.g, dynamic.in_channels, -1, *spatial)
-    # The experts of a fused model may be of half precision where the rest isn't.
-    static.weight = _mixed(dynamic.weight, per_weight, dtype)
-    if dynamic.bias is not None:
-        static.bias = _mixed(dynamic.bias, coefficients, dtype)
-    if dynamic.shift is not None:  # of a model whose batch norms were fused
-        shift = dynamic.shift.detach().clone()
-        static.bias = nn.Parameter(shift if dynamic.bias is None else static.bias.detach() + shift, False)
+    # In float64, for the experts' differences are to cancel. Those of a fused model may be of half precision.
+    weight, bias = dynamic.mixture(coefficients)
+    static.weight = nn.Parameter(weight.to(dtype), dynamic.weight.requires_grad)
+    if bias is not None:
+        trains = dynamic.bias is not None and dynamic.shift is None and dynamic.bias.requires_grad
+        static.bias = nn.Parameter(bias.to(dtype), trains)
     return hand_over(dynamic, static, but=_DYNAMIC_ONLY)
-
-
-def _mixed(bank: nn.Parameter, coefficients: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """The mixture of a bank's experts, in the bank's memory format; `coefficients[i]` multiplies expert i."""
-    experts = bank.detach().unflatten(0, (len(coefficients), -1)).unbind()
-    total: Tensor | None = None
-    # In float64, for the experts' differences are to cancel, one expert at a time.
-    for expert, eta in zip(experts, coefficients.to(bank.device), strict=True):
-        part = expert.double() * eta
-        total = part if total is None else total.add_(part)
-    return nn.Parameter(total.to(dtype), requires_grad=bank.requires_grad)

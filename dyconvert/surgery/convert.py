@@ -3,18 +3,28 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from dyconvert.copying import on_meta
+from dyconvert.arguments import as_arguments
+from dyconvert.copying import on_meta, sharing_copy
 from dyconvert.errors import ModelError, PlanError
 from dyconvert.marks import fused_of, plan_of
 from dyconvert.methods import Method, get_method
-from dyconvert.names import within
-from dyconvert.surgery.apply import carry_out, static_conv
-from dyconvert.surgery.blocks import check_convertible, find
+from dyconvert.randomness import kept_random_state, random_state, set_random_state
+from dyconvert.surgery.apply import apply
+from dyconvert.surgery.blocks import check_convertible
+from dyconvert.surgery.observe import example_for, random_images
+from dyconvert.surgery.old_plans import up_to_date
 from dyconvert.surgery.plan import Plan
-from dyconvert.surgery.trace import BlockTrace, Untraceable, trace_block
+from dyconvert.surgery.planning import make_plan
 from dyconvert.surgery.trainable import Trainable, check_trainable, set_trainable
+from dyconvert.verify import verify
+
+# How far rounding takes the outputs of a deep network, relative to the largest: the same sums in another order, and
+# Winograd's filtering. Smaller dtypes round more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 def plan(
@@ -44,39 +54,19 @@ def plan(
         include_stem: convert the conv that reads the image as well.
         strict: refuse a model with a block whose convs can't share a predictor. Otherwise they get one each, and
             the plan says why.
-        example: an input, or the tuple of the forward's arguments, for a trial run on the meta device. None:
-            common sizes are tried.
+        example: an input, the tuple of the forward's arguments, or a dict of its keyword arguments, for trial runs of
+            copies. None: common sizes are tried.
 
     Raises:
         ModelError: the model can't be converted: no convs, already converted, wrapped, compiled, ...
         PlanError: unknown method, g < 1, a pattern that matches nothing, ...
     """
-    return _plan(model, method, g, scope, reduction, temperature, include, exclude, include_stem, strict, example)[0]
-
-
-def _plan(
-    model: nn.Module,
-    method: str | Method = "dynet",
-    g: int | None = None,
-    scope: str | None = None,
-    reduction: int | None = None,
-    temperature: float | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    include_stem: bool = False,
-    strict: bool = False,
-    example: Any = None,
-) -> tuple[Plan, dict[str, BlockTrace]]:
     chosen = get_method(method, g=g, scope=scope, reduction=reduction, temperature=temperature)
-    return find(
-        model,
-        chosen,
-        include=_sequence(include),
-        exclude=_sequence(exclude),
-        include_stem=include_stem,
-        strict=strict,
-        example=example,
-    )
+    patterns = {"include": _sequence(include), "exclude": _sequence(exclude)}
+    return make_plan(model, chosen, **patterns, include_stem=include_stem, strict=strict, example=example)
+
+
+_plan = plan  # convert() has a parameter of that name
 
 
 def _sequence(patterns: str | Sequence[str]) -> Sequence[str]:
@@ -91,6 +81,8 @@ def convert(
     seed: int = 0,
     diversity: float = 0.1,
     trainable: Trainable | None = None,
+    example: Any = None,
+    check: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
     **choices: Any,
 ) -> nn.Module:
@@ -108,19 +100,22 @@ def convert(
         diversity: how far the experts differ at first, relative to each output channel's root mean square.
         trainable: None: what was frozen stays frozen, experts are as their static weights were, and predictors
             train. `"predictors"`, `"experts"` or `"all"`: as :func:`~dyconvert.set_trainable` says.
+        example: what :func:`plan` takes as its example; the check's input as well. None: the plan's.
+        check: at the end, run the original and the result on the example, and refuse a result that differs. It takes
+            about as long as the two runs; a model on the meta device, or one whose input isn't known, isn't checked.
         progress: called with a conv's name, how many are done, and how many there are.
 
     Raises:
-        ModelError: the model can't be converted.
+        ModelError: the model can't be converted, or the result doesn't compute what it does.
         PlanError: the plan doesn't fit the model.
     """
     if plan is not None and choices:
         raise PlanError(f"convert() got a plan and {', '.join(choices)}: the plan has decided that. Give one of them.")
     if plan is None:
-        plan, traces = _plan(model, **choices)
+        plan = _plan(model, example=example, **choices)
     else:
         check_convertible(model)
-        traces = _retrace(model, plan)
+        plan = up_to_date(plan, model)
     if not plan.converted:
         reasons = "; ".join(f"{count} {reason}" for reason, count in plan.reasons().items())
         raise PlanError(
@@ -129,43 +124,70 @@ def convert(
         )
     if trainable is not None:
         check_trainable(trainable)
-    model = carry_out(model, plan, traces, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
-    return model if trainable is None else set_trainable(model, trainable)
+    example = _example_of(model, plan, example) if check else None
+    # Its parameters are the model's own, so that it costs nothing; in place, they are gone from the model afterwards.
+    original = sharing_copy(model) if example is not None else None
+    converted, undo = apply(model, plan, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
+    if original is not None:
+        try:
+            _check(original, converted, example)
+        except BaseException:
+            undo()
+            raise
+    return converted if trainable is None else set_trainable(converted, trainable)
+
+
+def _check(original: nn.Module, converted: nn.Module, example: Any) -> None:
+    """Refuse a conversion that doesn't compute what the original does.
+
+    Raises:
+        ModelError: it doesn't.
+    """
+    with kept_random_state():
+        state = random_state()
+        differences = verify(original, sharing_copy(converted), example)
+        dtypes = [p.dtype for p in original.parameters()]
+        if differences.relative <= max(TOLERANCE.get(dtype, 1e-3) for dtype in dtypes):
+            return
+        # A model that draws random numbers by itself, or sums in another order each time, differs from itself.
+        set_random_state(state)
+        if verify(original, sharing_copy(original), example).relative >= differences.relative / 10:
+            return
+    raise ModelError(
+        f"The converted {type(original).__name__} doesn't compute what the original does: {differences}. Nothing was "
+        "converted. Leave parts of it out (exclude=...), give every conv its own predictor (scope='layer'), and "
+        "please report it."
+    )
+
+
+def _example_of(model: nn.Module, plan: Plan, example: Any) -> Any:
+    """What to check a conversion on: an example with values, or None where there is none."""
+    if any(t.is_meta for t in model.parameters()):
+        return None  # a model without values computes nothing
+    if example is None:
+        example = plan.example
+    if example is None:
+        try:
+            return example_for(model)
+        except ModelError:
+            return None  # the plan warns that no input is known
+    if any(t.is_meta for t in tree_leaves(example) if isinstance(t, Tensor)):
+        if isinstance(example, dict):
+            values = random_images(tuple(example.values()), next(model.parameters()).device, 2)
+            return dict(zip(example, values, strict=True))
+        return random_images(as_arguments(example), next(model.parameters()).device, 2)
+    return example
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     """Convert `model` in place without filling the experts, whose values will be loaded."""
     check_convertible(model)
-    return carry_out(model, plan, _retrace(model, plan), inplace=True, seed=0, diversity=None)
+    return apply(model, up_to_date(plan, model), inplace=True, seed=0, diversity=None)[0]
 
 
 def preview(model: nn.Module, plan: Plan) -> nn.Module:
     """The converted architecture on the meta device: its parameters and MACs, without its memory."""
     return rebuild(on_meta(model), plan)
-
-
-def _retrace(model: nn.Module, plan: Plan) -> dict[str, BlockTrace]:
-    """The traces that a plan's shared blocks need, from a model that it was made for."""
-    bare = on_meta(model)
-    traces = {}
-    names = {block.name for block in plan.blocks}
-    for entry in plan.converted:
-        if entry.block is not None and entry.block not in names:
-            raise PlanError(f"The plan has {entry.name} share with block {entry.block!r}, which it doesn't list.")
-    for block in plan.blocks:
-        entries = plan.shared(block.name)
-        if not entries:
-            continue
-        convs = {within(block.name, entry.name): static_conv(bare, entry) for entry in entries}
-        try:
-            module = bare.get_submodule(block.name)
-            traces[block.name] = trace_block(module, convs, known=(block.reads, block.in_channels, block.given))
-        except (Untraceable, AttributeError) as why:
-            raise PlanError(
-                f"The convs of block {block.name!r} can't share a predictor: {why}. "
-                f"Give them their own: plan.unshare('{block.name}.*')."
-            ) from why
-    return traces
 
 
 def check_converted(model: nn.Module) -> Plan:

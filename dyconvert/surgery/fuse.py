@@ -22,15 +22,14 @@ from dyconvert.copying import clear_hooks, copied, on_meta
 from dyconvert.errors import ModelError
 from dyconvert.marks import mark_fused, remove_marks
 from dyconvert.nn import DynamicConv
-from dyconvert.nn.convs import DynamicConvTranspose
+from dyconvert.nn.convs import DYNAMIC_OF, STATIC_OF, DynamicConvTranspose
 from dyconvert.surgery.adapters import unsupported
-from dyconvert.surgery.collapse import STATIC_CLASSES
+from dyconvert.surgery.apply import replace_everywhere
 from dyconvert.surgery.observe import observe
-from dyconvert.surgery.rewrite import replace_everywhere
 from dyconvert.surgery.trace import BlockTracer
 
-_DYNAMIC = tuple(STATIC_CLASSES)
-_STATIC = tuple(STATIC_CLASSES.values())
+_DYNAMIC = tuple(STATIC_OF)
+_STATIC = tuple(DYNAMIC_OF)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # torchvision's, by name, since importing it takes half a second.
 _FROZEN = "FrozenBatchNorm2d"

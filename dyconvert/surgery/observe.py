@@ -1,19 +1,22 @@
 """A trial run without data: what each module reads, on the meta device where the model allows it."""
 
 import inspect
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from dyconvert.arguments import as_arguments
-from dyconvert.copying import clear_hooks, on_meta, skeleton
+from dyconvert.arguments import as_call
+from dyconvert.copying import clear_hooks, on_meta, sharing_copy
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import DynamicConv
+from dyconvert.randomness import kept_random_state
 
 # Spatial sizes that models are commonly built for, by the number of spatial dimensions.
 _COMMON_SIZES = {
@@ -21,6 +24,12 @@ _COMMON_SIZES = {
     2: [(s, s) for s in (224, 299, 256, 384, 512, 128, 64, 32, 28, 16, 8)],
     3: [(16, 112, 112), (16, 224, 224), (32, 224, 224), (8, 56, 56), (16, 32, 32)],
 }
+
+# What a bank answers as its static weight does, so whoever asks for it may go on asking.
+_HARMLESS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "dim", "is_leaf", "grad_fn"}
+_HARMLESS |= {"is_floating_point", "is_complex", "element_size", "is_sparse", "is_quantized", "names"}
+
+_META = torch.device("meta")
 
 
 @dataclass
@@ -34,35 +43,60 @@ class Call:
 
 @dataclass
 class Observation:
-    """What a trial run in eval mode showed.
+    """What trial runs showed: one in eval mode, and one training step.
 
     Attributes:
-        example: the arguments that the model was called with, on the meta device.
-        calls: every call of every watched module, by name.
+        args, kwargs: the arguments that the model was called with, on the meta device.
+        real: the run was one with values, for the model looks at them.
+        hooked: the model's own hooks took part in the run, for it doesn't run without them.
+        calls: every call of every watched module in eval mode, by name.
+        training: the same of the training step, backward included; None: the model can't be trained on the example.
         order: the watched modules' names, in the order of their first call.
+        reads: of each watched conv, the functions that were given its weight or bias outside of its own forward.
+        outputs: shapes of what the model returned in eval mode.
+        edits: the model's forward changes its own parameters.
     """
 
-    example: tuple[Any, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    real: bool = False
+    hooked: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    training: dict[str, list[Call]] | None = None
     order: list[str] = field(default_factory=list)
+    reads: dict[str, set[str]] = field(default_factory=dict)
+    outputs: list[Any] = field(default_factory=list)
+    edits: bool = False
+
+    @property
+    def example(self) -> Any:
+        """The arguments in the form in which an example is given: a tuple, or a dict of keyword arguments."""
+        return self.kwargs if self.kwargs and not self.args else self.args
+
+    def placed(self, runner: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for another run of a copy that :func:`trial_copy` made."""
+        return _placed(runner, (self.args, self.kwargs), self.real)
 
     @property
     def image_channels(self) -> int | None:
         """Channels of the model's first tensor input, which is `[N, C, *spatial]`."""
-        tensors = [leaf for leaf in tree_flatten(self.example)[0] if isinstance(leaf, Tensor)]
+        values = (*self.args, *self.kwargs.values())
+        tensors = [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
         if not tensors or tensors[0].dim() < 3:
             return None
         # A detection model takes a list of images without a batch dimension.
-        batched = any(tensor is tensors[0] for tensor in self.example)
+        batched = any(tensor is tensors[0] for tensor in values)
         return tensors[0].shape[1 if batched else 0]
 
 
-def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observation | None:
+def observe(model: nn.Module, watched: set[str], example: Any = None, *, train: bool = False) -> Observation | None:
     """Run the model once, in eval mode, and record the calls of the modules named in `watched`.
 
     Args:
         model: left as it is; a copy runs.
-        example: the input tensor or the tuple of arguments. None: common input sizes are tried.
+        example: the input tensor, the tuple of arguments, or a dict of keyword arguments. None: common input sizes are
+            tried.
+        train: run one training step, too.
 
     Returns:
         None if no input was given and none of those tried fits.
@@ -70,29 +104,35 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
     Raises:
         ModelError: the model can't be copied, or rejects the given example.
     """
-    bare = on_meta(model).eval()
-    clear_hooks(bare)
-    for module in bare.modules():
-        # Its output is shaped as its input, and on the meta device it takes most of the run's time.
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            module.forward = lambda x: x
-    given = [as_arguments(example)] if example is not None else None
+    with kept_random_state():
+        return _observe(model, watched, example, train)
+
+
+def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> Observation | None:
+    given = [as_call(model, example)] if example is not None else None
     failure: Exception | None = None
-    # Detection and optical flow look at values, which the meta device doesn't have: they get a real run.
-    for real in (False, True):
+    # Detection and optical flow look at values, which the meta device doesn't have: they get a real run. Some models'
+    # own hooks keep what their decoders read: they run with their hooks.
+    for real, hooked in ((False, False), (True, False), (False, True), (True, True)):
         if real and any(p.device.type == "meta" for p in model.parameters()):
+            continue
+        if hooked and not _has_hooks(model):
             break
-        runner = bare
-        if real:
-            runner = skeleton(model, Tensor.detach).eval()
-            clear_hooks(runner)
-        for arguments in given or guesses(model):
+        for args, kwargs in given or guesses(model):
+            runner = trial_copy(model, real, hooked)
             try:
-                return _record(runner, watched, arguments, real)
+                observation = _record(runner, watched, args, kwargs, real)
             except Exception as error:
-                failure = error
+                failure = failure or error
                 if not given and real is False and _is_about_values(error):
                     break
+                continue
+            observation.real, observation.hooked = real, hooked
+            if train:
+                observation.training = _training_step(
+                    trial_copy(model, real, hooked), watched, args, kwargs, real, observation.reads
+                )
+            return observation
     if given:
         raise ModelError(
             f"{type(model).__name__} rejects the example input: {brief(failure)}. Pass an example that the model's "
@@ -101,52 +141,177 @@ def observe(model: nn.Module, watched: set[str], example: Any = None) -> Observa
     return None
 
 
+def trial_copy(model: nn.Module, real: bool, hooked: bool) -> nn.Module:
+    """A copy for a trial run, in eval mode: on the meta device, or with the model's values where `real`."""
+    copy = sharing_copy(model) if real else on_meta(model)
+    copy.eval()  # which may return nothing, where the user has written it
+    if not hooked:
+        clear_hooks(copy)
+    for module in copy.modules():
+        # Its output is shaped as its input, and on the meta device it takes most of the run's time.
+        if not real and type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.forward = lambda x: x
+    return copy
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def _is_about_values(error: Exception) -> bool:
     return "meta" in str(error).lower() or isinstance(error, NotImplementedError)
 
 
-def _record(model: nn.Module, watched: set[str], arguments: tuple[Any, ...], real: bool) -> Observation:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+class _WeightReads(TorchFunctionMode):
+    """Notes every function that is given a watched conv's parameter while that conv isn't being called."""
 
-    def meta(values: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: t.detach().to("meta"), values)
+    def __init__(self, owners: Mapping[int, str], stack: "CallStack", reads: dict[str, set[str]]) -> None:
+        super().__init__()
+        self.owners = owners
+        self.stack = stack
+        self.reads = reads
 
-    observation = Observation(meta(arguments))
-    stack: list[str] = []
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            for t in value if isinstance(value, (list, tuple)) else (value,):
+                name = self.owners.get(id(t)) if isinstance(t, Tensor) else None
+                if name is not None and name not in self.stack.names():
+                    what = getattr(function, "__name__", "")
+                    if what == "__get__":
+                        what = getattr(function.__self__, "__name__", what)
+                    if what not in _HARMLESS:
+                        self.reads.setdefault(name, set()).add(what or str(resolve_name(function)))
+        return function(*args, **kwargs)
+
+
+class CallStack(threading.local):
+    """The watched modules that are being called in this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def names(self) -> list[str]:
+        return self._names
+
+
+def recording(
+    model: nn.Module, watched: set[str], see: Callable[[str, tuple[Any, ...], dict[str, Any], tuple[str, ...]], None]
+) -> tuple[CallStack, list[Any]]:
+    """Have `see(name, args, kwargs, within)` called at every call of a watched module; the hooks' handles."""
+    stack = CallStack()
     handles = []
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in observation.calls:
-                observation.order.append(name)
-            call = Call(meta(args), meta(kwargs), tuple(stack))
-            observation.calls.setdefault(name, []).append(call)
-            stack.append(name)
+            see(name, args, kwargs, tuple(stack.names()))
+            stack.names().append(name)
 
         return hook
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop()
+        if stack.names():
+            stack.names().pop()
 
     for name, module in model.named_modules():
         if name in watched:
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after, always_call=True))
-    target = device if real else torch.device("meta")
-    arguments = tree_map_only(Tensor, lambda t: _filled(t, target), arguments)
+    return stack, handles
+
+
+def meta(values: Any) -> Any:
+    """`values` with every tensor in them on the meta device."""
+    return tree_map_only(Tensor, lambda t: t.detach().to(_META), values)
+
+
+def _record(
+    model: nn.Module, watched: set[str], args: tuple[Any, ...], kwargs: dict[str, Any], real: bool
+) -> Observation:
+    observation = Observation(meta(args), meta(kwargs))
+
+    def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], within: tuple[str, ...]) -> None:
+        if name not in observation.calls:
+            observation.order.append(name)
+        observation.calls.setdefault(name, []).append(Call(meta(args), meta(kwargs), within))
+
+    versions = [p._version for p in model.parameters()]
+    stack, handles = recording(model, watched, see)
+    args, kwargs = _placed(model, (args, kwargs), real)
     try:
-        with torch.no_grad():
-            model(*arguments)
+        with torch.no_grad(), _WeightReads(_owners(model, watched), stack, observation.reads):
+            returned = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
+    observation.outputs = shapes(returned)
+    observation.edits = versions != [p._version for p in model.parameters()]
     return observation
 
 
-def _filled(t: Tensor, device: torch.device) -> Tensor:
-    if t.device.type == "meta" and device.type != "meta":
-        return torch.zeros(t.shape, dtype=t.dtype, device=device)
-    return t.detach().to(device)
+def _training_step(
+    model: nn.Module,
+    watched: set[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    real: bool,
+    reads: dict[str, set[str]],
+) -> dict[str, list[Call]] | None:
+    """The calls of one step in training mode, forward and backward; None if the model can't take it."""
+    calls: dict[str, list[Call]] = {}
+
+    def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], within: tuple[str, ...]) -> None:
+        calls.setdefault(name, []).append(Call(meta(args), meta(kwargs), within))
+
+    model.train()
+    for parameter in model.parameters():
+        # A part that is frozen now may be trained later; what is checkpointed runs again only for gradients.
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
+    stack, handles = recording(model, watched, see)
+    args, kwargs = _placed(model, (args, kwargs), real)
+    own: dict[str, set[str]] = {}
+    try:
+        with torch.enable_grad(), _WeightReads(_owners(model, watched), stack, own):
+            returned = model(*args, **kwargs)
+            tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
+            if tensors:
+                total = sum((t.abs() if t.is_complex() else t).float().sum() for t in tensors)
+                total.backward()
+    except Exception:  # a model may need targets to train, or more images: then nothing is known
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, functions in own.items():
+        reads.setdefault(name, set()).update(functions)
+    return calls
+
+
+def _owners(model: nn.Module, watched: set[str]) -> dict[int, str]:
+    return {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if name in watched and isinstance(module, _ConvNd)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def shapes(value: Any) -> list[Any]:
+    """The shapes and types of what lies in a value: what two runs' outputs are compared by."""
+    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in tree_flatten(value)[0]]
+
+
+def _placed(model: nn.Module, values: Any, real: bool) -> Any:
+    """Values on the device that a trial copy runs on; zeros in the place of tensors that have no values."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu")) if real else _META
+
+    def place(t: Tensor) -> Tensor:
+        if t.device.type == "meta" and device.type != "meta":
+            return torch.zeros(t.shape, dtype=t.dtype, device=device)
+        return t.detach().to(device)
+
+    return tree_map_only(Tensor, place, values)
 
 
 def example_for(
@@ -173,11 +338,16 @@ def example_for(
         raise ModelError(
             f"{type(model).__name__} takes none of the common input sizes. Give an input of its size: `example=...`."
         )
-    generator = torch.Generator().manual_seed(seed)
+    return random_images(arguments, first.device, batch, seed)
+
+
+def random_images(arguments: tuple[Any, ...], device: torch.device, batch: int, seed: int = 0) -> tuple[Any, ...]:
+    """Arguments on the meta device as random ones, with `batch` images in each that is a tensor by itself."""
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def image(t: Tensor, alone: bool) -> Tensor:
         shape = (batch, *t.shape[1:]) if alone else t.shape
-        return torch.randn(shape, generator=generator).to(first.device, t.dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, t.dtype)
 
     return tuple(
         image(value, True) if isinstance(value, Tensor) else tree_map_only(Tensor, lambda t: image(t, False), value)
@@ -190,8 +360,8 @@ def _convs(model: nn.Module) -> Iterator[nn.Module]:
     return (m for m in model.modules() if isinstance(m, (_ConvNd, DynamicConv)))
 
 
-def guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Inputs, on the meta device, that a model with this first conv may take."""
+def guesses(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Calls, with inputs on the meta device, that a model with this first conv may take."""
     first = next(_convs(model), None)
     if first is None:
         return
@@ -202,12 +372,11 @@ def guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
     shapes = [(first.in_channels, *size) for size in _COMMON_SIZES[dims]]
     if known is not None and len(known) == dims + 1:
         shapes.insert(0, tuple(known))
-    parameters = inspect.signature(model.forward).parameters.values()
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    required = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required)
+    keywords = [p.name for p in required if p.kind is p.KEYWORD_ONLY]
     for shape in shapes:
         image = torch.empty(1, *shape, device="meta", dtype=first.weight.dtype)
-        yield (image,) * max(len(required), 1)
+        yield (image,) * (positional if keywords else max(positional, 1)), dict.fromkeys(keywords, image)
     for shape in shapes[:2]:
-        yield ([torch.empty(shape, device="meta", dtype=first.weight.dtype)],)
+        yield ([torch.empty(shape, device="meta", dtype=first.weight.dtype)],), {}

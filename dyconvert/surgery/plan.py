@@ -2,9 +2,9 @@
 
 import textwrap
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -12,7 +12,9 @@ from dyconvert.errors import PlanError
 from dyconvert.methods import Method
 from dyconvert.names import matching
 
-SCHEMA = 1
+SCHEMA = 2
+# Plans of schema 1 named a node of an FX graph as what a predictor reads; surgery/old_plans.py finds its argument.
+_OLD = 1
 
 
 class PlannedConv(BaseModel):
@@ -60,9 +62,9 @@ class PlannedBlock(BaseModel):
 
     Attributes:
         name: where it stands; "" is the model itself.
-        reads: the node of the block's graph that the predictor reads: its input, as a rule.
-        in_channels: that map's channels.
-        given: the optional inputs of its forward that are given a tensor; the others keep their defaults.
+        reads: what the predictor reads: a parameter of the block's forward, or a part of one, as `x[0]`. Of a list
+            or dict of maps it reads all.
+        in_channels: the channels of what it reads.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,7 +72,6 @@ class PlannedBlock(BaseModel):
     name: str
     reads: str
     in_channels: Annotated[int, Field(ge=1)]
-    given: list[str] = []
 
 
 class Plan(BaseModel):
@@ -82,12 +83,35 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1, 2] = SCHEMA
     model: str
     method: Method
     convs: list[PlannedConv]
     blocks: list[PlannedBlock] = []
     warnings: list[str] = []
+
+    # What the plan was made with, for convert() to check its result on; it isn't saved.
+    _example: Any = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_schema_1_had(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("schema_version") == _OLD:
+            blocks = data.get("blocks", [])
+            if isinstance(blocks, list):
+                plain = [{k: v for k, v in b.items() if k != "given"} if isinstance(b, dict) else b for b in blocks]
+                data = data | {"blocks": plain}
+        return data
+
+    @property
+    def example(self) -> Any:
+        """The example that the plan was made with: the user's, or shapes on the meta device; None if it isn't known."""
+        return self._example
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the blocks' `reads` name nodes of FX graphs, as they did in schema 1."""
+        return self.schema_version == _OLD
 
     def __getitem__(self, name: str) -> PlannedConv:
         for conv in self.convs:

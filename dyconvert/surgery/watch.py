@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dyconvert.errors import ModelError
+from dyconvert.names import joined
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.surgery.rewrite import PREDICTOR
+from dyconvert.nn.handing import handed, sharing_blocks
 
 
 def watch_coefficients(model: nn.Module, see: Callable[[str, Tensor], None]) -> None:
@@ -23,9 +24,7 @@ def watch_coefficients(model: nn.Module, see: Callable[[str, Tensor], None]) -> 
         if conv.coefficient_predictor is not None:
             conv.coefficient_predictor.register_forward_hook(lambda _, args, output: see(name, output[0]))
         else:
-            conv.register_forward_pre_hook(
-                lambda _, args, kwargs: see(name, kwargs.get("coefficients", args[-1])), with_kwargs=True
-            )
+            conv.register_forward_pre_hook(lambda conv, args: see(name, handed(conv)))
 
     for name, module in model.named_modules():
         if isinstance(module, DynamicConv):
@@ -33,17 +32,21 @@ def watch_coefficients(model: nn.Module, see: Callable[[str, Tensor], None]) -> 
 
 
 def predictor_of(model: nn.Module, conv: str) -> CoefficientPredictor:
-    """The conv's own predictor, or that of the innermost block around it."""
-    name = conv
-    while True:
-        found = getattr(model.get_submodule(name), PREDICTOR, None)
-        if isinstance(found, CoefficientPredictor):
-            return found
-        if not name:
-            raise ModelError(
-                f"No predictor for {conv} is in this model. Pass the whole converted model, not a part of it."
-            )
-        name = name.rpartition(".")[0]
+    """The conv's own predictor, or that of the block that hands coefficients to it."""
+    own = model.get_submodule(conv).coefficient_predictor
+    return own if own is not None else model.get_submodule(block_of(model, conv)[1]).block_predictor
+
+
+def block_of(model: nn.Module, conv: str) -> tuple[str, str]:
+    """The block that hands coefficients to a conv, and the conv that holds the block's predictor, by name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for name, _, handing in sharing_blocks(model):
+        if any(joined(name, each) == conv for each in handing.convs):
+            return name, joined(name, handing.convs[0])
+    raise ModelError(f"No predictor for {conv} is in this model. Pass the whole converted model, not a part of it.")
 
 
 def run_over(model: nn.Module, batches: Iterable[Any]) -> None:

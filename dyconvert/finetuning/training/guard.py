@@ -116,4 +116,4 @@ def _where(pl_module: FineTuner) -> str:
 
 
 def _layer(predictor: str) -> str:
-    return predictor.removesuffix(".coefficient_predictor")
+    return predictor.removesuffix(".coefficient_predictor").removesuffix(".block_predictor")

@@ -1,0 +1,194 @@
+"""Handing: two hooks around a block's own forward give the coefficients to the block's convs.
+
+The user's forward runs as it stands. Before it, the block's predictor reads the block's input; while it runs, each
+conv finds its coefficients by asking :func:`handed`; after it, also after an error, they are gone. The predictor is a
+child of the first conv that it serves (`conv.block_predictor`), so nothing is added to the user's modules but hooks.
+"""
+
+import inspect
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dyconvert.nn.convs import DynamicConv
+    from dyconvert.nn.predictor import CoefficientPredictor
+
+# Of each thread, for threads may share a model: a stack, for blocks may stand in one another.
+_local = threading.local()
+
+# What `reads` looks like: a parameter of the block's forward, and what is taken out of it.
+_READS = re.compile(r"(?P<name>[^\[\]]+)(?P<items>(\[(\d+|'[^']*')\])*)")
+_ITEM = re.compile(r"\[(?:(\d+)|'([^']*)')\]")
+
+
+class Handing:
+    """What the hooks of one block know: which argument its predictor reads, and which convs it serves.
+
+    Plain data, so that blocks can be copied and pickled, and replicas of a block use their own convs.
+
+    Args:
+        forward: the block's forward, whose signature says where the argument stands.
+        reads: a parameter of the forward, `"x"`, or a part of one, `"x[0]"`, `"features['low']"`. Of a list or dict of
+            maps, the predictor reads all of them.
+        convs: the names of the convs within the block; the first one holds the predictor.
+
+    Raises:
+        ValueError: the forward has no such parameter.
+    """
+
+    def __init__(self, forward: Any, reads: str, convs: Sequence[str]) -> None:
+        self.reads = reads
+        self.convs = tuple(convs)
+        self.index, self.keyword, self.items = _place(forward, reads)
+
+    def give(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook, with keywords: predict the coefficients, and open them to the convs."""
+        convs = [_descendant(block, name) for name in self.convs]
+        coefficients = convs[0].block_predictor(self._read(args, kwargs))
+        # By index: a tracer's stand-in for the tuple can't be iterated over.
+        if _compiling():
+            # A compiler would guard on the thread's stack, and compile again for every thread.
+            for index, conv in enumerate(convs):
+                conv._handed = coefficients[index]
+        else:
+            _frames().append(_Frame(convs, {id(conv): coefficients[index] for index, conv in enumerate(convs)}))
+
+    def take(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook, called also after an error: undo what :meth:`give` did."""
+        if _compiling():
+            for name in self.convs:
+                _descendant(block, name)._handed = None
+        elif (frames := _frames()) and frames[-1].convs[0] is _descendant(block, self.convs[0]):
+            # Else `give` didn't run for this call: an error in another hook came before it.
+            for conv in frames.pop().convs:
+                if conv._handed is not None:  # a compiled `give` whose block broke into several graphs
+                    conv._handed = None
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.keyword is not None and self.keyword in kwargs:
+            value = kwargs[self.keyword]
+        elif self.index is not None and self.index < len(args):
+            value = args[self.index]
+        else:
+            raise RuntimeError(
+                f"This block's predictor reads {self.reads}, which this call doesn't give. Give its convs predictors "
+                "of their own: plan.unshare(block)."
+            )
+        for item in self.items:
+            value = value[item]
+        return value
+
+
+def share(block: nn.Module, handing: Handing, predictor: "CoefficientPredictor") -> list[Any]:
+    """Have `predictor` serve the convs that `handing` names, whenever `block` is called; the hooks' handles."""
+    _descendant(block, handing.convs[0]).block_predictor = predictor
+    return [
+        block.register_forward_pre_hook(handing.give, with_kwargs=True),
+        block.register_forward_hook(handing.take, always_call=True),
+    ]
+
+
+def handing_of(block: nn.Module) -> Handing | None:
+    """What :func:`share` was given for this block, or None: its convs share no predictor."""
+    for hook in block._forward_pre_hooks.values():
+        if is_handing(hook):
+            return hook.__self__
+    return None
+
+
+def is_handing(hook: Any) -> bool:
+    """Whether a forward hook is one of the two that hand coefficients."""
+    return isinstance(getattr(hook, "__self__", None), Handing)
+
+
+def unshare(block: nn.Module) -> None:
+    """Take the two hooks off a block; the predictor stays where it is."""
+    for hooks in (block._forward_pre_hooks, block._forward_hooks):
+        for key in [key for key, hook in hooks.items() if is_handing(hook)]:
+            del hooks[key]
+            for table in (
+                block._forward_pre_hooks_with_kwargs,
+                block._forward_hooks_with_kwargs,
+                block._forward_hooks_always_called,
+            ):
+                table.pop(key, None)
+
+
+def sharing_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Handing]]:
+    """Every block of `model` whose convs share a predictor, with its name and its :class:`Handing`."""
+    for name, module in model.named_modules():
+        if (handing := handing_of(module)) is not None:
+            yield name, module, handing
+
+
+def handed(conv: "DynamicConv") -> Tensor | None:
+    """The coefficients that the innermost block being called has for this conv."""
+    if _compiling():
+        return conv._handed
+    for frame in reversed(_frames()):
+        if id(conv) in frame.coefficients:
+            return frame.coefficients[id(conv)]
+    return conv._handed  # of a conv that is kept out of a compiled block
+
+
+def maps_in(value: Any) -> list[Tensor]:
+    """The floating-point tensors of a value that is one, or a list, tuple or dict of them, nested or not."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [found for item in value for found in maps_in(item)]
+    return []
+
+
+class _Frame(NamedTuple):
+    """One call of a block: its convs, and the coefficients of each by its id."""
+
+    convs: "list[DynamicConv]"
+    coefficients: dict[int, Tensor]
+
+
+def _frames() -> list[_Frame]:
+    try:
+        return _local.frames
+    except AttributeError:
+        _local.frames = []
+        return _local.frames
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
+def _descendant(module: nn.Module, name: str) -> Any:
+    # Strict export of torch 2.9 doesn't trace `get_submodule`.
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _place(forward: Any, reads: str) -> tuple[int | None, str | None, tuple[int | str, ...]]:
+    """Where `reads` stands in a call of `forward`: its position, its keyword, and what to take out of it."""
+    matched = _READS.fullmatch(reads)
+    if matched is None:
+        raise ValueError(f"{reads!r} names no argument")
+    name = matched["name"]
+    items = [int(number) if number else key for number, key in _ITEM.findall(matched["items"])]
+    parameters = list(inspect.signature(forward).parameters.values())
+    for index, parameter in enumerate(parameters):
+        if parameter.name != name:
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL and items:
+            return index + items[0], None, tuple(items[1:])
+        if parameter.kind is parameter.VAR_KEYWORD and items:
+            return None, items[0], tuple(items[1:])
+        positional = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        keyword = None if parameter.kind is parameter.POSITIONAL_ONLY else name
+        return index if positional else None, keyword, tuple(items)
+    raise ValueError(f"its forward has no parameter {name!r}")

@@ -1,0 +1,258 @@
+"""Which convs see the images of their block in their order: shown by running the block, not believed.
+
+A conv may take its coefficients from the block's predictor if each image of the predictor's input is the same image of
+the conv's input. So the block runs on three images as they come, with two of them swapped, and rolled by one; the
+conv's input has to follow both. Only the identity commutes with both permutations, so no reordering passes. Groups,
+windows or time folded into the batch show by the batch's size.
+"""
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dyconvert.errors import brief
+from dyconvert.nn.handing import maps_in
+from dyconvert.randomness import random_state, same_state, set_random_state
+
+# How far rounding takes the same image in another place of the batch, relative to the largest value.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+OTHER_BATCH = "it sees another batch than its block (groups, windows, time or parts folded into or cut from it)"
+OTHER_ORDER = "it sees the images in another order, or mixed with one another"
+
+
+@dataclass
+class BlockCall:
+    """One call of a block with values: its arguments, and what its predictor would read, by name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Prober:
+    """Runs the blocks of a copy of a model, which it may wear out, and remembers each kind of block.
+
+    Args:
+        convs: the names of the convs to be converted.
+    """
+
+    def __init__(self, model: nn.Module, convs: set[str]) -> None:
+        self._known: dict[Any, dict[str, str]] = {}
+        self._inputs: dict[int, list[Any]] = {}
+        for name, module in model.named_modules():
+            if name in convs:
+                module.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = args[0] if args else kwargs.get("input")
+        self._inputs.setdefault(id(conv), []).append(value.detach().clone() if isinstance(value, Tensor) else None)
+
+    def unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, read: Any) -> dict[str, str]:
+        """Why convs of a block can't take coefficients that are predicted from `read`, a value in the call's arguments.
+
+        Args:
+            convs: those that want to share, by their names within the block.
+
+        Returns:
+            a reason for each conv that doesn't see the block's images one for one; nothing for the others
+        """
+        key = _kind(block), tuple(convs), _signature(call), _places(call, read)
+        if key not in self._known:
+            self._known[key] = self._unfit(block, convs, call, read)
+        return self._known[key]
+
+    def _unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, read: Any) -> dict[str, str]:
+        batch = maps_in(read)[0].shape[0]
+        reasons: dict[str, str] = {}
+        # Another number of images and another size: code may branch on them.
+        for images, halved in ((3, False), (4, True)):
+            grown = _grown(call, batch, images, halved)
+            for training in (False, True):
+                try:
+                    found = self._unfit_now(block, convs, grown, images, training)
+                except Exception as error:
+                    if halved or training:
+                        continue  # it doesn't take this size, or doesn't train on this: nothing is shown
+                    return dict.fromkeys(convs, f"it can't be run on {images} images by itself ({brief(error)})")
+                for name, reason in found.items():
+                    reasons.setdefault(name, reason)
+        return reasons
+
+    def _unfit_now(
+        self,
+        block: nn.Module,
+        convs: Mapping[str, nn.Module],
+        call: BlockCall,
+        images: int,
+        training: bool,
+    ) -> dict[str, str]:
+        state = random_state()
+        permutations = [list(range(images)), [1, 0, *range(2, images)], [images - 1, *range(images - 1)]]
+        try:
+            seen = []
+            for index, permutation in enumerate(permutations):
+                set_random_state(state)
+                seen.append(self._run(block, convs, _permuted(call, images, permutation), training))
+                if index == 0 and training and not same_state(state, random_state()):
+                    break  # what is drawn stands at a place in the batch, and doesn't move with the image
+        finally:
+            set_random_state(state)
+        reasons = {}
+        for name in convs:
+            first = seen[0].get(name, [])
+            if len(first) != 1:
+                if not training:
+                    reasons[name] = f"it is called {len(first)} times in a call of its block"
+                continue
+            if not isinstance(first[0], Tensor) or first[0].dim() == 0 or first[0].shape[0] != images:
+                reasons[name] = OTHER_BATCH
+                continue
+            for permutation, other in zip(permutations[1:], seen[1:], strict=False):
+                if len(other.get(name, [])) != 1 or not _same(first[0][permutation], other[name][0]):
+                    reasons[name] = OTHER_ORDER
+        return reasons
+
+    def _run(
+        self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, training: bool
+    ) -> dict[str, list[Any]]:
+        """What each conv is given in one call of the block."""
+        self._inputs.clear()
+        block.train(training)
+        with torch.no_grad():
+            block(*call.args, **call.kwargs)
+        return {name: self._inputs.get(id(conv), []) for name, conv in convs.items()}
+
+    def feeding(
+        self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, candidates: Mapping[str, Any]
+    ) -> list[str]:
+        """Those of the `candidates`, values in the call's arguments by name, that reach every conv: each is changed."""
+        state = random_state()
+        try:
+            base = self._run(block, convs, _copied(call), False)
+            reaching = []
+            for name, value in candidates.items():
+                set_random_state(state)
+                changed = self._run(block, convs, _disturbed(call, value), False)
+                if all(_differ(base[conv], changed[conv]) for conv in convs):
+                    reaching.append(name)
+            return reaching
+        finally:
+            set_random_state(state)
+
+
+def _same(a: Tensor, b: Any) -> bool:
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.numel() == 0:
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return bool(torch.equal(a, b))
+    a, b = (t.nan_to_num() for t in (a, b))
+    size = a.abs().max().item()
+    apart = (a - b).abs().max().item()
+    if apart == 0:
+        return True
+    # Images that hardly differ say nothing unless they are told apart.
+    distance = (a - a.roll(1, 0)).abs().amax(dim=tuple(range(1, a.dim()))).min().item()
+    return apart <= min(_TOLERANCE.get(a.dtype, 1e-3) * size, 0.1 * distance)
+
+
+def _differ(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    def unequal(x: Any, y: Any) -> bool:
+        return isinstance(x, Tensor) and isinstance(y, Tensor) and (x.shape != y.shape or not torch.equal(x, y))
+
+    return bool(a) and (len(a) != len(b) or any(unequal(x, y) for x, y in zip(a, b, strict=True)))
+
+
+def _changed(call: BlockCall, change: Callable[[Tensor], Tensor]) -> BlockCall:
+    leaves, form = tree_flatten((call.args, call.kwargs))
+    known: dict[int, Tensor] = {}  # an argument that is given twice stays one
+    new = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in known:
+                known[id(leaf)] = change(leaf)
+            leaf = known[id(leaf)]
+        new.append(leaf)
+    return BlockCall(*tree_unflatten(new, form))
+
+
+def _copied(call: BlockCall) -> BlockCall:
+    return _changed(call, torch.clone)  # a forward may write into its input
+
+
+def _permuted(call: BlockCall, images: int, permutation: list[int]) -> BlockCall:
+    return _changed(call, lambda t: t[permutation] if t.dim() and t.shape[0] == images else t.clone())
+
+
+def _disturbed(call: BlockCall, value: Any) -> BlockCall:
+    disturbed = {id(t) for t in maps_in(value)}
+    generator = torch.Generator("cpu").manual_seed(1)
+    return _changed(call, lambda t: t + _noise(t, generator) if id(t) in disturbed else t.clone())
+
+
+def _grown(call: BlockCall, batch: int, images: int, halved: bool) -> BlockCall:
+    """The call with so many different images in each tensor that has one per image, of half the size where `halved`."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def grow(t: Tensor) -> Tensor:
+        if halved and t.dim() >= 3 and all(length >= 4 for length in t.shape[2:]):
+            t = t[(slice(None), slice(None), *[slice(0, length // 2) for length in t.shape[2:]])]
+        if t.dim() == 0 or t.shape[0] != batch:
+            return t.clone()
+        times = -(-images // batch)
+        many = t.repeat(times, *[1] * (t.dim() - 1))[:images] if batch else t.new_zeros(images, *t.shape[1:])
+        return many + _noise(many, generator) if t.is_floating_point() else many
+
+    return _changed(call, grow)
+
+
+def _noise(t: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(t.shape, generator=generator, device="cpu").to(t.device, t.dtype)
+    size = t.nan_to_num(posinf=0.0, neginf=0.0).std().item() if t.numel() > 1 else 0.0
+    return noise * (size if size > 0 else 1.0)
+
+
+def _signature(call: BlockCall) -> Any:
+    leaves, form = tree_flatten((call.args, call.kwargs))
+    plain = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _plain(x) for x in leaves]
+    return str(form), tuple(plain)
+
+
+def _places(call: BlockCall, read: Any) -> tuple[int, ...]:
+    wanted = {id(t) for t in maps_in(read)}
+    leaves = tree_flatten((call.args, call.kwargs))[0]
+    return tuple(index for index, leaf in enumerate(leaves) if id(leaf) in wanted)
+
+
+_OWN = vars(nn.Module()).keys() - {"training"}
+
+
+def _kind(block: nn.Module) -> Any:
+    """What blocks have in common that do the same but for their weights' values."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((key, tuple(t.shape), t.dtype) for key, t in module._parameters.items() if t is not None),
+            tuple((key, tuple(t.shape), t.dtype) for key, t in module._buffers.items() if t is not None),
+            tuple(sorted((key, _plain(value)) for key, value in vars(module).items() if key not in _OWN)),
+        )
+        for name, module in block.named_modules()
+    )
+
+
+def _plain(value: Any) -> str:
+    """A text that is equal for equal plain values and equal functions; other objects are equal to themselves only."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__}({','.join(map(_plain, value))})"
+    if isinstance(value, types.MethodType):
+        return f"{_plain(value.__func__)} of {type(value.__self__).__name__}"
+    return f"{type(value).__name__} {id(value)}"

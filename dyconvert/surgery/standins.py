@@ -1,0 +1,96 @@
+"""Whose code tells a conv from what takes its place: shown by running the model with stand-ins.
+
+A stand-in is a conv in all but its class, and is a new object. Where the model's code asks `isinstance(layer,
+nn.Conv2d)`, or holds a conv in a plain list, dict or attribute as well, another call is made than before.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dyconvert.surgery.apply import replace_everywhere
+from dyconvert.surgery.observe import Call, Observation, meta, recording, shapes, trial_copy
+
+ASKED = "the model's code tells it from other modules, or holds it elsewhere too (isinstance, a list, a dict)"
+
+
+class _StandIn(nn.Module):
+    """Has a conv's attributes and computes what it computes, but is none."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._static_class.forward(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What the class's forward calls, as `_conv_forward`.
+            method = getattr(self.__dict__["_static_class"], name, None)
+            if not callable(method):
+                raise
+            return method.__get__(self)
+
+
+def _stand_in(conv: nn.Module) -> _StandIn:
+    new = _StandIn.__new__(_StandIn)
+    vars(new).update(vars(conv))
+    vars(new)["_static_class"] = type(conv)
+    return new
+
+
+def told_apart(model: nn.Module, convs: Sequence[str], observed: Observation) -> set[str]:
+    """Those of the `convs` without which the model runs, with stand-ins for the others, as it does with its convs."""
+    trial = _Trial(model, observed)
+    if not convs or trial.calls(convs) == trial.reference:
+        return set()
+    told: set[str] = set()
+    while True:
+        left = [name for name in convs if name not in told]
+        calls = trial.calls(left)
+        if calls == trial.reference:
+            return told
+        own = {name for name in left if calls is None or calls[0].get(name) != trial.reference[0].get(name)}
+        # Where its own calls don't say which conv it is, each is tried by itself.
+        culprits = own if calls is not None and own else {n for n in left if trial.calls([n]) != trial.reference}
+        told |= culprits or set(left)
+
+
+class _Trial:
+    """Runs a copy of the model with stand-ins for some convs, and compares what is called."""
+
+    def __init__(self, model: nn.Module, observed: Observation) -> None:
+        self.model = model
+        self.observed = observed
+        self.watched = set(observed.calls)
+        self.reference = self._form(observed.calls), observed.outputs
+
+    def calls(self, convs: Sequence[str]) -> tuple[dict[str, Any], list[Any]] | None:
+        """The calls with stand-ins for `convs`, and the outputs' shapes; None if the model fails with them."""
+        observed = self.observed
+        copy = trial_copy(self.model, observed.real, observed.hooked)
+        copy = replace_everywhere(copy, {c: _stand_in(c) for c in map(copy.get_submodule, convs)})
+        found: dict[str, list[Call]] = {}
+
+        def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], within: tuple[str, ...]) -> None:
+            found.setdefault(name, []).append(Call(meta(args), meta(kwargs), within))
+
+        _, handles = recording(copy, self.watched, see)
+        args, kwargs = observed.placed(copy)
+        try:
+            with torch.no_grad():
+                returned = copy(*args, **kwargs)
+        except Exception:  # a list that doesn't hold what it held, say
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._form(found), shapes(returned)
+
+    @staticmethod
+    def _form(calls: dict[str, list[Call]]) -> dict[str, Any]:
+        return {
+            name: [(shapes(call.args), shapes(call.kwargs), sorted(call.kwargs), call.within) for call in each]
+            for name, each in calls.items()
+        }
