@@ -26,6 +26,14 @@ def as_call(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, 
     return as_arguments(example), {}
 
 
+def in_dtype(model: nn.Module, values: Any) -> Any:
+    """`values` with floating-point tensors in the model's dtype, where all its parameters have one and the same."""
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point:
+        return values
+    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, values)
+
+
 def first_image(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arguments for a batch of one: tensors `[N, ...]` as `[1, ...]`, all else as it is."""
     return tuple(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in arguments)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from dyconvert.errors import ModelError
 from dyconvert.nn.handing import is_handing
+from dyconvert.torch_internals import fill_graph_module, hook_tables, modes_of
 
 
 def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -32,6 +34,9 @@ def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
             f"{type(model).__name__} can't be copied: {error} "
             "copy.deepcopy(model) has to work: remove from it what can't be copied, such as locks and open files."
         ) from error
+    for module in model.modules():
+        if isinstance(module, GraphModule):
+            fill_graph_module(memo[id(module)], memo[id(vars(module))], modes_of(vars(module)))
     _adopt_hooks(result, memo)
     return result
 
@@ -86,11 +91,7 @@ def clear_hooks(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if not is_handing(hook)]:
                 del hooks[key]
-                for table in (
-                    module._forward_hooks_with_kwargs,
-                    module._forward_hooks_always_called,
-                    module._forward_pre_hooks_with_kwargs,
-                ):
+                for table in hook_tables(module):
                     table.pop(key, None)
 
 

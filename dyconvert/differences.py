@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
-from dyconvert.arguments import as_arguments
+from dyconvert.arguments import as_call
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import DynamicConv
 from dyconvert.outputs import tensors_in
@@ -79,7 +79,8 @@ def verify(model: nn.Module, dynamic: nn.Module, example: Any, *, gradients: boo
     Args:
         model: the original.
         dynamic: what it was converted to.
-        example: an input tensor, or the tuple of the forward's arguments, on the models' device.
+        example: an input tensor, the tuple of the forward's arguments, or a dict of its keyword arguments, on the
+            models' device.
         gradients: also compare the gradients of one weighted sum of the outputs, with respect to the original's
             parameters that are trainable, and to the inputs. An expert's gradient is taken for what it gives the kernel
             that it was made from, which is right as long as the predictors are as `convert` made them.
@@ -123,13 +124,14 @@ _Named = list[tuple[str, Tensor]]
 
 def _run(model: nn.Module, example: Any) -> _Named:
     with kept(model), torch.no_grad():
-        return [(path, t.detach()) for path, t in _outputs(model, fresh(as_arguments(example)))]
+        return [(path, t.detach()) for path, t in _outputs(model, fresh(example))]
 
 
-def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> _Named:
+def _outputs(model: nn.Module, example: Any) -> _Named:
     try:
         model.eval()  # not model.eval()(...): a user's eval() may return nothing
-        returned = tensors_in(model(*arguments))
+        args, kwargs = as_call(model, example)
+        returned = tensors_in(model(*args, **kwargs))
     except Exception as error:
         raise ModelError(f"{type(model).__name__} rejects the example: {brief(error)}.") from error
     if any(t.is_meta for _, t in returned):
@@ -237,8 +239,8 @@ def _gradients(model: nn.Module, example: Any) -> dict[str, Tensor | None]:
             leaf = leaves[f"input {len(leaves) - parameters}"] = t.requires_grad_()
             return leaf.clone()  # a forward may write into its input, but not into a leaf
 
-        arguments = tree_map_only(Tensor, tracked, fresh(as_arguments(example)))
-        total = _weighted_sum(_outputs(model, arguments))
+        example = tree_map_only(Tensor, tracked, fresh(example))
+        total = _weighted_sum(_outputs(model, example))
         if total is None:
             return dict.fromkeys(leaves)
         try:
@@ -247,7 +249,7 @@ def _gradients(model: nn.Module, example: Any) -> dict[str, Tensor | None]:
             if "checkpoint" not in str(error).lower():
                 raise ModelError(f"{type(model).__name__} has no gradients: {brief(error)}.") from error
             # Reentrant checkpointing knows only backward().
-            found = _by_backward(_weighted_sum(_outputs(model, arguments)), list(leaves.values()))
+            found = _by_backward(_weighted_sum(_outputs(model, example)), list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
 
 

@@ -12,20 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Put the global generators of torch (CPU and CUDA), NumPy and Python back to where they stood."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+from dyconvert.randomness import kept_random_state
 
 
 @contextmanager
@@ -36,7 +23,7 @@ def kept(*models: nn.Module) -> Iterator[None]:
     generators of random numbers to where they stood.
     Parameters aren't copied: a forward that writes into one is not undone.
     """
-    with random_numbers_kept(), ExitStack() as stack:
+    with kept_random_state(), ExitStack() as stack:
         for model in models:
             stack.enter_context(_kept(model))
         yield

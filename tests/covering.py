@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 import dyconvert
-from dyconvert.surgery.blocks import SEES_1X1, STEM
+from dyconvert.surgery.planning import SEES_1X1, STEM
 
 # Rounding alone, 1e-15 to 1e-12 after a hundred layers; a conv left out or wired wrongly shows as 1e-3 and more.
 FLOAT64 = 1e-9

@@ -65,9 +65,9 @@ def test_an_edited_plan_and_the_temperature_survive(tmp_path, net):
     plan.skip("layer1.1.shortcut")
     plan.unshare("layer1.0.*")
     dynamic = dyconvert.convert(net, plan)
-    dynamic.layer1[1].coefficient_predictor.temperature.fill_(5.0)  # as annealing does
+    dynamic.layer1[1].conv1.block_predictor.temperature.fill_(5.0)  # as annealing does
     loaded = dyconvert.load(dyconvert.save(dynamic, tmp_path / "saved"), net)
-    assert loaded.layer1[1].coefficient_predictor.temperature.item() == 5.0
+    assert loaded.layer1[1].conv1.block_predictor.temperature.item() == 5.0
     assert loaded.layer1[0].conv1.coefficient_predictor.temperature.item() == 12.0
     assert type(loaded.layer1[1].shortcut) is nn.Conv2d
     assert same(loaded, dynamic)

@@ -131,7 +131,8 @@ def test_any_mixture_of_the_four_fields(per: str, activation: str, scope: str, r
     assert dyconvert.verify(model, dynamic, zoo.images("resnet18", 2, torch.float64)).relative < 1e-12
     shared = isinstance(dynamic.layer1[0].conv1.coefficient_predictor, type(None))
     assert shared == (scope == "block")
-    predictor = dynamic.layer1[0].coefficient_predictor if shared else dynamic.layer1[0].conv1.coefficient_predictor
+    conv = dynamic.layer1[0].conv1
+    predictor = conv.block_predictor if shared else conv.coefficient_predictor
     coefficients = predictor(torch.randn(2, 64, 4, 4).double())
     assert [tuple(c.shape) for c in coefficients] == [(2, 3, 64 if per == "channel" else 1)] * (2 if shared else 1)
 
@@ -144,7 +145,7 @@ def test_coefficients_follow_the_equations() -> None:
     dynet = dyconvert.convert(model, method="dynet", g=3).layer1[0]
     x = torch.randn(4, 64, 5, 5).double()
     for converted in (block, dynet):
-        predictor = converted.coefficient_predictor
+        predictor = converted.conv1.block_predictor
         nn.init.normal_(predictor.linear.weight)
         nn.init.normal_(predictor.linear.bias)
         pooled = x.mean(dim=(2, 3))

@@ -150,13 +150,21 @@ class Loops(nn.Module):
         return self.b(self.a(x)) if x.mean() < 1e9 else x
 
 
-def test_an_untraceable_block_converts_per_layer_or_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), seeded(Loops))
+class Reverses(Loops):
+    """Its second conv sees the images in the opposite order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).flip(0)).flip(0)
+
+
+def test_a_block_whose_convs_see_other_images_converts_per_layer_or_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), seeded(Loops), seeded(Reverses))
     plan = dyconvert.plan(model, example=image())
-    assert plan["1.a"].block is None
-    assert "Loops: its forward can't be traced" in plan["1.a"].note
+    assert plan["1.a"].block == plan["1.b"].block == "1"  # control flow on values needs no trace
+    assert plan["2.a"].block is plan["2.b"].block is None
+    assert "Reverses: 2.b: it sees the images in another order" in plan["2.b"].note
     assert dyconvert.verify(model, dyconvert.convert(model, plan), image()).relative < 1e-5
-    with pytest.raises(dyconvert.PlanError, match=r"1 \(Loops.*Without strict"):
+    with pytest.raises(dyconvert.PlanError, match=r"2 \(Reverses.*Without strict"):
         dyconvert.plan(model, example=image(), strict=True)
     assert dyconvert.plan(seeded(ResidualNet), strict=True).blocks
 
@@ -178,7 +186,7 @@ def test_trainable(what: str | None, bn: bool, experts: bool, predictor: bool) -
     block = dynamic.layer1[0]
     assert block.bn1.weight.requires_grad == bn
     assert block.conv1.weight.requires_grad == experts
-    assert block.coefficient_predictor.linear.weight.requires_grad == predictor
+    assert block.conv1.block_predictor.linear.weight.requires_grad == predictor
     assert dynamic.layer1[1].conv1.weight.requires_grad == (what in ("experts", "all"))
     assert dynamic.head.weight.requires_grad == (what in (None, "all"))
 

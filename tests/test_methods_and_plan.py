@@ -48,8 +48,8 @@ def test_the_papers_methods(name, g, per, activation, temperature, scope, hidden
 def test_a_methods_choices_reach_the_model(name):
     method = METHODS[name]
     dynamic = dyconvert.convert(seeded(ResidualNet), method=name)
-    conv, block = dynamic.layer1[1].conv1, dynamic.layer1[1]
-    predictor = block.coefficient_predictor if method.scope == "block" else conv.coefficient_predictor
+    conv = dynamic.layer1[1].conv1
+    predictor = conv.block_predictor if method.scope == "block" else conv.coefficient_predictor
     assert conv.weight.shape[0] == method.g * conv.out_channels
     assert predictor.activation == method.activation
     assert predictor.temperature.item() == method.temperature
@@ -62,8 +62,8 @@ def test_any_other_mixture():
     mixture = Method(name="mine", g=3, per="layer", activation="softmax", temperature=2.0, reduction=2, scope="block")
     model = seeded(ResidualNet)
     dynamic = dyconvert.convert(model, method=mixture)
-    assert dynamic.layer1[0].coefficient_predictor.outputs == (1, 1)
-    assert dynamic.layer1[0].coefficient_predictor.hidden.out_features == 4
+    assert dynamic.layer1[0].conv1.block_predictor.outputs == (1, 1)
+    assert dynamic.layer1[0].conv1.block_predictor.hidden.out_features == 4
     # float32's rounding, of a sum over g experts instead of one weight.
     assert dyconvert.verify(model, dynamic, image()).relative < 1e-5
 
@@ -215,7 +215,7 @@ def test_an_edited_plan_is_carried_out():
     assert plan["layer1.0.conv2"].reason == "I want it so"
     dynamic = dyconvert.convert(model, plan)
     assert type(dynamic.layer1[0].conv2) is nn.Conv2d
-    assert dynamic.layer1[0].coefficient_predictor.outputs == (8,)
+    assert dynamic.layer1[0].conv1.block_predictor.outputs == (8,)
     assert type(dynamic.layer1[1]) is type(model.layer1[1])
     assert all(getattr(dynamic.layer1[1], n).coefficient_predictor for n in ("conv1", "conv2", "shortcut"))
     assert dyconvert.verify(model, dynamic, image()).relative < 1e-5  # float32's rounding
@@ -259,7 +259,7 @@ def test_a_plan_and_choices():
         (lambda plan: "{" + json.dumps(plan), "Invalid JSON"),
         (lambda plan: json.dumps(plan)[:-200], "Invalid JSON"),
         (lambda plan: "[]", "."),
-        (lambda plan: json.dumps(plan | {"schema_version": 2}), "schema_version"),
+        (lambda plan: json.dumps(plan | {"schema_version": 3}), "schema_version"),
         (lambda plan: json.dumps(plan | {"surprise": 1}), "surprise"),
         (lambda plan: json.dumps({k: v for k, v in plan.items() if k != "convs"}), "convs"),
         (lambda plan: json.dumps(plan | {"method": plan["method"] | {"g": 0}}), r"method\.g"),

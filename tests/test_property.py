@@ -10,6 +10,7 @@ from random_nets import Net, nets
 from torch import Tensor, nn
 
 import dyconvert
+from dyconvert.nn.handing import handed
 
 # Rounding alone, 1e-15, in eval mode.
 EVAL = 1e-9
@@ -69,7 +70,7 @@ def check_state_dict(model: nn.Module, dynamic: nn.Module, plan: dyconvert.Plan)
             assert converted[key].shape == (plan.method.g * tensor.shape[0], *tensor.shape[1:])
         else:
             assert torch.equal(converted[key], tensor)
-    assert all("coefficient_predictor." in key for key in converted.keys() - static.keys())
+    assert all("_predictor." in key for key in converted.keys() - static.keys())
 
 
 def check_training(net: Net, dynamic: nn.Module) -> None:
@@ -110,10 +111,8 @@ def record(dynamic: nn.Module, images: Tensor) -> tuple[dict[str, list[Any]], Te
         if isinstance(module, dyconvert.DynamicConv):
 
             def hook(conv: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                given = args[1] if len(args) > 1 else kwargs.get("coefficients")
-                used.setdefault(name, []).append(
-                    (conv, conv.coefficient_predictor(args[0])[0] if given is None else given)
-                )
+                own = conv.coefficient_predictor
+                used.setdefault(name, []).append((conv, handed(conv) if own is None else own(args[0])[0]))
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     output = dynamic(images)

@@ -30,7 +30,7 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "coefficient_predictor" in name:
+            if "_predictor." in name:
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
     return model
 

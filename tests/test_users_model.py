@@ -81,7 +81,7 @@ def test_state_dict_of_what_is_untouched() -> None:
             assert torch.equal(converted[name], t)
         else:
             assert converted[name].shape == (3 * t.shape[0], *t.shape[1:])
-    assert all("coefficient_predictor" in name for name in converted.keys() - static.keys())
+    assert all("_predictor." in name for name in converted.keys() - static.keys())
 
 
 def test_requires_grad_dtype_and_training_mode() -> None:
@@ -119,12 +119,12 @@ def test_hooks_go_on_working() -> None:
     assert sorted(seen) == sorted(["layer1.0.conv1", "layer1.1.bn1", "layer1.0", "layer1"])
 
 
-def test_hooks_on_a_container_inside_a_block_keep_it_from_sharing() -> None:
+def test_hooks_on_a_container_inside_a_block_go_on_working() -> None:
     model = zoo.build("mobilenet_v2")
     seen = []
     model.features[3].conv.register_forward_hook(lambda *_: seen.append(1))
     plan = dyconvert.plan(model)
-    assert "hooks" in plan["features.3.conv.1.0"].note
+    assert plan["features.3.conv.1.0"].block == "features.3"
     dyconvert.convert(model, plan)(zoo.images("mobilenet_v2", 1))
     assert seen == [1]
 
@@ -158,7 +158,7 @@ def test_deepcopy_and_pickle(name: str) -> None:
 def test_torch_save_and_load_of_the_state_dict() -> None:
     dynamic = convert(seeded(ResidualNet))
     with torch.no_grad():
-        dynamic.layer1[0].coefficient_predictor.linear.bias.normal_()
+        dynamic.layer1[0].conv1.block_predictor.linear.bias.normal_()
     buffer = io.BytesIO()
     torch.save(dynamic.state_dict(), buffer)
     buffer.seek(0)

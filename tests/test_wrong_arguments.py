@@ -83,8 +83,7 @@ def test_every_strategy_refuses(strategy):
 
 
 def test_a_conv_module_refuses_coefficients_of_another_batch():
-    weight = torch.nn.Parameter(torch.zeros(6, 2, 3, 3))
-    conv = DynamicConv2d(2, 3, (3, 3), g=2, stride=(1, 1), padding=(1, 1), dilation=(1, 1), weight=weight, bias=None)
+    conv = DynamicConv2d(2, 3, 3, padding=1, bias=False, g=2)
     with pytest.raises(ArgumentError, match="needs a predictor of its own"):
         conv(torch.zeros(8, 2, 5, 5), coefficients=torch.zeros(2, 2, 3))
 

@@ -18,6 +18,7 @@ from dyconvert.errors import CheckpointError, PlanError
 from dyconvert.limits import LimitError, check_ordinary
 from dyconvert.marks import mark_source
 from dyconvert.narrowing.record import rebuild_narrowed
+from dyconvert.surgery.old_plans import old_prefixes
 from dyconvert.surgery.convert import rebuild
 
 # Of another process that saves the same model again and again.
@@ -64,7 +65,7 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
             if description.narrowing is not None:
                 static = rebuild_narrowed(static, description.narrowing)
             result = static if description.plan is None else rebuild(static, description.plan)
-            load_weights(result, weights, description.extra_state)
+            load_weights(result, weights, description.extra_state, old_prefixes(description.plan))
         except (PlanError, RuntimeError, SafetensorError, LimitError) as error:
             raise CheckpointError(
                 f"The architecture isn't the one that was saved in {directory}: {_first_lines(error)}. "
@@ -72,7 +73,8 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
             ) from error
     if source is not None:
         mark_source(result, source)
-    return result.eval()
+    result.eval()  # which may return nothing, where the user has written it
+    return result
 
 
 @contextlib.contextmanager

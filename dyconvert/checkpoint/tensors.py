@@ -1,7 +1,7 @@
 """A model's state in a safetensors file, and back: tied tensors once, extra state as plain data, no pickle."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,14 @@ def count_tensors(file: Path) -> int:
         return len(opened.keys())
 
 
-def load_weights(model: nn.Module, file: Path, extra: dict[str, Any] | None) -> None:
+def load_weights(
+    model: nn.Module, file: Path, extra: dict[str, Any] | None, prefixes: Mapping[str, str] | None = None
+) -> None:
     """Give a model of the saved architecture, in place, the saved values and dtypes; tensors on the meta device come
     onto the CPU, and tied ones stay tied.
+
+    Args:
+        prefixes: names that begin so in an older file, and how they begin now.
 
     Raises:
         RuntimeError: names or shapes differ.
@@ -113,8 +118,9 @@ def load_weights(model: nn.Module, file: Path, extra: dict[str, Any] | None) -> 
     """
     own = model.state_dict(keep_vars=True)
     places = list(_places(model))
-    with safe_open(file, "pt") as opened:
-        names = list(opened.keys())
+    with safe_open(file, "pt") as stream:
+        opened = _Renamed(stream, prefixes or {})
+        names = opened.keys()
         if len(names) > TENSORS:
             raise LimitError(f"it has {len(names):,} tensors, and at most {TENSORS:,} are read")
         origin = _origins(own, names, extra or {})
@@ -140,6 +146,26 @@ def load_weights(model: nn.Module, file: Path, extra: dict[str, Any] | None) -> 
     if assign:
         _tie(places)
         _check_complete(model)
+
+
+class _Renamed:
+    """A weights file whose tensors go by today's names."""
+
+    def __init__(self, opened: Any, prefixes: Mapping[str, str]) -> None:
+        self._opened = opened
+        self._saved_as = {}
+        for name in opened.keys():  # noqa: SIM118  # it is no dict
+            old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+            self._saved_as[prefixes[old] + name[len(old) :] if old else name] = name
+
+    def keys(self) -> list[str]:
+        return list(self._saved_as)
+
+    def get_slice(self, name: str) -> Any:
+        return self._opened.get_slice(self._saved_as[name])
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._opened.get_tensor(self._saved_as[name])
 
 
 def _read(opened: Any, name: str, like: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from dyconvert.cli.options import parse_numbers
 from dyconvert.console import warn
 from dyconvert.errors import ModelError
 from dyconvert.marks import mark_source, plan_of, source_of
-from dyconvert.surgery.blocks import STEM
+from dyconvert.surgery.planning import STEM
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
 

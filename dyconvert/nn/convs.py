@@ -127,8 +127,8 @@ class DynamicConv(nn.Module):
         self._handed: Tensor | None = None
         self.register_parameter("shift", None)
         # Of the conv itself, reading its input; of the block, where this conv is the first that it serves.
-        self.register_module("coefficient_predictor", None)
-        self.register_module("block_predictor", None)
+        self.coefficient_predictor: CoefficientPredictor | None = None
+        self.block_predictor: CoefficientPredictor | None = None
 
     @classmethod
     def from_conv(
@@ -245,8 +245,9 @@ class DynamicConv(nn.Module):
         if coefficients is None:
             raise RuntimeError(
                 "This dynamic conv takes its coefficients from its block's predictor, but was called outside of the "
-                "block's call (block.forward(x) instead of block(x), or the block's hooks were removed). Convert it "
-                "with a predictor of its own: plan.unshare(conv), or scope='layer'."
+                "block's call: block.forward(x) instead of block(x), hooks that were removed, or gradient "
+                "checkpointing inside of the block. Convert it with a predictor of its own: plan.unshare(conv), "
+                "or scope='layer'; turn gradient checkpointing on before converting."
             )
         return coefficients
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dyconvert.torch_internals import hook_tables
+
 if TYPE_CHECKING:
     from dyconvert.nn.convs import DynamicConv
     from dyconvert.nn.predictor import CoefficientPredictor
@@ -111,11 +113,7 @@ def unshare(block: nn.Module) -> None:
     for hooks in (block._forward_pre_hooks, block._forward_hooks):
         for key in [key for key, hook in hooks.items() if is_handing(hook)]:
             del hooks[key]
-            for table in (
-                block._forward_pre_hooks_with_kwargs,
-                block._forward_hooks_with_kwargs,
-                block._forward_hooks_always_called,
-            ):
+            for table in hook_tables(block):
                 table.pop(key, None)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from dyconvert.copying import skeleton
 from dyconvert.errors import PlanError
@@ -16,6 +17,7 @@ from dyconvert.nn.handing import Handing, share
 from dyconvert.surgery.adapters import static_padding, static_weight, unsupported
 from dyconvert.surgery.expand import Deviations, empty_bank, expand
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
+from dyconvert.torch_internals import keep_when_copied
 
 # Some prime, so that the convs take their deviations from different places of the table.
 _OFFSET = 7919
@@ -57,6 +59,9 @@ def apply(
         block = converted.get_submodule(name)
         handles += share(block, handing, set_mode(predictors[name], block.training))
     mark_plan(converted, plan)
+    for module in converted.modules():
+        if isinstance(module, GraphModule):
+            keep_when_copied(module)
 
     def undo() -> None:
         for handle in handles:

@@ -299,7 +299,10 @@ def _owners(model: nn.Module, watched: set[str]) -> dict[int, str]:
 
 def shapes(value: Any) -> list[Any]:
     """The shapes and types of what lies in a value: what two runs' outputs are compared by."""
-    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in tree_flatten(value)[0]]
+    return [
+        tuple(leaf.shape) if isinstance(leaf, Tensor) and not leaf.is_nested else type(leaf).__name__
+        for leaf in tree_flatten(value)[0]
+    ]
 
 
 def _placed(model: nn.Module, values: Any, real: bool) -> Any:

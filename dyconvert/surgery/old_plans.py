@@ -4,8 +4,20 @@ from torch import nn
 
 from dyconvert.copying import on_meta
 from dyconvert.errors import PlanError, brief
+from dyconvert.names import joined
 from dyconvert.surgery.plan import SCHEMA, Plan
 from dyconvert.surgery.trace import argument_of, graph_of
+
+
+def old_prefixes(plan: Plan | None) -> dict[str, str]:
+    """How the names of a predictor's tensors began when it was its block's child, and how they begin now."""
+    if plan is None or not plan.is_old:
+        return {}
+    return {
+        joined(block.name, "coefficient_predictor") + ".": joined(convs[0].name, "block_predictor") + "."
+        for block in plan.blocks
+        if (convs := plan.shared(block.name))
+    }
 
 
 def up_to_date(plan: Plan, model: nn.Module) -> Plan:
@@ -16,7 +28,8 @@ def up_to_date(plan: Plan, model: nn.Module) -> Plan:
     """
     if not plan.is_old:
         return plan
-    bare = on_meta(model).eval() or on_meta(model)
+    bare = on_meta(model)
+    bare.eval()
     blocks = []
     for block in plan.blocks:
         convs = plan.shared(block.name)

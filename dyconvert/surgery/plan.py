@@ -103,6 +103,10 @@ class Plan(BaseModel):
                 data = data | {"blocks": plain}
         return data
 
+    def __eq__(self, other: object) -> bool:
+        # Private attributes, as the example, don't count.
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
+
     @property
     def example(self) -> Any:
         """The example that the plan was made with: the user's, or shapes on the meta device; None if it isn't known."""

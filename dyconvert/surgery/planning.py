@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyconvert.arguments import as_call, map_tensors
+from dyconvert.arguments import as_call, in_dtype, map_tensors
 from dyconvert.copying import copied
 from dyconvert.errors import PlanError, brief, some
 from dyconvert.methods import Method
@@ -267,10 +267,10 @@ class _Sharing:
         values = as_call(self.model, self.example) if self.example is not None else (observed.args, observed.kwargs)
         tensors = [t for t in maps_in(values)]
         if self.example is not None and not any(t.is_meta for t in tensors):
-            return _moved(values, device)
-        args = random_images(observed.args, device, 2) if observed.args else ()
+            return _moved(in_dtype(self.model, values), device)
+        args = random_images(observed.args, device, 1) if observed.args else ()
         keywords = tuple(observed.kwargs.values())
-        return args, dict(zip(observed.kwargs, random_images(keywords, device, 2), strict=True))
+        return args, dict(zip(observed.kwargs, random_images(keywords, device, 1), strict=True))
 
     def _read(
         self, block: str, module: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, prober: Prober
@@ -340,7 +340,8 @@ def _named(forward: Any, call: BlockCall) -> dict[str, Any]:
 
 def _keeper(name: str, calls: dict[str, BlockCall]) -> Any:
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(name, BlockCall(args, kwargs))
+        # In lists of their own: a dense block goes on appending to the one that it gave.
+        calls.setdefault(name, BlockCall(*map_tensors(lambda t: t, (args, kwargs))))
 
     return keep
 

@@ -69,18 +69,21 @@ class Prober:
     def _unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, read: Any) -> dict[str, str]:
         batch = maps_in(read)[0].shape[0]
         reasons: dict[str, str] = {}
-        # Another number of images and another size: code may branch on them.
-        for images, halved in ((3, False), (4, True)):
-            grown = _grown(call, batch, images, halved)
-            for training in (False, True):
-                try:
-                    found = self._unfit_now(block, convs, grown, images, training)
-                except Exception as error:
-                    if halved or training:
-                        continue  # it doesn't take this size, or doesn't train on this: nothing is shown
-                    return dict.fromkeys(convs, f"it can't be run on {images} images by itself ({brief(error)})")
-                for name, reason in found.items():
-                    reasons.setdefault(name, reason)
+        # Code may branch on the number of images, on their size and on the mode. Maps of the model's own size are the
+        # dearest to run on, so the rest is shown on small ones, where the block takes them.
+        trained = False
+        for images, small, training in ((3, False, False), (4, True, False), (4, True, True), (3, False, True)):
+            if not small and training and trained:
+                continue
+            try:
+                found = self._unfit_now(block, convs, _grown(call, batch, images, small), images, training)
+            except Exception as error:
+                if small or training:
+                    continue  # it doesn't take this size, or doesn't train on this: nothing is shown
+                return dict.fromkeys(convs, f"it can't be run on {images} images by itself ({brief(error)})")
+            trained = trained or training
+            for name, reason in found.items():
+                reasons.setdefault(name, reason)
         return reasons
 
     def _unfit_now(
@@ -148,15 +151,13 @@ class Prober:
 def _same(a: Tensor, b: Any) -> bool:
     if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.numel() == 0:
+    if a.is_meta or torch.equal(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()):
-        return bool(torch.equal(a, b))
+        return False
     a, b = (t.nan_to_num() for t in (a, b))
     size = a.abs().max().item()
     apart = (a - b).abs().max().item()
-    if apart == 0:
-        return True
     # Images that hardly differ say nothing unless they are told apart.
     distance = (a - a.roll(1, 0)).abs().amax(dim=tuple(range(1, a.dim()))).min().item()
     return apart <= min(_TOLERANCE.get(a.dtype, 1e-3) * size, 0.1 * distance)
@@ -196,13 +197,13 @@ def _disturbed(call: BlockCall, value: Any) -> BlockCall:
     return _changed(call, lambda t: t + _noise(t, generator) if id(t) in disturbed else t.clone())
 
 
-def _grown(call: BlockCall, batch: int, images: int, halved: bool) -> BlockCall:
-    """The call with so many different images in each tensor that has one per image, of half the size where `halved`."""
+def _grown(call: BlockCall, batch: int, images: int, small: bool) -> BlockCall:
+    """The call with so many different images in each tensor that has one per image; with maps cut where `small`."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def grow(t: Tensor) -> Tensor:
-        if halved and t.dim() >= 3 and all(length >= 4 for length in t.shape[2:]):
-            t = t[(slice(None), slice(None), *[slice(0, length // 2) for length in t.shape[2:]])]
+        if small and t.dim() >= 3:
+            t = t[(slice(None), slice(None), *[slice(0, _shorter(length)) for length in t.shape[2:]])]
         if t.dim() == 0 or t.shape[0] != batch:
             return t.clone()
         times = -(-images // batch)
@@ -212,9 +213,16 @@ def _grown(call: BlockCall, batch: int, images: int, halved: bool) -> BlockCall:
     return _changed(call, grow)
 
 
+def _shorter(length: int) -> int:
+    """A half, a quarter, ... of a map's length, of 8 to 15 pixels; what is shorter stays."""
+    while length >= 16:
+        length //= 2
+    return length
+
+
 def _noise(t: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(t.shape, generator=generator, device="cpu").to(t.device, t.dtype)
-    size = t.nan_to_num(posinf=0.0, neginf=0.0).std().item() if t.numel() > 1 else 0.0
+    size = t.nan_to_num(posinf=0.0, neginf=0.0).std().item() if t.numel() > 1 and not t.is_meta else 0.0
     return noise * (size if size > 0 else 1.0)
 
 

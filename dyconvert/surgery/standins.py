@@ -4,6 +4,7 @@ A stand-in is a conv in all but its class, and is a new object. Where the model'
 nn.Conv2d)`, or holds a conv in a plain list, dict or attribute as well, another call is made than before.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ class _StandIn(nn.Module):
 
 def _stand_in(conv: nn.Module) -> _StandIn:
     new = _StandIn.__new__(_StandIn)
-    vars(new).update(vars(conv))
+    # With tables of its own, so that a hook on it isn't one on the conv.
+    vars(new).update({key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(conv).items()})
     vars(new)["_static_class"] = type(conv)
     return new
 
@@ -69,18 +71,18 @@ class _Trial:
     def calls(self, convs: Sequence[str]) -> tuple[dict[str, Any], list[Any]] | None:
         """The calls with stand-ins for `convs`, and the outputs' shapes; None if the model fails with them."""
         observed = self.observed
-        copy = trial_copy(self.model, observed.real, observed.hooked)
-        copy = replace_everywhere(copy, {c: _stand_in(c) for c in map(copy.get_submodule, convs)})
+        runner = trial_copy(self.model, observed.real, observed.hooked)
+        runner = replace_everywhere(runner, {c: _stand_in(c) for c in map(runner.get_submodule, convs)})
         found: dict[str, list[Call]] = {}
 
         def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], within: tuple[str, ...]) -> None:
             found.setdefault(name, []).append(Call(meta(args), meta(kwargs), within))
 
-        _, handles = recording(copy, self.watched, see)
-        args, kwargs = observed.placed(copy)
+        _, handles = recording(runner, self.watched, see)
+        args, kwargs = observed.placed(runner)
         try:
             with torch.no_grad():
-                returned = copy(*args, **kwargs)
+                returned = runner(*args, **kwargs)
         except Exception:  # a list that doesn't hold what it held, say
             return None
         finally:
