@@ -18,8 +18,8 @@ from dyconvert.errors import CheckpointError, PlanError
 from dyconvert.limits import LimitError, check_ordinary
 from dyconvert.marks import mark_source
 from dyconvert.narrowing.record import rebuild_narrowed
-from dyconvert.surgery.old_plans import old_prefixes
 from dyconvert.surgery.convert import rebuild
+from dyconvert.surgery.old_plans import old_prefixes
 
 # Of another process that saves the same model again and again.
 _ATTEMPTS = 100

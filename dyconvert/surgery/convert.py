@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from dyconvert.arguments import as_arguments, in_dtype
 from dyconvert.copying import clear_hooks, on_meta, sharing_copy
+from dyconvert.differences import verify
 from dyconvert.errors import ModelError, PlanError
 from dyconvert.marks import fused_of, plan_of
 from dyconvert.methods import Method, get_method
@@ -20,7 +21,6 @@ from dyconvert.surgery.old_plans import up_to_date
 from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.planning import make_plan
 from dyconvert.surgery.trainable import Trainable, check_trainable, set_trainable
-from dyconvert.differences import verify
 
 # How far rounding takes the outputs of a deep network, relative to the largest: the same sums in another order, and
 # Winograd's filtering. Smaller dtypes round more.
