@@ -12,12 +12,7 @@ from dyconvert.cli.common import parse_device
 from dyconvert.cli.options import parse_numbers
 from dyconvert.console import warn
 from dyconvert.errors import ModelError
-<<<<<<< HEAD
 from dyconvert.marks import mark_source, plan_of, source_of
-from dyconvert.surgery.planning import STEM
-=======
-from dyconvert.marks import plan_of, source_of
->>>>>>> d206f2a (Imports after the rebase)
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.planning import STEM
