@@ -359,6 +359,11 @@ def said(place: Path, error: Error) -> Iterator[None]:
         ) from problem
 
 
+def shown(name: str) -> str:
+    """The name of a file as text: it may have bytes that are none, which Python keeps as halves of characters."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def current_folder(error: Error) -> Path:
     """The current folder.
 

@@ -83,7 +83,7 @@ def test_bad_input(arguments, says, cli, models_file, tmp_path):
 
 
 def test_a_full_disk(cli, models_file, monkeypatch, tmp_path):
-    def full(*args: object) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dyconvert.checkpoint.tensors.save_file", full)
@@ -109,7 +109,7 @@ def test_a_full_disk_in_a_process_of_its_own(dyconvert_process, tmp_path):
 
 
 def test_an_interrupt(cli, models_file, monkeypatch, tmp_path):
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dyconvert.checkpoint.tensors.save_file", interrupted)

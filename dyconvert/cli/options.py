@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from dyconvert import files
 from dyconvert.errors import ModelError
+from dyconvert.limits import INPUT_SIDE
 
 # Of images that a command reads.
 IMAGES = "Images"
@@ -33,15 +35,20 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
         size = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError:
         size = ()
-    if not size or min(size) < 1:
-        raise ModelError(f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224.")
+    if not size or len(size) > 4 or min(size) < 1 or max(size) > INPUT_SIDE:
+        raise ModelError(
+            f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224; at most {INPUT_SIDE:,} a side."
+        )
     return size * 2 if len(size) == 1 else size
 
 
 def parse_numbers(text: str) -> list[float]:
     """`--mean`, `--std`: numbers with commas."""
     try:
-        return [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
+        if not all(abs(number) < 1e6 for number in numbers):  # nor is NaN
+            raise ValueError
+        return numbers
     except ValueError:
         raise ModelError(f"{text!r} is no list of numbers such as 0.485,0.456,0.406.") from None
 
@@ -52,7 +59,4 @@ def check_free(file: Path, force: bool) -> None:
     Raises:
         ModelError: it exists, and isn't to be replaced.
     """
-    if file.is_dir():
-        raise ModelError(f"{file} is a directory. Name a file with --output.")
-    if file.exists() and not force:
-        raise ModelError(f"{file} exists already. Replace it with --force, or choose another --output.")
+    files.check_free(file, force, ModelError)

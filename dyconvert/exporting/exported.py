@@ -3,11 +3,9 @@
 import contextlib
 import functools
 import logging
-import os
 import re
 import site
 import sysconfig
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dyconvert.errors import DyconvertError, ExportError
+from dyconvert.files import replaced
+from dyconvert.limits import read_bytes
 
 # Relative to the largest output; beyond, the exported file doesn't compute what the model does. float16 has 11
 # significant bits, and its rounding adds up over the layers.
@@ -50,29 +50,30 @@ class Exported:
     checked: tuple[tuple[int, ...], ...] = ()
 
 
+# An ONNX file whose weights are in a file beside it has less.
+_WITHOUT_WEIGHTS = 256 * 2**20
+
+
 @contextlib.contextmanager
 def written(file: Path) -> Iterator[Path]:
     """A place to write `file` to, from which it is moved to its own at the end; after an error nothing is left.
 
     What stands beside it there (`<file>.data`) is moved with it, first.
     """
-    if file.is_dir():
-        raise ExportError(f"{file} is a directory. Name a file.")
+    stale = _has_weights_beside(file)
+    with replaced(file, ExportError) as part:
+        yield part
+        stale = stale and not part.with_name(part.name + ".data").exists()
+    if stale:
+        file.with_name(file.name + ".data").unlink(missing_ok=True)
+
+
+def _has_weights_beside(file: Path) -> bool:
+    """Whether `<file>.data` belongs to the file that stands there: it names it."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replaces = file.exists()
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary:
-            part = Path(temporary) / file.name
-            yield part
-            made = sorted(part.parent.iterdir(), key=lambda each: each == part)
-            for each in made:
-                os.replace(each, file.parent / each.name)
-            if replaces and len(made) == 1:
-                file.with_name(file.name + ".data").unlink(missing_ok=True)
-    except OSError as error:
-        raise ExportError(
-            f"{file} can't be written: {error}. Free some space or choose another place; what was there is unchanged."
-        ) from error
+        return (file.name + ".data").encode() in read_bytes(file, _WITHOUT_WEIGHTS)
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

@@ -153,8 +153,8 @@ def names_file(weights: str) -> bool:
     """Whether `weights` is meant as a path, be the file there or not."""
     if weights in ("default", "none"):
         return False
-    is_path = any(separator in weights for separator in (os.sep, os.altsep or os.sep))
-    return is_path or is_weights_name(weights) or os.path.isfile(weights)
+    # A bare name is a weight set's, whatever lies in the current folder; a file is named as one, such as ./best.
+    return any(separator in weights for separator in (os.sep, os.altsep or os.sep)) or is_weights_name(weights)
 
 
 def is_weights_name(name: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert.errors import ModelError, brief, some
+from dyconvert.limits import check_archive
 
 _NESTED_UNDER = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
@@ -30,7 +31,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         ModelError: the file is missing or damaged, or holds other things than tensors.
     """
     path = Path(path)
-    if not path.is_file():
+    if not _is_file(path):
         raise ModelError(f"There is no weights file {path}; give the path of an existing file.")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if isinstance(loaded, dict):
@@ -66,14 +67,41 @@ def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], pat
         for key, tensor in state_dict.items()
         if key in own and tensor.shape != own[key].shape
     ]
-    if missing or unexpected or reshaped:
-        problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    recast = [
+        f"{key} (file {_kind(tensor)}, model {_kind(own[key])})"
+        for key, tensor in state_dict.items()
+        if key in own and _kind(tensor) != _kind(own[key])
+    ]
+    if missing or unexpected or reshaped or recast:
+        problems = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "of another shape": reshaped,
+            "of another kind of number": recast,
+        }
         listed = "".join(f"\n  {len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
         raise ModelError(
             f"{path} doesn't fit the model, which has {len(own)} tensors; the file has{listed}\n"
             "Name the model that the file was saved from, with its arguments (`arguments={'num_classes': 10}`)."
         )
     model.load_state_dict(state_dict, strict=False)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(path)!r} can't be used as a path: {error}; give that of an existing file.") from None
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a dtype holds; a cast within a kind changes precision, and one between them changes what is computed."""
+    if tensor.is_floating_point():
+        return "floats"
+    if tensor.is_complex():
+        return "complex numbers"
+    # A count may be kept in any of them.
+    return "integers" if not tensor.is_quantized else "quantized numbers"
 
 
 def _within_wrapper(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], path: Any) -> Mapping[str, Tensor]:
@@ -111,8 +139,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     # Only zip archives, torch's format since 1.6, can be mapped into memory.
-    mmap = zipfile.is_zipfile(path)
     try:
+        check_archive(path)
+        mmap = zipfile.is_zipfile(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the errors below say it better
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -4,6 +4,11 @@ import io
 import re
 from typing import Any
 
+_OTHER_SCRIPTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans", "Microsoft YaHei", "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+)  # fmt: skip
+
 # name: (light, dark). The light ones all differ, for they are found again in the SVG.
 PALETTE = {
     "ink": ("#1d2433", "#e6e9ef"),
@@ -27,11 +32,21 @@ SERIES = ("dynamic", "narrow", "good", "strong", "warning", "original", "middle"
 WIDTH = 3.5  # inches: it fits a phone without being made smaller, and three fit beside one another on a screen
 
 
+def _families() -> list[str]:
+    """Fonts to look for a character in, one after the other: names of classes may be of any script."""
+    from matplotlib import font_manager
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    return ["sans-serif", *(name for name in _OTHER_SCRIPTS if name in there)]
+
+
 def settings() -> dict[str, Any]:
     """matplotlib's settings for all pictures."""
     return {
         "font.size": 8.5,
-        "font.family": "sans-serif",
+        "font.family": _families(),
+        # A dollar sign in a class's name is one.
+        "text.parse_math": False,
         "text.color": COLOUR["ink"],
         "axes.labelcolor": COLOUR["muted"],
         "axes.edgecolor": COLOUR["line"],

@@ -1,15 +1,16 @@
 """write_report: a directory with the page, its pictures and its numbers, all of it or nothing."""
 
-import os
-import shutil
-import tempfile
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.errors import DyconvertError
+from dyconvert.files import private_folder, replace_directory, said
 from dyconvert.installation import install_command
+from dyconvert.limits import JSON_BYTES, parse_json, read_text
 
 PAGE, NUMBERS = "report.html", "report.json"
 
@@ -35,19 +36,45 @@ def check_directory(directory: Path, force: bool = False) -> None:
     Raises:
         DyconvertError: it is a file, holds other files, or a report and `force` is not given.
     """
-    above = next((parent for parent in directory.parents if parent.exists()), None)
-    if (directory.exists() and not directory.is_dir()) or (above is not None and not above.is_dir()):
-        raise DyconvertError(
-            f"{directory} can't be made: it, or what it stands in, is a file. Choose another: `directory=...`."
-        )
-    if not directory.exists() or not any(directory.iterdir()):
-        return
-    if not (directory / PAGE).exists():
-        raise DyconvertError(f"{directory} holds other files. Choose another: `directory=...`.")
+    try:
+        above = next((parent for parent in directory.parents if parent.exists()), None)
+        if (directory.exists() and not directory.is_dir()) or (above is not None and not above.is_dir()):
+            raise DyconvertError(
+                f"{directory} can't be made: it, or what it stands in, is a file. Choose another: `output=...`."
+            )
+        if not directory.exists() or not any(directory.iterdir()):
+            return
+    except (OSError, ValueError) as error:
+        raise DyconvertError(f"{directory} can't be used: {error}. Choose another: `output=...`.") from None
+    if not written_before(directory):
+        raise DyconvertError(f"{directory} holds other files. Choose another: `output=...`.")
     if not force:
         raise DyconvertError(
-            f"{directory} holds a report already. Replace it with `force=True`, or choose another: `directory=...`."
+            f"{directory} holds a report already. Replace it with `force=True`, or choose another: `output=...`."
         )
+
+
+def written_before(directory: Path) -> list[str]:
+    """The files of a report that we wrote into a directory, as its report.json lists them; none if it has no report."""
+    try:
+        content = parse_json(read_text(directory / NUMBERS, JSON_BYTES))
+        listed = content.get("files") if isinstance(content, dict) else None
+    except (OSError, ValueError):
+        return []
+    if isinstance(listed, list):
+        return [name for name in listed if isinstance(name, str)]
+    # Before they were listed, a report was these two and pictures and numbers, all of known kinds.
+    if not isinstance(content, dict) or not {"conditions", "findings", "dynamic"} <= content.keys():
+        return []
+    kinds = (("figures", (".svg", ".png")), ("numbers", (".csv",)))
+    found = [
+        f"{folder}/{file.name}"
+        for folder, suffixes in kinds
+        if (directory / folder).is_dir() and not (directory / folder).is_symlink()
+        for file in (directory / folder).iterdir()
+        if file.suffix in suffixes
+    ]
+    return [PAGE, NUMBERS, *found]
 
 
 def write_report(
@@ -81,13 +108,15 @@ def write_report(
     from dyconvert.report.numbers import tables
     from dyconvert.report.style import for_page, settings, to_png, to_svg
 
-    try:
+    with said(directory, DyconvertError):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
-            made = Path(temporary) / directory.name
-            for folder in ("figures", "numbers"):
-                (made / folder).mkdir(parents=True)
-            with mpl.rc_context(settings()):
+        with private_folder(directory.parent) as folder:
+            made = folder / directory.name
+            for name in ("figures", "numbers"):
+                (made / name).mkdir(parents=True)
+            with mpl.rc_context(settings()), warnings.catch_warnings():
+                # Of a script that no font here has; the page's text has it.
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")
                 sections = page.drawings(analysis)
                 drawn = [drawing for section in sections.values() for drawing in section]
                 for done, drawing in enumerate(drawn):
@@ -97,23 +126,20 @@ def write_report(
                     drawing.figure.draw_without_rendering()
                     drawing.figure.set_layout_engine("none")
                     svg = to_svg(drawing.figure, drawing.name)
-                    (made / "figures" / f"{drawing.name}.svg").write_text(svg, encoding="utf-8")
+                    _write(made / "figures" / f"{drawing.name}.svg", svg)
                     (made / "figures" / f"{drawing.name}.png").write_bytes(to_png(drawing.figure))
                     drawing.svg = for_page(svg, drawing.label)
             html = page.render(analysis, sections, page.galleries(analysis, images))
-            (made / PAGE).write_text(html, encoding="utf-8")
-            (made / NUMBERS).write_text(analysis.model_dump_json() + "\n", encoding="utf-8")
+            _write(made / PAGE, html)
             for name, text in tables(analysis).items():
-                (made / "numbers" / name).write_text(text, encoding="utf-8")
-            os.chmod(made, 0o755)
-            if directory.exists():
-                # A rename can't replace a directory that isn't empty.
-                old = Path(temporary) / "old"
-                os.replace(directory, old)
-                os.replace(made, directory)
-                shutil.rmtree(old)
-            else:
-                os.replace(made, directory)
-    except OSError as error:
-        raise DyconvertError(f"{directory} can't be written: {error}. Choose another: `directory=...`.") from error
+                _write(made / "numbers" / name, text)
+            files = sorted(each.relative_to(made).as_posix() for each in made.rglob("*") if each.is_file())
+            numbers = {**json.loads(analysis.model_dump_json()), "files": [*files, NUMBERS]}
+            _write(made / NUMBERS, json.dumps(numbers) + "\n")
+            replace_directory(made, directory, written_before(directory), DyconvertError)
     return directory / PAGE
+
+
+def _write(file: Path, text: str) -> None:
+    # Names of folders may be bytes that are no text.
+    file.write_text(text, encoding="utf-8", errors="replace")
