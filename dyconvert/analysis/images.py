@@ -1,21 +1,21 @@
 """Images from a folder, as a model takes them: with their classes, in batches, and as pictures to show."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from dyconvert import builtin
 from dyconvert.errors import DyconvertError, ModelError
+from dyconvert.files import shown
+from dyconvert.pictures import SUFFIXES, PictureError, check_picture, picture_files, read_picture
 
 # Mean and standard deviation by channel, as torchvision normalises.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ImageSet:
         name: where they are.
         classes: the names of the folders that they stand in; empty if they stand in none.
         labels: the class of each, `[N]`; -1 for an image beside the folders.
-        files: of each, or none where `tensors` has them, `[N, C, H, W]`.
+        files: of each, or none where `tensors` has them, `[N, C, H, W]`, not yet normalised by `mean` and `std`.
         total: how many there were before `limit`.
         shape: `(C, H, W)` of each.
     """
@@ -39,6 +39,8 @@ class ImageSet:
     transform: v2.Transform | None = None
     files: list[Path] = field(default_factory=list)
     tensors: Tensor | None = None
+    mean: float = 0.0
+    std: float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,7 +50,7 @@ class ImageSet:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             if self.tensors is not None:
-                images = self.tensors[part]
+                images = (self.tensors[part] - self.mean) / self.std
             else:
                 images = torch.stack([self._read(file) for file in self.files[part]])
             yield images, self.labels[part]
@@ -56,21 +58,19 @@ class ImageSet:
     def picture(self, index: int) -> Image.Image:
         """The image as it is on the disk."""
         if self.tensors is None:
-            with _opened(self.files[index]) as image:
-                return image.convert("RGB")
+            return _read(self.files[index], "RGB")
         pixels = self.tensors[index].mul(255).clamp(0, 255).byte()
         return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 
     def _read(self, file: Path) -> Tensor:
-        with _opened(file) as image:
-            return self.transform(image.convert("RGB" if self.shape[0] == 3 else "L"))
+        return self.transform(_read(file, "RGB" if self.shape[0] == 3 else "L"))
 
 
 def read_images(
     data: str,
     shape: Sequence[int],
-    mean: Sequence[float] = IMAGENET[0],
-    std: Sequence[float] = IMAGENET[1],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     limit: int | None = None,
 ) -> ImageSet:
     """The images of a folder, resized and cropped to `shape`; those in a subfolder are a class.
@@ -78,7 +78,8 @@ def read_images(
     Args:
         data: a folder, or "digits": those that come with the package.
         shape: `(C, H, W)`, as the model takes them.
-        mean, std: of the normalisation, by channel; averaged for a model of one channel.
+        mean, std: of the normalisation, by channel; averaged for a model of one channel. None: ImageNet's, and of the
+            digits 0 and 1, with which the model that comes with the package was trained.
         limit: at most so many, evenly spread.
 
     Raises:
@@ -86,11 +87,22 @@ def read_images(
             and `std` don't fit them.
         DyconvertError: an image can't be read.
     """
-    if data == "digits" and not Path(data).exists():
+    if data == "digits":  # a folder of that name is ./digits
         images, labels = builtin.load_digits_test()
+        mean, std = (0.0,) if mean is None else mean, (1.0,) if std is None else std
+        if len(mean) != 1 or len(std) != 1 or std[0] <= 0:
+            raise ModelError("The digits are grey: `mean=...` and `std=...` take one number each, and std above zero.")
         return ImageSet(
-            data, [*"0123456789"], labels[:limit], len(labels), tuple(images.shape[1:]), tensors=images[:limit]
+            data,
+            [*"0123456789"],
+            labels[:limit],
+            len(labels),
+            tuple(images.shape[1:]),
+            tensors=images[:limit],
+            mean=mean[0],
+            std=std[0],
         )
+    mean, std = IMAGENET[0] if mean is None else mean, IMAGENET[1] if std is None else std
     channels, *spatial = shape
     if len(spatial) != 2 or channels not in (1, 3):
         raise ModelError(
@@ -116,7 +128,7 @@ def read_images(
     if limit is not None and limit < total:
         files = [files[i * total // limit] for i in range(limit)]
     classes, labels = _classes(folder, files)
-    return ImageSet(data, classes, labels, total, tuple(shape), transform, files)
+    return ImageSet(shown(data), classes, labels, total, tuple(shape), transform, files)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -127,12 +139,10 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ModelError(f"`data={folder}` is no folder. Give a folder of images, or `digits`.")
-    found = sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES
-    )
+    try:
+        found = picture_files(folder)
+    except OSError as error:
+        raise ModelError(f"`data={folder}` can't be read: {error.strerror}. Give a folder of images.") from None
     if not found:
         raise ModelError(f"`data={folder}` holds no images ({', '.join(sorted(SUFFIXES))}), nor do its subfolders.")
     return found
@@ -140,8 +150,10 @@ def image_files(folder: Path) -> list[Path]:
 
 def image_size(file: Path) -> tuple[int, int]:
     """(height, width) in pixels."""
-    with _opened(file) as image:
-        return image.height, image.width
+    try:
+        return check_picture(file)
+    except PictureError as error:
+        raise _unreadable(file, error) from error
 
 
 def _classes(folder: Path, files: list[Path]) -> tuple[list[str], Tensor]:
@@ -150,13 +162,15 @@ def _classes(folder: Path, files: list[Path]) -> tuple[list[str], Tensor]:
     classes = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
     number = {name: index for index, name in enumerate(classes)}
     labels = [number.get(each[0], -1) if len(each) > 1 else -1 for each in parts]
-    return (classes if max(labels) >= 0 else []), torch.tensor(labels)
+    return ([shown(name) for name in classes] if max(labels) >= 0 else []), torch.tensor(labels)
 
 
-def _opened(file: Path) -> Image.Image:
+def _read(file: Path, mode: str) -> Image.Image:
     try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise DyconvertError(f"{file} can't be read as an image: {error}. Remove it, or repair it.") from error
-    return image
+        return read_picture(file, mode)
+    except PictureError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: PictureError) -> DyconvertError:
+    return DyconvertError(f"{shown(str(file))} can't be read as an image: {error}. Remove it, or repair it.")

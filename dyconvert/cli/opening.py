@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dyconvert import checkpoint, models
-from dyconvert.analysis.images import IMAGENET, ImageSet, image_files, image_size, read_images
+from dyconvert.analysis.images import ImageSet, image_files, image_size, read_images
 from dyconvert.cli.common import parse_device
 from dyconvert.cli.options import parse_numbers
 from dyconvert.console import warn
@@ -82,7 +82,7 @@ def _size_in_plan(model: nn.Module) -> tuple[int, ...] | None:
 def image_size_for(main: Opened, data: str | None) -> tuple[int, ...] | None:
     """The size to show a model its images at: its own, if that is known, but no image is made larger than it is."""
     source_says = main.source is not None and main.source.input_size is not None
-    if source_says or data is None or not Path(data).is_dir():
+    if source_says or data in (None, "digits") or not Path(data).is_dir():
         return main.size
     of_data = image_size(image_files(Path(data))[0])
     # A factory doesn't say what it takes, and a conversion without --input-size guesses.
@@ -114,9 +114,10 @@ def images_for(
     # timm's models say how they were trained.
     config = getattr(model, "pretrained_cfg", None)
     config = config if isinstance(config, dict) else {}
+    known = {} if data == "digits" else config
     numbers = (
-        parse_numbers(mean) if mean else config.get("mean", IMAGENET[0]),
-        parse_numbers(std) if std else config.get("std", IMAGENET[1]),
+        parse_numbers(mean) if mean else known.get("mean"),
+        parse_numbers(std) if std else known.get("std"),
     )
     shape = getattr(example[0], "shape", (0,))[1:]
     return read_images(data, shape, *numbers, limit=limit)

@@ -37,7 +37,8 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
         size = ()
     if not size or len(size) > 4 or min(size) < 1 or max(size) > INPUT_SIDE:
         raise ModelError(
-            f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224; at most {INPUT_SIDE:,} a side."
+            f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224; at most "
+            f"{INPUT_SIDE:,} a side."
         )
     return size * 2 if len(size) == 1 else size
 

@@ -17,10 +17,12 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from dyconvert.errors import RecipeError, brief, some
+from dyconvert.files import shown
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.schema import Data
 from dyconvert.finetuning.training.randomness import seed_of
 from dyconvert.installation import install_command
+from dyconvert.pictures import PictureError, check_picture, in_mode, picture_files, read_picture
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -76,7 +78,7 @@ def open_images(recipe: Recipe, part: str, num_classes: int) -> Images:
 
 
 class _Folder(Images):
-    """root/PART/CLASS/image, as torchvision's ImageFolder reads it."""
+    """root/PART/CLASS/image, or further down; labels are those of torchvision's ImageFolder."""
 
     def __init__(self, root: Path, part: str, channels: int) -> None:
         folder = root / part
@@ -84,48 +86,48 @@ class _Folder(Images):
             raise RecipeError(f"There is no data folder {root}. Set data.root to the folder that holds {part}/.")
         if not folder.is_dir():
             raise RecipeError(f"{root} has no folder {part}/, which data.dataset=imagefolder needs. {_listing(root)}")
-        try:
-            found = datasets.ImageFolder(str(folder), allow_empty=True)
-        except FileNotFoundError:
+        names = sorted(each.name for each in os.scandir(folder) if each.is_dir())
+        if not names:
             raise RecipeError(
                 f"{folder} has no class folders. The images belong into {folder}/CLASS/, one folder a class."
-            ) from None
-        counts = np.bincount([label for _, label in found.samples], minlength=len(found.classes))
-        empty = [name for name, count in zip(found.classes, counts, strict=True) if not count]
+            )
+        if len(names) == 1:
+            raise RecipeError(
+                f"{folder} has one class folder, {shown(names[0])}, and a classifier tells two or more apart. Add the "
+                "others, or set data.train and data.val to the folders that hold the classes."
+            )
+        number = {name: label for label, name in enumerate(names)}
+        files = [file for file in picture_files(folder) if file.parent != folder]
+        self._samples = [(str(file), number[file.relative_to(folder).parts[0]]) for file in files]
+        self.labels = np.array([label for _, label in self._samples], dtype=np.int64)
+        counts = np.bincount(self.labels, minlength=len(names))
+        self.classes = [shown(name) for name in names]
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
         if empty:
             raise RecipeError(
                 f"{folder} has {len(empty)} class folders without images: {some(empty)}. Fill or remove them."
             )
-        self._samples = found.samples
         self._mode = _MODES[channels]
-        self.labels = np.array(found.targets)
-        self.classes = found.classes
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self._samples[index]
-        from PIL import Image
-
         try:
-            with Image.open(path) as image:
-                return F.pil_to_tensor(image.convert(self._mode)), label
-        except (OSError, ValueError, SyntaxError) as error:  # PIL's broken PNGs are SyntaxErrors
-            raise CorruptImageError(f"{path}: {brief(error)}") from error
+            return F.pil_to_tensor(read_picture(path, self._mode)), label
+        except PictureError as error:
+            raise CorruptImageError(f"{shown(path)}: {error}") from error
 
     def name(self, index: int) -> str:
-        return self._samples[index][0]
+        return shown(self._samples[index][0])
 
     def readable(self, index: int) -> None:
-        from PIL import Image
-
         path = self._samples[index][0]
         try:
-            with Image.open(path):
-                pass
-        except (OSError, ValueError, SyntaxError) as error:
-            raise CorruptImageError(f"{path}: {brief(error)}") from error
+            check_picture(path)
+        except PictureError as error:
+            raise CorruptImageError(f"{shown(path)}: {error}") from error
 
 
 class _Torchvision(Images):
@@ -286,7 +288,7 @@ class _Fake(Images):
 def _as_tensor(image: Any, mode: str) -> Tensor:
     if isinstance(image, Tensor):
         return image
-    return F.pil_to_tensor(image.convert(mode))
+    return F.pil_to_tensor(in_mode(image, mode))
 
 
 def _as_target(target: Any, segmentation: bool) -> Any:
