@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 CPU_SECONDS, CLOCK_SECONDS = 10, 60
 # Beyond what the good case takes.
 MEMORY = 2**30
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]+")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ _known_options: dict[tuple[str, ...], set[str]] = {}
 def options_of(argv: list[str]) -> set[str]:
     """The options of a command, and those that a case gives it."""
     words = tuple(argv[:2] if argv and argv[0] in ("recipes", "bench") else argv[:1])
-    given = {word for each in argv for word in re.findall(r"--[a-z][\w-]+", each)}
+    given = {word for each in argv for word in _OPTION.findall(each)}
     if words not in _known_options:
         from dyconvert.cli.app import app
 

@@ -33,13 +33,17 @@ def check_trusted(recipe: Recipe, trust_code: bool) -> None:
 
 def _code_of(recipe: Recipe) -> Iterator[str]:
     section, data = recipe.model, recipe.data
+    named = {"model.specifier": section.specifier}
+    if recipe.distill is not None:
+        named["distill.teacher"] = recipe.distill.teacher
+    for key, specifier in named.items():
+        if models.names_code(specifier):
+            location, _, function = specifier.rpartition(":")
+            kind = "file" if location.endswith(".py") else "module"
+            if not (kind == "file" and _is_shipped(location)):
+                yield f"{key}: the function {function} of the {kind} {location}"
     source = models.Source(section.specifier, section.arguments, None, None, section.num_classes)
-    if source.runs_user_code and models.names_code(section.specifier):
-        location, _, function = section.specifier.rpartition(":")
-        kind = "file" if location.endswith(".py") else "module"
-        if not (kind == "file" and _is_shipped(location)):
-            yield f"model.specifier: the function {function} of the {kind} {location}"
-    elif not source.runs_user_code and (argument := models.untrusted(source)):
+    if not models.names_code(section.specifier) and (argument := models.untrusted(source)):
         yield f"model.arguments: {argument}, for {section.specifier}; only arguments that shape a network just run"
     kind, _, name = data.dataset.partition(":")
     if kind == "huggingface":
