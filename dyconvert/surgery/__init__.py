@@ -1,1 +1,1 @@
-"""Turns a static model into a dynamic one: find the blocks, plan, expand the weights, rewrite."""
+"""Turns a static model into a dynamic one, and back: watch it run, plan, expand the weights, hook the blocks."""
