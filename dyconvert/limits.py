@@ -24,6 +24,8 @@ OVERRIDE_BYTES = 64 * 2**10
 JOBS = 10_000
 # A row takes 200 bytes; ten times as many rows as a sweep can have runs.
 CSV_BYTES = 64 * 2**20
+# A checkpoint's weights: ten times the largest convolutional networks of today with 32 experts.
+WEIGHTS_BYTES = 2**37
 # Tensors of one file: the largest models of timm have 3,000; a dynamic one up to twice as many.
 TENSORS = 200_000
 # Modules and tensors that a checkpoint's architecture may have for each tensor in its file. Narrowing and conversion

@@ -15,7 +15,7 @@ from dyconvert.checkpoint.description import DESCRIPTION, Description, described
 from dyconvert.checkpoint.tensors import count_tensors, load_weights
 from dyconvert.copying import copied
 from dyconvert.errors import CheckpointError, PlanError
-from dyconvert.limits import LimitError, check_ordinary
+from dyconvert.limits import WEIGHTS_BYTES, LimitError, check_ordinary
 from dyconvert.marks import mark_source
 from dyconvert.narrowing.record import rebuild_narrowed
 from dyconvert.surgery.convert import rebuild
@@ -82,6 +82,9 @@ def _opened(weights: Path, sha256: str) -> Iterator[None]:
     """See that the file is the one that was saved, and that it still is when the block has read it."""
     try:
         check_ordinary(weights)
+        # A file of holes, which takes no disk, would be hashed for hours.
+        if os.path.getsize(weights) > WEIGHTS_BYTES:
+            raise LimitError(f"it has more than {WEIGHTS_BYTES:,} bytes")
         with open(weights, "rb") as stream:
             digest = hashlib.sha256()
             while block := stream.read(1 << 20):  # Python 3.10 has no hashlib.file_digest

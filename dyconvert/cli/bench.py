@@ -11,6 +11,7 @@ from dyconvert.cli.options import Json
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
+from dyconvert.limits import BATCH
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ app = typer.Typer(help="Time dynamic convs and whole models against what they re
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default torch's own number.")]
 Training = Annotated[bool, typer.Option("--train/--inference", help="Time a forward and a backward, or a forward.")]
-Repeats = Annotated[int, typer.Option(help="Rounds of all that is compared.")]
+Repeats = Annotated[int, typer.Option(min=1, max=100_000, help="Rounds of all that is compared.")]
 Cpu = Annotated[
     bool, typer.Option("--cpu-time", help="Count CPU time: on a busy machine, with --threads 1, the fairer clock.")
 ]
@@ -202,7 +203,7 @@ app.command()(with_common(model, device=True))
 
 def _batches(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdigit() and 0 < int(part) <= BATCH for part in parts):
         raise ModelError(f"--batch {text!r} is no list of batch sizes. Write 1,8,32.")
     return [int(part) for part in parts]
 
@@ -229,7 +230,7 @@ def _layer(text: str) -> "Layer":
 
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
-        if threads < 1:
+        if not 1 <= threads <= 4096:
             raise ModelError(f"--threads {threads}: there must be at least one.")
         import torch
 
