@@ -1,11 +1,14 @@
 """dyconvert finetune"""
 
+import contextlib
+import importlib
 from typing import Annotated
 
 import typer
 
 from dyconvert.cli import completing
 from dyconvert.cli.options import Json
+from dyconvert.cli.progress import progress
 from dyconvert.console import err, out, write_json
 from dyconvert.errors import RecipeError
 
@@ -53,6 +56,8 @@ def finetune(
             out.print(found)
             out.print("\nDry run: nothing was written.")
         return
+    with progress("importing torch and Lightning"), contextlib.suppress(ImportError):  # run() says what is missing
+        importlib.import_module("dyconvert.finetuning.run")
     summary = run(loaded, resume=resume, progress=not err.quiet, trust_code=trust_code)
     from dyconvert.finetuning.training.trainers import is_main_process
 

@@ -23,6 +23,9 @@ from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview as preview_model
 from dyconvert.surgery.plan import Plan
 
+# Of an epoch whose number of steps isn't known.
+_STEPS_OF_AN_EPOCH = 1000
+
 
 @dataclass
 class DryRun:
@@ -32,16 +35,18 @@ class DryRun:
         recipe: complete, with its defaults.
         plan: of every conv; None where nothing is converted.
         figures: parameters and MACs of one image, of the "original" and the "converted" model.
-        images: "train" and "val": numbers of images.
-        steps, steps_per_epoch: optimizer steps, of the run and of an epoch.
+        images: "train" and "val": numbers of images; empty where the data isn't there.
+        steps, steps_per_epoch: optimizer steps, of the run and of an epoch; None where that isn't known.
+        missing: why the data can't be read; None where it can.
     """
 
     recipe: Recipe
     plan: Plan | None
     figures: dict[str, tuple[int, int]]
     images: dict[str, int]
-    steps: int
-    steps_per_epoch: int
+    steps: int | None
+    steps_per_epoch: int | None
+    missing: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -49,7 +54,8 @@ class DryRun:
             "recipe": self.recipe.model_dump(mode="json"),
             "plan": self.plan.model_dump(mode="json") if self.plan else None,
             "figures": {name: {"parameters": p, "macs": m} for name, (p, m) in self.figures.items()},
-            "images": self.images,
+            "images": self.images or None,
+            "missing": self.missing,
             "steps": self.steps,
             "schedule": self._milestones(),
         }
@@ -59,16 +65,19 @@ class DryRun:
         from dyconvert.finetuning.training.optim import lr_factor
         from dyconvert.finetuning.training.schedules import TemperatureSchedule
 
-        train, dynamic, per = self.recipe.train, self.recipe.dynamic, self.steps_per_epoch
-        factor = lr_factor(train, self.steps, per)
+        train, dynamic = self.recipe.train, self.recipe.dynamic
+        # The schedule goes by parts of epochs, so without the data any number of steps shows it.
+        per = self.steps_per_epoch or _STEPS_OF_AN_EPOCH
+        total = self.steps if self.steps is not None else per * train.epochs
+        factor = lr_factor(train, total, per)
         temperature = dynamic.temperature and TemperatureSchedule(dynamic.temperature)
-        epochs = max(self.steps // per, 1)
+        epochs = max(total // per, 1)
         steps = {epoch * per for epoch in range(0, epochs, max(epochs // 10, 1))}
-        steps |= {self.steps - 1, min(round(train.warmup_epochs * per), self.steps - 1)}
+        steps |= {total - 1, min(round(train.warmup_epochs * per), total - 1)}
         return [
             {
                 "epoch": step / per,
-                "step": step,
+                "step": step if self.steps is not None else None,
                 "lr": train.lr * factor(step),
                 "temperature": temperature and temperature.at(step / per),
                 "experts_frozen": step / per < dynamic.freeze_experts_epochs,
@@ -98,7 +107,10 @@ class DryRun:
     def _facts(self) -> Iterator[tuple[str, str]]:
         recipe, train = self.recipe, self.recipe.train
         yield "model", f"{recipe.model.specifier}, weights {recipe.model.weights}"
-        yield "data", f"{recipe.data.dataset}, {self.images['train']:,} images, {self.images['val']:,} to validate"
+        if self.missing is None:
+            yield "data", f"{recipe.data.dataset}, {self.images['train']:,} images, {self.images['val']:,} to validate"
+        else:
+            yield "data", f"{recipe.data.dataset}, which isn't there. {self.missing}"
         if recipe.pretrain is not None:
             yield "pretrain", f"the static network, {recipe.pretrain.epochs} epochs from lr {recipe.pretrain.lr:g}"
         if recipe.narrow is not None:
@@ -113,9 +125,10 @@ class DryRun:
         if recipe.distill is not None:
             teacher = "the original" if recipe.distill.teacher == "original" else recipe.distill.teacher
             yield "distill", f"from {teacher}, weight {recipe.distill.weight:g}"
+        steps = f"{train.epochs} epochs" if self.steps is None else f"{self.steps:,} steps"
         yield (
             "train",
-            f"{self.steps:,} steps of {train.batch} images; {train.optimizer}, {train.schedule}",
+            f"{steps}, {train.batch} images a step; {train.optimizer}, {train.schedule}",
         )
         yield "output", str(recipe.directory)
 
@@ -124,10 +137,17 @@ class DryRun:
         frozen = self.plan is not None and any(row["experts_frozen"] for row in rows)
         annealed = self.plan is not None and self.recipe.dynamic.temperature is not None
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("epoch", "step", "learning rate", *["temperature"] * annealed, *["experts"] * frozen):
+        counted = self.steps is not None
+        for title in (
+            "epoch",
+            *["step"] * counted,
+            "learning rate",
+            *["temperature"] * annealed,
+            *["experts"] * frozen,
+        ):
             table.add_column(title, justify="right")
         for row in rows:
-            cells = [f"{row['epoch']:.1f}", f"{row['step']:,}", f"{row['lr']:.2g}"]
+            cells = [f"{row['epoch']:.1f}", *([f"{row['step']:,}"] if counted else []), f"{row['lr']:.2g}"]
             cells += [f"{row['temperature']:.1f}"] if annealed else []
             cells += ["frozen" if row["experts_frozen"] else "train"] if frozen else []
             table.add_row(*cells)
@@ -142,7 +162,8 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None, t
         trust_code: run code of the recipe's own, which builds the model.
 
     Raises:
-        RecipeError: the data or the weights aren't there, or don't fit the recipe.
+        RecipeError: the weights aren't there, or they or the data don't fit the recipe. Data that isn't there at all is
+            said in the result.
         ModelError, PlanError: the model can't be built or converted.
     """
     from dyconvert.finetuning.data.datasets import check_classes, load_part
@@ -158,14 +179,19 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None, t
     check_convertible(model)
     example = (torch.zeros(2, *recipe.input_size),)
     classes = count_outputs(model, recipe)
-    parts = {part: load_part(recipe, part, classes, report) for part in ("train", "val")}
-    check_classes(parts["train"], parts["val"], classes, recipe)
-    images = {part: len(loaded) for part, loaded in parts.items()}
     figures = {"original": _figures(model, recipe)}
     plan = None
     if recipe.convert is not None:
         plan = plan_model(model, **recipe.convert.model_dump(), example=example)
         figures["converted"] = _figures(preview_model(model, plan), recipe)
+    try:
+        parts = {part: load_part(recipe, part, classes, report) for part in ("train", "val")}
+    except RecipeError as error:
+        if recipe.data_root is not None and any(recipe.data_root.glob("*")):
+            raise  # it is there, and isn't as the recipe says
+        return DryRun(recipe, plan, figures, {}, None, None, str(error))
+    check_classes(parts["train"], parts["val"], classes, recipe)
+    images = {part: len(loaded) for part, loaded in parts.items()}
     per_epoch = steps_per_epoch(recipe, parts["train"])
     if not per_epoch:
         raise RecipeError(f"{images['train']} training images are less than a batch of {recipe.train.batch}.")

@@ -25,6 +25,7 @@ from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.trust import check_trusted
 from dyconvert.finetuning.summary import Summary
 from dyconvert.finetuning.training.checkpoints import Checkpoints, position
+from dyconvert.finetuning.training.display import Display
 from dyconvert.finetuning.training.guard import DivergenceGuard
 from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
 from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
@@ -118,14 +119,15 @@ class _Session:
         ema = Ema(recipe.train.ema) if recipe.train.ema is not None else None
         guard = DivergenceGuard()
         whole = copy.deepcopy(networks.student) if recipe.train.strategy == "fsdp" else None
-        results = Results(directory, networks.source, ema, whole, self.report)
-        callbacks = [guard, *self._schedules(), *([ema] if ema else []), results]
+        display = Display(self.progress and is_main_process(), averaged=ema is not None)
+        results = Results(directory, networks.source, ema, whole, self.report, display)
+        callbacks = [display, guard, *self._schedules(), *([ema] if ema else []), results]
         callbacks.append(Checkpoints(file, recipe.output, guard, self.interrupts, self.report))
         epoch, done, step = position(resumed) if resumed else (0, 0, None)
         if resumed:
             self.report(f"resuming at step {step}, in epoch {epoch + 1}")
         loggers = make_loggers(recipe, step) if is_main_process() else []
-        trainer = make_trainer(recipe, callbacks, loggers, self.progress)
+        trainer = make_trainer(recipe, callbacks, loggers)
         kept = None
         if recipe.distill is not None and recipe.distill.teacher != "original":
             self._say_teacher()
@@ -191,7 +193,7 @@ class _Session:
 
     def evaluate(self, model: nn.Module) -> float:
         """The metric of a network on the validation data, in percent."""
-        trainer = make_trainer(self.recipe, [], [], False)
+        trainer = make_trainer(self.recipe, [], [])
         loader = val_loader(self.recipe, self.val, trainer.global_rank, trainer.world_size)
         [found] = trainer.validate(self._module(model), loader, verbose=False)
         return found[METRIC]
@@ -288,7 +290,7 @@ def _calibration(recipe: Recipe, part: Part) -> Callable[[], Iterator[Tensor]]:
 def _reporter(progress: bool) -> Report:
     if not progress or not is_main_process():
         return lambda line: None
-    return lambda line: err.print(line, markup=False)
+    return lambda line: err.print(line, soft_wrap=not err.is_terminal)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import nn
 from dyconvert import checkpoint, models
 from dyconvert.errors import CheckpointError, RecipeError, brief
 from dyconvert.finetuning.recipes.recipe import Recipe
-from dyconvert.finetuning.training.module import METRIC, METRIC_NAMES, FineTuner
+from dyconvert.finetuning.training.display import Display
+from dyconvert.finetuning.training.module import METRIC, FineTuner
 from dyconvert.finetuning.training.schedules import Ema
 from dyconvert.limits import CSV_BYTES, read_text
 from dyconvert.run_files import EMA, LAST, METRICS
@@ -24,7 +25,7 @@ _KEPT = ("best", "best_epoch", "last", "last_step")
 
 
 class Results(Callback):
-    """Keeps the best weights after each validation, and the last at the end; and says how it goes.
+    """Keeps the best weights after each validation, and the last at the end; and has the display say how it went.
 
     Args:
         whole: a copy of the network to gather the weights in, where a strategy shards them.
@@ -41,7 +42,9 @@ class Results(Callback):
         ema: Ema | None,
         whole: nn.Module | None,
         report: Callable[[str], None],
+        display: Display,
     ) -> None:
+        self.display = display
         self.directory, self.source, self.ema, self.whole, self.report = directory, source, ema, whole, report
         self.best, self.best_epoch = float("-inf"), 0
         self.last, self.last_step = float("nan"), -1
@@ -70,12 +73,7 @@ class Results(Callback):
         module = self.ema.averaged if self.ema is not None else pl_module
         better = self.consider(trainer, value, module.model, trainer.current_epoch + 1)
         seconds, self._epoch_began = time.monotonic() - self._epoch_began, time.monotonic()
-        loss = pl_module.mean_loss
-        name = METRIC_NAMES[pl_module.recipe.data.task] + (" (EMA)" if self.ema is not None else "")
-        self.report(
-            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {loss:.4f}  "
-            f"{name} {value:.2f} %  {seconds:.0f} s{'  best so far' if better else ''}"
-        )
+        self.display.epoch(trainer, pl_module, value, seconds, better)
 
     def consider(self, trainer: Trainer, value: float, model: nn.Module, epoch: int) -> bool:
         """Save `model` if its metric is the best so far; return whether it is."""

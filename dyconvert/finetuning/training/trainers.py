@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dyconvert.console import err
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.checkpoints import AtomicCheckpointIO
@@ -18,12 +17,9 @@ from dyconvert.finetuning.training.checkpoints import AtomicCheckpointIO
 _LOG_EVERY = 50
 
 
-def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], loggers: list[Logger], progress: bool) -> Trainer:
+def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], loggers: list[Logger]) -> Trainer:
     """A Trainer on the recipe's devices. Checkpoints are a callback's."""
     train = recipe.train
-    callbacks = list(callbacks)
-    if progress and err.is_terminal:
-        callbacks.append(RichProgressBar(refresh_rate=10, leave=False, console_kwargs={"stderr": True}))
     return Trainer(
         accelerator=train.accelerator,
         devices=train.devices,
@@ -34,14 +30,14 @@ def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], loggers: list[Lo
         max_steps=train.max_steps or -1,
         accumulate_grad_batches=train.accumulate,
         gradient_clip_val=train.clip,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         logger=loggers or False,
         log_every_n_steps=_LOG_EVERY,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(recipe.directory),
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=progress and err.is_terminal,
+        enable_progress_bar=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
