@@ -14,6 +14,7 @@ from torch import nn
 
 import dyconvert
 from dyconvert.builtin import accuracy
+from dyconvert.cli.app import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("no_downloads")
 
@@ -214,3 +215,25 @@ def test_help(arguments, words, cli):
     assert ran.code == 0
     assert all(word in ran.said for word in words), ran.said
     assert max(map(len, ran.stdout.splitlines())) <= 80
+
+
+def test_no_help_is_cut_or_without_examples(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    commands = ["convert", "finetune", "collapse", "export", "inspect", "report", "ls", "methods", "bench layers"]
+    commands += ["bench model", "recipes ls", "recipes show", "recipes cp", "recipes validate", "recipes sweep"]
+    for command in commands:
+        ran = cli(*command.split(), "--help")
+        assert ran.code == 0
+        assert "…" not in ran.stdout, command
+        assert all(option in ran.said for option in ("--quiet", "--verbose", "--help"))
+        if command in EXAMPLES:
+            assert all(example in ran.said for example in EXAMPLES[command]), command
+
+
+def test_a_width_of_one_changes_nothing(cli, models_file):
+    pytest.importorskip("torch_pruning")
+    ran = cli(f"{models_file}:net", "--input-size", 16, "--width", 1, "-o", "out")
+    assert ran.code == 0, ran.said
+    assert "needs fine-tuning" not in ran.said
+    assert "(allowed 0.0001)" in ran.said

@@ -6,7 +6,7 @@ import traceback
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from dyconvert.cli import (
     bench,
@@ -27,6 +27,52 @@ from dyconvert.console import fail
 from dyconvert.errors import DyconvertError, ModelError
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+# Three of each: the plain one, a common one, and one that shows what else there is.
+EXAMPLES = {
+    "convert": (
+        "dyconvert resnet50 --g 6",
+        "dyconvert model.py:net --weights net.pth --input-size 3,32,32 -m condconv",
+        "dyconvert resnet50 --width 0.5 --data images/ -o narrow",
+    ),
+    "finetune": (
+        "dyconvert finetune quickstart",
+        "dyconvert finetune cifar10-resnet20 data.root=cifar10 train.epochs=5 --dry-run",
+        "dyconvert finetune mine.yaml --resume",
+    ),
+    "collapse": (
+        "dyconvert collapse resnet50-dynet-g6 -o static.safetensors",
+        "dyconvert collapse runs/mine -o static.pth --data images/val",
+        "dyconvert resnet50 --weights static.safetensors",
+    ),
+    "export": (
+        "dyconvert export resnet50-dynet-g6",
+        "dyconvert export runs/mine --batch 1 --fp16 -o mine.onnx",
+        "dyconvert export runs/mine --to torch --dynamic-size",
+    ),
+    "inspect": (
+        "dyconvert inspect resnet50-dynet-g6",
+        "dyconvert inspect runs/mine --data images/val",
+        "dyconvert inspect runs/mine --json",
+    ),
+    "report": (
+        "dyconvert report runs/mine --data images/val",
+        "dyconvert report runs/mine --data images/val --against resnet50 -o report",
+        "dyconvert report resnet50-dynet-g6 --sizes none",
+    ),
+    "ls": ("dyconvert ls", "dyconvert ls mobilenet", "dyconvert ls 'resnet*' --source timm"),
+}
+
+
+class Command(TyperCommand):
+    """A command whose --help stands with what every command takes."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = common.PANEL
+        return option
 
 
 class Commands(TyperGroup):
@@ -119,7 +165,9 @@ for function, panel, how in (
     (ls.ls, _LISTING, {}),
     (methods.methods, _LISTING, {}),
 ):
-    app.command(function.__name__, rich_help_panel=panel)(with_common(function, **how))
+    name = function.__name__
+    epilog = "\n\n".join(["Examples:", *EXAMPLES[name]]) if name in EXAMPLES else None
+    app.command(name, cls=Command, rich_help_panel=panel, epilog=epilog)(with_common(function, **how))
 app.add_typer(bench.app, name="bench", rich_help_panel=_LOOKING)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=_LISTING)
 

@@ -37,7 +37,8 @@ def layers(
     ] = "condconv",
     g: Annotated[int, typer.Option("--g", help="Experts, the same for all.")] = 6,
     layer: Annotated[
-        list[str] | None, typer.Option(help="C_IN,C_OUT,KERNEL,SIZE[,STRIDE[,GROUPS]] instead of the list. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Instead of the list: C_IN,C_OUT,KERNEL,SIZE and perhaps STRIDE,GROUPS. Repeatable."),
     ] = None,
     threads: Threads = None,
     train: Training = False,
@@ -115,7 +116,7 @@ def model(
     scope: Annotated[str | None, typer.Option(help="What one predictor serves: block or layer.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Convert only convs whose names match. Repeatable.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="Compare with this model too: timm:tf_efficientnet_cc_b0_4e.")
+        str | None, typer.Option(help="Compare with this model too, timm:NAME say.")
     ] = None,
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Fold batch norms into the convs first, the original's as well.")

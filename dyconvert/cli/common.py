@@ -31,9 +31,8 @@ Device = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="Where the model runs: cpu, cuda, cuda:1, mps.",
+        help="Where the model runs: cpu, cuda, cuda:1, mps; by default the CPU.",
         rich_help_panel=PANEL,
-        show_default="cpu",
         autocompletion=lambda: ["cpu", "cuda", "mps"],
     ),
 ]

@@ -16,6 +16,7 @@ def convert(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="resnet50, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
             show_default=False,
             autocompletion=completing.models,

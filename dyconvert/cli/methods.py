@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.text import Text
 
 from dyconvert.cli.options import Json
@@ -21,9 +22,14 @@ def methods(as_json: Json = False) -> None:
     for method in METHODS.values():
         out.print(Text(method.name, style="bold"), Text(f"g = {method.g}"))
         out.print(f"  {method.title}")
-        out.print(f"  coefficients {_coefficients(method)}")
-        out.print(f"  predictor    {_predictor(method)}")
-        out.print(f"  paper        {method.paper}\n")
+        # A grid, so that what doesn't fit goes on below its beginning.
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_row("  coefficients", _coefficients(method))
+        table.add_row("  predictor", _predictor(method))
+        table.add_row("  paper", method.paper)
+        out.print(table)
+        out.print()
     out.print("Any mixture works as well: see --scope, --reduction, --temperature, and dyconvert.Method.")
 
 
