@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dyconvert.exporting.exported import Exported
     from dyconvert.finetuning import Recipe, finetune, load_recipe
     from dyconvert.methods import METHODS, Method
+    from dyconvert.models.preprocess import preprocessing
     from dyconvert.narrowing.narrow import narrow
     from dyconvert.narrowing.record import Narrowing
     from dyconvert.nn import (
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from dyconvert.surgery.pairing import pair_experts
     from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
     from dyconvert.surgery.trainable import set_trainable
+    from dyconvert.transforms import Preprocessing
 
 # Where each name is defined. A name's module is imported when the name is first asked for: torch and all that stands on
 # it take seconds to import. Type checkers read the imports above instead; a test compares the two.
@@ -68,6 +70,7 @@ _HOMES = {
     "exporting.exported": ("Exported",),
     "finetuning": ("Recipe", "finetune", "load_recipe"),
     "methods": ("METHODS", "Method"),
+    "models.preprocess": ("preprocessing",),
     "narrowing.narrow": ("narrow",),
     "narrowing.record": ("Narrowing",),
     "nn": (
@@ -87,6 +90,7 @@ _HOMES = {
     "surgery.pairing": ("pair_experts",),
     "surgery.plan": ("Plan", "PlannedBlock", "PlannedConv"),
     "surgery.trainable": ("set_trainable",),
+    "transforms": ("Preprocessing",),
 }
 _HOME_OF = {name: f"dyconvert.{home}" for home, names in _HOMES.items() for name in names}
 # `import dyconvert` has always brought these.
@@ -114,6 +118,7 @@ __all__ = [
     "PlanError",
     "PlannedBlock",
     "PlannedConv",
+    "Preprocessing",
     "Recipe",
     "RecipeError",
     "TrainingError",
@@ -129,6 +134,7 @@ __all__ = [
     "narrow",
     "pair_experts",
     "plan",
+    "preprocessing",
     "save",
     "set_trainable",
     "tune",

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from dyconvert.models import Source
     from dyconvert.narrowing.record import Narrowing
     from dyconvert.surgery.plan import Plan
+    from dyconvert.transforms import Preprocessing
 
 _PLAN = "dyconvert_plan"
 _SOURCE = "dyconvert_source"
 _NARROWING = "dyconvert_narrowing"
 _FUSED = "dyconvert_fused"
+_PREPROCESSING = "dyconvert_preprocessing"
 
 
 def plan_of(model: nn.Module) -> "Plan | None":
@@ -61,6 +63,16 @@ def fused_of(model: nn.Module) -> tuple[tuple[str, str], ...] | None:
 def mark_fused(model: nn.Module, pairs: Any) -> None:
     """Note which batch norms went into which convs."""
     setattr(model, _FUSED, tuple(pairs))
+
+
+def preprocessing_of(model: nn.Module) -> "Preprocessing | None":
+    """What images go through before the model sees them, where it was fine-tuned or saved with it."""
+    return vars(model).get(_PREPROCESSING)
+
+
+def mark_preprocessing(model: nn.Module, preprocessing: "Preprocessing") -> None:
+    """Note what images go through."""
+    setattr(model, _PREPROCESSING, preprocessing)
 
 
 def remove_marks(model: nn.Module, but_narrowing: bool = False) -> None:

@@ -13,6 +13,7 @@ from dyconvert.installation import upgrade_command
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 from dyconvert.narrowing.record import Narrowing
 from dyconvert.surgery.plan import Plan, problems
+from dyconvert.transforms import Preprocessing
 from dyconvert.version import __version__
 
 SCHEMA = 1
@@ -23,7 +24,8 @@ WEIGHTS = ("model.safetensors", "model-1.safetensors")
 
 class Description(BaseModel):
     """What `dyconvert.json` holds. `plan` is None for a static model, `narrowing` for one of the original width;
-    `extra_state` has what modules' `get_extra_state` returned, by its key in the state dict."""
+    `extra_state` has what modules' `get_extra_state` returned, by its key in the state dict; `preprocessing` what
+    images go through, and the classes' names."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,11 +40,13 @@ class Description(BaseModel):
     narrowing_sha256: str | None = None
     narrowing: Narrowing | None = None
     extra_state: dict[str, Any] | None = None
+    preprocessing: Preprocessing | None = None
 
     def to_json(self) -> str:
         """The file's text."""
-        # Versions before there was extra state refuse to read what they don't know.
-        return self.model_dump_json(indent=2, exclude={"extra_state"} if self.extra_state is None else None)
+        # Versions before there were these refuse to read what they don't know.
+        unused = {name for name in ("extra_state", "preprocessing") if getattr(self, name) is None}
+        return self.model_dump_json(indent=2, exclude=unused)
 
 
 def describe(directory: str | Path) -> Description:

@@ -16,7 +16,7 @@ from dyconvert.checkpoint.tensors import count_tensors, load_weights
 from dyconvert.copying import copied
 from dyconvert.errors import CheckpointError, PlanError
 from dyconvert.limits import WEIGHTS_BYTES, LimitError, check_ordinary
-from dyconvert.marks import mark_source
+from dyconvert.marks import mark_preprocessing, mark_source
 from dyconvert.narrowing.record import rebuild_narrowed
 from dyconvert.surgery.convert import rebuild
 from dyconvert.surgery.old_plans import old_prefixes
@@ -73,6 +73,8 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
             ) from error
     if source is not None:
         mark_source(result, source)
+    if description.preprocessing is not None:
+        mark_preprocessing(result, description.preprocessing)
     result.eval()  # which may return nothing, where the user has written it
     return result
 

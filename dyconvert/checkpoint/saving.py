@@ -14,10 +14,11 @@ from dyconvert.checkpoint.tensors import is_ours, write_weights
 from dyconvert.errors import CheckpointError
 from dyconvert.files import locked, private_folder, said, settle
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
-from dyconvert.marks import mark_source, narrowing_of, source_of
+from dyconvert.marks import mark_preprocessing, mark_source, narrowing_of, preprocessing_of, source_of
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.convert import check_converted
 from dyconvert.surgery.plan import Plan
+from dyconvert.transforms import Preprocessing
 from dyconvert.version import __version__
 
 
@@ -28,6 +29,7 @@ def save(
     source: "models.Source | None" = None,
     force: bool = False,
     static: bool = False,
+    preprocessing: Preprocessing | None = None,
 ) -> Path:
     """Save a converted or narrowed model, trained or not.
 
@@ -39,6 +41,8 @@ def save(
         source: where the static model came from, so that :func:`load` can build it. None: what the model was
             loaded with, if anything; else :func:`load` will need the static model.
         force: write into a directory that holds other things, which stay as they are.
+        preprocessing: what images go through before the model sees them, and the names of its classes. None: what it
+            was fine-tuned, saved or loaded with, if anything.
         static: save a model that wasn't converted or narrowed as well, as a control.
 
     Returns:
@@ -76,12 +80,15 @@ def save(
                 narrowing_sha256=json_sha256(narrowing and narrowing.model_dump(mode="json")),
                 narrowing=narrowing,
                 extra_state=extra,
+                preprocessing=preprocessing or preprocessing_of(model),
             )
             if exists or not _took_its_name(made, directory, description):
                 with locked(directory):
                     _replace(made, directory, description)
     if source is not None:
         mark_source(model, source)
+    if preprocessing is not None:
+        mark_preprocessing(model, preprocessing)
     return directory
 
 

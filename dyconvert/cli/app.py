@@ -19,6 +19,7 @@ from dyconvert.cli import (
     inspect,
     ls,
     methods,
+    predict,
     recipes,
     report,
 )
@@ -50,6 +51,11 @@ EXAMPLES = {
         "dyconvert export resnet50-dynet-g6",
         "dyconvert export runs/mine --batch 1 --fp16 -o mine.onnx",
         "dyconvert export runs/mine --to torch --dynamic-size",
+    ),
+    "predict": (
+        "dyconvert predict runs/mine cat.jpg",
+        "dyconvert predict runs/mine images/ --top 3",
+        "dyconvert predict runs/mine cat.jpg dog.jpg --json",
     ),
     "inspect": (
         "dyconvert inspect resnet50-dynet-g6",
@@ -160,6 +166,7 @@ for function, panel, how in (
     (finetune.finetune, _CONVERTING, {"silent": True, "device": True}),
     (collapse.collapse, _CONVERTING, {"silent": True, "device": True}),
     (export.export, _CONVERTING, {"silent": True, "device": True}),
+    (predict.predict, _LOOKING, {"device": True}),
     (inspect.inspect, _LOOKING, {"device": True}),
     (report.report, _LOOKING, {"silent": True, "device": True}),
     (ls.ls, _LISTING, {}),

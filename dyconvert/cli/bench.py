@@ -115,9 +115,7 @@ def model(
     size: Annotated[int | None, typer.Option("--input-size", help="Height and width of the images.")] = None,
     scope: Annotated[str | None, typer.Option(help="What one predictor serves: block or layer.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Convert only convs whose names match. Repeatable.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Compare with this model too, timm:NAME say.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="Compare with this model too, timm:NAME say.")] = None,
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Fold batch norms into the convs first, the original's as well.")
     ] = False,

@@ -21,6 +21,7 @@ from dyconvert.differences import Differences, verify
 from dyconvert.errors import ModelError
 from dyconvert.marks import narrowing_of, plan_of
 from dyconvert.methods import get_method
+from dyconvert.models.preprocess import preprocessing_for
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import convert as convert_model
 from dyconvert.surgery.convert import plan as plan_model
@@ -102,7 +103,7 @@ def convert_and_save(
         if source.specifier == "builtin:digits-resnet8":
             figures["accuracy"] = [builtin.accuracy(static.cpu()), builtin.accuracy(dynamic.cpu())]
         tell(f"saving to {wanted}", 0, None)
-        checkpoint.save(dynamic, wanted, source=source, force=force)
+        checkpoint.save(dynamic, wanted, source=source, force=force, preprocessing=preprocessing_for(source))
     if as_json:
         result = {
             "model": source.to_json(),

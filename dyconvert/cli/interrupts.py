@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CODE = 130
 MESSAGE = "Stopped. Nothing half-written was left."
 # The modules that write files and take away what is half-written.
-_WRITERS = ("checkpoint.py", "files.py", "exported.py", "write.py")
+_WRITERS = ("saving.py", "files.py", "exported.py", "write.py")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _process = 0

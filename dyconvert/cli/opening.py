@@ -12,7 +12,8 @@ from dyconvert.cli.common import parse_device
 from dyconvert.cli.options import parse_numbers
 from dyconvert.console import warn
 from dyconvert.errors import ModelError
-from dyconvert.marks import mark_source, plan_of, source_of
+from dyconvert.marks import mark_source, plan_of, preprocessing_of, source_of
+from dyconvert.models.preprocess import preprocessing_for
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.planning import STEM
@@ -111,13 +112,12 @@ def images_for(
     Raises:
         ModelError: there are none, or they can't be what the model takes.
     """
-    # timm's models say how they were trained.
-    config = getattr(model, "pretrained_cfg", None)
-    config = config if isinstance(config, dict) else {}
-    known = {} if data == "digits" else config
+    source = source_of(model)
+    known = preprocessing_of(model) or (preprocessing_for(source) if source is not None else None)
+    known = None if data == "digits" else known
     numbers = (
-        parse_numbers(mean) if mean else known.get("mean"),
-        parse_numbers(std) if std else known.get("std"),
+        parse_numbers(mean) if mean else known and known.mean,
+        parse_numbers(std) if std else known and known.std,
     )
     shape = getattr(example[0], "shape", (0,))[1:]
     return read_images(data, shape, *numbers, limit=limit)

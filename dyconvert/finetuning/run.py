@@ -17,6 +17,7 @@ from dyconvert import checkpoint
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.console import err
 from dyconvert.errors import RecipeError
+from dyconvert.finetuning.data.augment import preprocessing_of_data
 from dyconvert.finetuning.data.datasets import Part, check_classes, load_part
 from dyconvert.finetuning.data.loading import Prepared, steps_per_epoch, train_loader, val_loader
 from dyconvert.finetuning.directory import Run, open_run
@@ -34,6 +35,7 @@ from dyconvert.finetuning.training.schedules import Ema, Frozen, TemperatureSche
 from dyconvert.finetuning.training.teacher import create_teacher, feature_distillation, score
 from dyconvert.finetuning.training.teacher_cache import kept_outputs
 from dyconvert.finetuning.training.trainers import check_devices, is_main_process, make_trainer
+from dyconvert.marks import mark_preprocessing
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.run_files import CHECKPOINT, LAST, PRETRAIN, RECIPE
 
@@ -85,6 +87,8 @@ def _run(recipe: Recipe, run: Run, resume: bool, progress: bool, report: Report)
             num_classes,
             create_teacher(recipe, original, num_classes),
         )
+        if recipe.data.task == "classification":
+            mark_preprocessing(networks.student, preprocessing_of_data(recipe, val.images.classes))
         return _Session(recipe, run, networks, train, val, interrupts, report, progress).go()
 
 

@@ -1,6 +1,6 @@
 """The augmentation presets of recipes, of torchvision's transforms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,9 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.schema import Data
+from dyconvert.transforms import Preprocessing
 
 Transform = Callable[..., Any]
 
@@ -38,6 +40,20 @@ def train_transform(data: Data) -> Transform:
 def val_transform(data: Data) -> Transform:
     """What is done to a validation image: resized and cropped; with a mask, resized and seen whole."""
     return _Fit(data)
+
+
+def preprocessing_of_data(recipe: Recipe, classes: Sequence[str] | None) -> Preprocessing:
+    """What validation images go through, with the classes' names, for the checkpoint."""
+    data = recipe.data
+    return Preprocessing(
+        size=recipe.input_size,
+        resize=data.resize or round(data.size / 0.875),
+        keep=data.resize is None,
+        on="tensor",
+        mean=data.mean,
+        std=data.std,
+        classes=None if classes is None else tuple(classes),
+    )
 
 
 class _Fit(nn.Module):

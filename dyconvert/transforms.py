@@ -1,0 +1,109 @@
+"""What an image goes through before a model sees it, as plain data that a checkpoint can hold."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dyconvert.errors import DyconvertError, brief
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+# By channel, as torchvision and timm normalise.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SIZE = Annotated[int, Field(ge=1, le=1 << 16)]
+
+
+class Preprocessing(BaseModel):
+    """Reads an image, resizes and crops it, and normalises it by channel.
+
+    Attributes:
+        size: (C, H, W) of what the model takes; C is 1 (grey) or 3 (RGB).
+        resize: length of the shorter side before the centre crop to H x W, or (height, width); None doesn't resize.
+        keep: images that are H x W already aren't resized.
+        interpolation: "nearest", "bilinear" or "bicubic".
+        on: what is resized, a decoded "image" (as torchvision's and timm's transforms do) or its "tensor" of bytes (as
+            recipes do); the two round differently.
+        mean, std: of the normalisation, one number for each channel, of values from 0 to 1.
+        classes: names of the model's outputs; None where they aren't known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[_SIZE, _SIZE, _SIZE]
+    resize: _SIZE | tuple[_SIZE, _SIZE] | None = None
+    keep: bool = False
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    on: Literal["image", "tensor"] = "image"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    classes: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Preprocessing":
+        if self.size[0] not in (1, 3):
+            raise ValueError("images have 1 or 3 channels")
+        if not len(self.mean) == len(self.std) == self.size[0]:
+            raise ValueError(f"mean and std need a number for each of {self.size[0]} channels")
+        if min(self.std) <= 0:
+            raise ValueError("std has to be above 0")
+        return self
+
+    def __call__(self, image: Union["Image", str, os.PathLike]) -> "Tensor":
+        """The image, a PIL image or a file, as the model takes it: `[C, H, W]`, float32.
+
+        Raises:
+            DyconvertError: the file can't be read as an image.
+        """
+        from torchvision.transforms.v2 import functional as F
+
+        found: Any = read_image(image) if isinstance(image, str | os.PathLike) else image
+        found = found.convert("L" if self.size[0] == 1 else "RGB")
+        if self.on == "tensor":
+            found = F.pil_to_tensor(found)
+        height, width = self.size[1:]
+        if self.resize is not None and not (self.keep and tuple(F.get_size(found)) == (height, width)):
+            sides = [self.resize] if isinstance(self.resize, int) else list(self.resize)
+            found = F.resize(found, sides, interpolation=F.InterpolationMode(self.interpolation), antialias=True)
+        found = F.center_crop(found, [height, width])
+        tensor = found if self.on == "tensor" else F.pil_to_tensor(found)
+        return F.normalize(tensor.float() / 255, list(self.mean), list(self.std))
+
+    def batch(self, images: Sequence[Any]) -> "Tensor":
+        """Several images, `[N, C, H, W]`.
+
+        Raises:
+            DyconvertError: one can't be read.
+        """
+        import torch
+
+        return torch.stack([self(image) for image in images])
+
+    def class_name(self, index: int) -> str:
+        """The name of an output; its number where it has none."""
+        return self.classes[index] if self.classes is not None and index < len(self.classes) else str(index)
+
+
+def read_image(file: str | os.PathLike) -> "Image":
+    """Decode an image file.
+
+    Raises:
+        DyconvertError: it is missing, or no image.
+    """
+    from PIL import Image
+
+    path = Path(file)
+    if not path.is_file():
+        raise DyconvertError(f"There is no image {path}. Give the path of an existing file.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:
+        raise DyconvertError(
+            f"{path} can't be read as an image: {brief(error)}. It is damaged, or of another kind."
+        ) from error
