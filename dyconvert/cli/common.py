@@ -59,12 +59,15 @@ def with_common(function: Callable[..., None], *, silent: bool = False, device: 
 
     @functools.wraps(function)
     def command(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+        said = console.err.quiet, console.out.quiet
         _speak(quiet, verbose, silent)
         try:
             function(**given)
         except DyconvertError as error:
             error.args = (in_options(str(error), own), *error.args[1:])
             raise
+        finally:
+            console.err.quiet, console.out.quiet = said
 
     command.__signature__ = own.replace(parameters=parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
