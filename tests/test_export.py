@@ -316,7 +316,7 @@ class _FixedBatch(_DecidesByValue):
     [
         (_DecidesByValue, r"test_export\.py, line \d+ \(`if x\.sum\(\) > 0:`\).*decides by a tensor's values"),
         (_WithoutTranslation, r"operator aten.*eigh.*--to torch"),
-        (_FixedBatch, r"dynamic_batch=False \(--batch N\)"),
+        (_FixedBatch, r"dynamic_batch=False"),
     ],
 )
 def test_failures_name_the_node_and_the_workaround(build, said, tmp_path):
@@ -396,7 +396,7 @@ def test_other_inputs_are_refused(net, example, tmp_path):
 
 def test_an_absent_extra_is_named(net, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ExportError, match=r"pip install 'dyconvert\[onnx\]'"):
+    with pytest.raises(ExportError, match=r"pip install '.*\[onnx\]'"):
         export_onnx(dyconvert.convert(net), tmp_path / "m.onnx", images(2))
 
 

@@ -123,7 +123,7 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
             try:
                 observation = _record(runner, watched, args, kwargs, real)
             except Exception as error:
-                failure = failure or error
+                failure = error
                 if not given and real is False and _is_about_values(error):
                     break
                 continue
