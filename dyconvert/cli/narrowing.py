@@ -1,5 +1,6 @@
 """What `dyconvert convert` takes for narrowing, and prints of it."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from dyconvert.console import out
 from dyconvert.errors import PlanError
 from dyconvert.marks import narrowing_of
 from dyconvert.narrowing.narrow import narrow
-from dyconvert.narrowing.record import Narrowing
+from dyconvert.narrowing.record import Narrowing, NarrowingWarning
 
 
 @dataclass
@@ -64,21 +65,24 @@ class Options:
         chosen: dict[str, Any],
     ) -> nn.Module:
         """Narrow the model, and convert it unless it is to stay static."""
-        return narrow(
-            model,
-            width=self.width,
-            flops=self.flops,
-            example=example,
-            data=None if self.data is None else self._images(self.data, model, example),
-            init=self.init,
-            static=self.static,
-            keep=self.keep,
-            round_to=self.round_to,
-            calibration_images=self.calibration_images,
-            seed=seed,
-            progress=progress,
-            **chosen,
-        )
+        with warnings.catch_warnings():
+            # They stand in the record, which is printed.
+            warnings.simplefilter("ignore", NarrowingWarning)
+            return narrow(
+                model,
+                width=self.width,
+                flops=self.flops,
+                example=example,
+                data=None if self.data is None else self._images(self.data, model, example),
+                init=self.init,
+                static=self.static,
+                keep=self.keep,
+                round_to=self.round_to,
+                calibration_images=self.calibration_images,
+                seed=seed,
+                progress=progress,
+                **chosen,
+            )
 
     def _images(self, data: str, model: nn.Module, example: tuple[Any, ...]) -> Iterator[Tensor]:
         images = images_for(data, model, example, self.mean, self.std, self.calibration_images)
@@ -92,6 +96,14 @@ class Options:
 def print_narrowing(narrowing: Narrowing) -> None:
     before, after = (sum(getattr(group, when) for group in narrowing.groups) for when in ("before", "after"))
     out.print(f"narrowed, weights by {narrowing.init}: {after} of {before} channels in {len(narrowing.groups)} groups")
+    for line in narrowing.said():
+        out.print(Text(f"  {line}", style="yellow" if line.startswith("warning") else ""))
     for why in dict.fromkeys(group.kept for group in narrowing.groups if group.kept):
         kept = [group.name for group in narrowing.groups if group.kept == why]
         out.print(Text(f"  kept, {why}: {', '.join(kept[:3])}{f' and {len(kept) - 3} more' if len(kept) > 3 else ''}"))
+    if narrowing.layers:
+        errors = [
+            f"{layer.name} {'?' if layer.error is None else f'{layer.error:.3f}'}{' (merged)' if layer.why else ''}"
+            for layer in narrowing.layers
+        ]
+        out.print(Text(f"  error of each layer on held-out images: {', '.join(errors)}"))

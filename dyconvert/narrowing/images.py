@@ -1,6 +1,5 @@
 """Calibration images: what a loader gives, as the arguments of the model's forward."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,11 +22,13 @@ class Images:
     Args:
         columns: one for each argument of the forward: a tensor `[N, ...]`, a list of N images for a model that takes
             a list, or what is the same for all of them.
+        notes: what was done to them that one should know.
     """
 
-    def __init__(self, columns: list[Any], count: int) -> None:
+    def __init__(self, columns: list[Any], count: int, notes: list[str] = ()) -> None:
         self._columns = columns
         self._count = count
+        self.notes = list(notes)
 
     def __len__(self) -> int:
         return self._count
@@ -38,7 +39,7 @@ class Images:
 
     def head(self, count: int) -> "Images":
         """The first `count` of them."""
-        return Images(list(self.part(0, count)), min(count, self._count))
+        return Images(list(self.part(0, count)), min(count, self._count), self.notes)
 
 
 def _part(column: Any, first: int, last: int, count: int) -> Any:
@@ -80,15 +81,16 @@ def collect_images(data: Iterable[Any], count: int, model: nn.Module, example: A
     if not found[0]:
         raise ModelError("The calibration data holds no images. Give a DataLoader or a tensor of images: `data=...`.")
     listed = isinstance(template[takes[0]], list) if template else listed and _takes_lists(model)
-    columns = list(template) or [None]
+    columns, notes = list(template) or [None], []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     for at, images in zip(takes, found, strict=True):
         shown = template[at] if template else None
         images = [_as_taken(image, number, like, shown) for number, image in enumerate(images)]
         if not listed:
-            images = _of_one_size(images, shown)
+            images, note = _of_one_size(images, shown)
+            notes += note
         columns[at] = images if listed else torch.stack(images)
-    return Images(columns, len(found[0]))
+    return Images(columns, len(found[0]), notes)
 
 
 def _takes_lists(model: nn.Module) -> bool:
@@ -180,7 +182,8 @@ def _as_taken(image: Tensor, number: int, like: Tensor | None, shown: Any) -> Te
     return image if like is None else image.to(like.device, like.dtype)
 
 
-def _of_one_size(images: list[Tensor], shown: Any) -> list[Tensor]:
+def _of_one_size(images: list[Tensor], shown: Any) -> tuple[list[Tensor], list[str]]:
+    """The images, resized where they differ, and a note that says so."""
     sizes = Counter(tuple(image.shape[1:]) for image in images)
     channels = {image.shape[0] for image in images}
     if len(channels) > 1:
@@ -188,14 +191,13 @@ def _of_one_size(images: list[Tensor], shown: Any) -> list[Tensor]:
     given = tuple(shown.shape[2:]) if isinstance(shown, Tensor) else None
     size = given if given in sizes else sizes.most_common(1)[0][0]
     if len(sizes) == 1:
-        return images
+        return images, []
     other = len(images) - sizes[size]
-    warnings.warn(
+    note = (
         f"{other} of {len(images)} calibration images were resized to {' x '.join(map(str, size))}, the size that "
-        f"{'the example has' if size == given else 'most of them have'}.",
-        stacklevel=6,
+        f"{'the example has' if size == given else 'most of them have'}"
     )
-    return [image if tuple(image.shape[1:]) == size else _resized(image, size) for image in images]
+    return [image if tuple(image.shape[1:]) == size else _resized(image, size) for image in images], [note]
 
 
 def _resized(image: Tensor, size: tuple[int, ...]) -> Tensor:

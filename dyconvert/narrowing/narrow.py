@@ -20,7 +20,7 @@ from dyconvert.narrowing.cut import Folds
 from dyconvert.narrowing.graph import Graph, channel_groups, check_free, keep_unsteady
 from dyconvert.narrowing.images import Images, collect_images
 from dyconvert.narrowing.positions import Positions, held_out, positions_for
-from dyconvert.narrowing.record import NarrowedGroup, Narrowing, changes, rebuild_narrowed
+from dyconvert.narrowing.record import NarrowedGroup, Narrowing, NarrowingWarning, changes, rebuild_narrowed
 from dyconvert.narrowing.weights import give_weights, warn_of_width
 from dyconvert.surgery.convert import convert, plan, preview
 
@@ -61,7 +61,8 @@ def narrow(
             where they are missed least.
         example: an input, or the tuple of the forward's arguments. None: a calibration image, or common sizes.
         data: calibration images: a DataLoader, another iterable of batches, or a tensor `[N, C, H, W]`. Clean ones,
-            not augmented, as the model takes them. Labels aren't used.
+            not augmented, as the model takes them. Labels aren't used. The last fifth, or 100 at most, is held out.
+            Images of other sizes than the example's, or than most, are resized to it.
         g: number of experts per conv. None: the method's own.
         method: as :func:`~dyconvert.convert` takes it.
         init: where the weights come from. `"least-squares"`, the default with data: ridge regression, layer by
@@ -78,8 +79,9 @@ def narrow(
         choices: what else :func:`~dyconvert.plan` takes for the conversion: scope, exclude, strict, ...
 
     Returns:
-        A model of the same class. `result.dyconvert_narrowing` says what was narrowed; :func:`~dyconvert.save` and
-        :func:`~dyconvert.load` know about it.
+        A model of the same class. `result.dyconvert_narrowing` says what was narrowed, how far each layer and the
+        outputs are off on images that weren't used to solve, and what isn't as it was asked for, of which a
+        :class:`NarrowingWarning` warns; :func:`~dyconvert.save` and :func:`~dyconvert.load` know about it.
 
     Raises:
         ModelError: a width or target out of range, data that is missing or that the model rejects, or a model whose
@@ -121,7 +123,7 @@ def narrow(
         mark_narrowing(narrowed, record)
         planned = None if static else plan(narrowed, method, g, example=example, **choices)
     for warning in record.warnings:
-        warnings.warn(f"{record.model}, narrowed: {warning}", stacklevel=2)
+        warnings.warn(f"{record.model}, narrowed: {warning}.", NarrowingWarning, stacklevel=2)
     if inplace:
         rebuild_narrowed(model, record).load_state_dict(narrowed.state_dict())
         narrowed = model
@@ -194,6 +196,7 @@ def _record(
             for group in graph.groups
         ],
         modules=[],
+        warnings=images.notes if images is not None else [],
     )
     if chosen.missed is not None:
         record.warnings.append(

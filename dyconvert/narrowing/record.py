@@ -12,6 +12,10 @@ from dyconvert.marks import mark_narrowing
 from dyconvert.narrowing.layers import ChannelSlice
 
 
+class NarrowingWarning(UserWarning):
+    """Narrowing did something else than was asked for, or its result is far from the original."""
+
+
 class NarrowedGroup(BaseModel):
     """Channels that are narrowed together.
 
