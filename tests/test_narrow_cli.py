@@ -28,7 +28,7 @@ def test_the_built_in_model(cli, tmp_path):
     ran = cli("digits-resnet8", "--width", 0.5, "--data", "digits", "--g", 2)
     assert ran.code == 0, ran.stderr
     assert "narrowed, weights by least-squares" in ran.said
-    assert "the outputs' error on 100 held-out images: 0." in ran.said
+    assert "the outputs' error on 72 held-out images: 0." in ran.said
     assert "error of each layer on held-out images: " in ran.said
     assert "method dynet, g = 2" in ran.said
     assert "it needs fine-tuning" in ran.said
