@@ -45,8 +45,8 @@ def forgotten(*args, **kwargs):
         pass
 
 if moment == "saving":
-    import safetensors.torch
-    safetensors.torch.save_model = now
+    import dyconvert.checkpoint.tensors
+    dyconvert.checkpoint.tensors.save_file = now
 elif moment == "callback":
     import dyconvert.differences
     dyconvert.differences.verify = forgotten
@@ -197,7 +197,7 @@ def test_tab_completion(words, at, expected, dyconvert_process, monkeypatch):
         (["resnet18", "--wights", "x"], "dyconvert convert --help"),
         (["resnet18", "--weights", "none", "-o", "full"], "--force"),
         (["resnet18", "--weights", "none", "--width", "0.5", "--init", "least-squares"], "Give --data"),
-        (["inspect", "coded"], "If you trust that code, add --trust-code."),
+        (["inspect", "coded"], "--model FILE.py:FACTORY, or, if you trust that code, --trust-code."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
