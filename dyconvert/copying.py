@@ -85,6 +85,19 @@ def copied(model: nn.Module) -> nn.Module:
     return skeleton(model, lambda t: t.detach().clone())
 
 
+def keep_tensor_hooks(model: nn.Module, copy: nn.Module) -> None:
+    """Register the hooks on a model's parameters on those of its copy as well, which `deepcopy` doesn't."""
+    copies = dict(copy.named_parameters())
+    for name, parameter in model.named_parameters():
+        new = copies.get(name)
+        if new is None or new is parameter or not new.requires_grad:
+            continue
+        for hook in (parameter._backward_hooks or {}).values():
+            new.register_hook(hook)
+        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+            new.register_post_accumulate_grad_hook(hook)
+
+
 def clear_hooks(model: nn.Module) -> None:
     """Remove the user's forward hooks: they are not to see a trial run's tensors. Those that hand coefficients stay."""
     for module in model.modules():

@@ -181,8 +181,8 @@ def _account(model: nn.Module, plan: dyconvert.Plan, row: Row, used: set[int]) -
     }
     if others:
         row.problems.append(f"convolved with outside of conv modules: {sorted(others)}")
-    if plan.warnings:
-        row.problems += plan.warnings
+    # On the meta device nothing can be shown on values: such rows say "planned".
+    row.problems += [warning for warning in plan.warnings if row.precision != "planned" or "meta device" not in warning]
 
 
 class _Weights(TorchFunctionMode):

@@ -119,8 +119,8 @@ def test_a_late_conversion_trains_as_the_static_network_until_then(tmp_path):
     for name in ("frozen", "static", "turned"):
         (tmp_path / name).mkdir()
     frozen = recipe(tmp_path / "frozen", dynamic={"freeze_predictors_epochs": 2, "predictor_adam": 0.01}, model="plain")
-    finetune(frozen, progress=False)
-    finetune(recipe(tmp_path / "static", convert=None, model="plain"), progress=False)
+    finetune(frozen, progress=False, trust_code=True)
+    finetune(recipe(tmp_path / "static", convert=None, model="plain"), progress=False, trust_code=True)
     dynamic, static = (load(tmp_path / name / "run/last") for name in ("frozen", "static"))
     convs = [module for module in dynamic.modules() if isinstance(module, DynamicConv)]
     assert len(convs) == 2
@@ -128,7 +128,7 @@ def test_a_late_conversion_trains_as_the_static_network_until_then(tmp_path):
     torch.testing.assert_close(dynamic(x), static(x), rtol=1e-4, atol=1e-5)
     assert all(not m.linear.weight.any() for m in dynamic.modules() if isinstance(m, CoefficientPredictor))
     turned = recipe(tmp_path / "turned", dynamic={"freeze_predictors_epochs": 1.5, "predictor_adam": 0.01})
-    finetune(turned, progress=False)
+    finetune(turned, progress=False, trust_code=True)
     found = [m for m in load(tmp_path / "turned/run/last").modules() if isinstance(m, CoefficientPredictor)]
     assert all(m.linear.weight.any() for m in found)
 

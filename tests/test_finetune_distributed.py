@@ -32,7 +32,7 @@ def test_two_processes_give_the_result_of_one(tmp_path, start):
     file = tmp_path / "two.yaml"
     file.write_text(made("two", "train.devices=2").to_yaml(), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, *start, "-m", "dyconvert", "finetune", file],
+        [sys.executable, *start, "-m", "dyconvert", "finetune", file, "--trust-code"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"},
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from dyconvert.copying import skeleton
+from dyconvert.copying import keep_tensor_hooks, skeleton
 from dyconvert.errors import PlanError
 from dyconvert.marks import forget_plan, mark_plan
 from dyconvert.methods import Method
@@ -46,7 +46,8 @@ def apply(
     if not inplace:
         # The convs' weights are about to be replaced, so the copy may share them with the original until then.
         replaced = {id(t) for conv in static.values() for t in (conv.weight, conv.bias) if t is not None}
-        model = skeleton(model, lambda t: t if id(t) in replaced else t.detach().clone())
+        original, model = model, skeleton(model, lambda t: t if id(t) in replaced else t.detach().clone())
+        keep_tensor_hooks(original, model)
         static = {name: model.get_submodule(name) for name in static}
     # All that is new is made first: after an error the model is as it was. It is made on the CPU, whatever the caller's
     # default device is, and goes to its conv's device.

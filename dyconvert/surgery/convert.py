@@ -63,7 +63,8 @@ def plan(
     """
     chosen = get_method(method, g=g, scope=scope, reduction=reduction, temperature=temperature)
     patterns = {"include": _sequence(include), "exclude": _sequence(exclude)}
-    return make_plan(model, chosen, **patterns, include_stem=include_stem, strict=strict, example=example)
+    with kept_random_state():
+        return make_plan(model, chosen, **patterns, include_stem=include_stem, strict=strict, example=example)
 
 
 _plan = plan  # convert() has a parameter of that name

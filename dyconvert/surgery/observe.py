@@ -129,9 +129,10 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
                 continue
             observation.real, observation.hooked = real, hooked
             if train:
-                observation.training = _training_step(
-                    trial_copy(model, real, hooked), watched, args, kwargs, real, observation.reads
-                )
+                runner = trial_copy(model, real, hooked)
+                versions = [p._version for p in runner.parameters()]
+                observation.training = _training_step(runner, watched, args, kwargs, real, observation.reads)
+                observation.edits |= versions != [p._version for p in runner.parameters()]
             return observation
     if given:
         raise ModelError(

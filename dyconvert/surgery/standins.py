@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dyconvert.randomness import random_state, set_random_state
 from dyconvert.surgery.apply import replace_everywhere
 from dyconvert.surgery.observe import Call, Observation, meta, recording, shapes, trial_copy
 
@@ -66,6 +67,8 @@ class _Trial:
         self.model = model
         self.observed = observed
         self.watched = set(observed.calls)
+        # Every run draws what the observed one drew.
+        self.state = random_state()
         self.reference = self._form(observed.calls), observed.outputs
 
     def calls(self, convs: Sequence[str]) -> tuple[dict[str, Any], list[Any]] | None:
@@ -80,6 +83,7 @@ class _Trial:
 
         _, handles = recording(runner, self.watched, see)
         args, kwargs = observed.placed(runner)
+        set_random_state(self.state)
         try:
             with torch.no_grad():
                 returned = runner(*args, **kwargs)
