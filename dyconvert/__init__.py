@@ -6,6 +6,7 @@
 """
 
 import importlib
+import random
 
 from dyconvert.version import __version__
 
@@ -144,7 +145,12 @@ __all__ = [
 
 def __getattr__(name: str) -> "Any":
     if name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        # Rich draws from Python's generator when it is imported; the user's draws are not to depend on that.
+        state = random.getstate()
+        try:
+            value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        finally:
+            random.setstate(state)
         globals()[name] = value
         return value
     if name in _PACKAGES:

@@ -144,7 +144,7 @@ def test_features_of_the_original_start_equal(tmp_path):
         student(images)
     taught = teacher(images).features
     assert distilled(read[0], taught) < 1e-8
-    # A constant answer, the mean, has the error 1 or less: the variance of the teacher's, over images that are all noise.
+    # A constant answer, the mean, has the error 1 or less: the variance of the teacher's, over images of noise.
     assert 0.01 < distilled(taught.mean(0, keepdim=True).expand_as(taught), taught) <= 1
 
 
