@@ -81,10 +81,10 @@ class Display(Callback):
             value: the metric, in percent.
             best: it is the highest so far.
         """
+        loss = pl_module.mean_loss  # in all processes, for it adds theirs up
         if not self.shown:
             return
         number = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
-        loss = pl_module.mean_loss
         if self.live:
             row = f"{number:>9} {loss:>9.4f} {value:>9.2f} {duration(seconds):>8}"
             self._console.print(row + ("  best so far" if best else ""))
