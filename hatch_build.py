@@ -19,8 +19,8 @@ except ModuleNotFoundError:  # `python hatch_build.py` builds the library alone
     BuildHookInterface = object
 
 # Each file of `csrc/targets` says itself which instructions it may use, so all are compiled with the same flags.
-# GCC warns of its own headers (-Wno-maybe-uninitialized) and of how vectors are passed between libraries, which they
-# aren't (-Wno-psabi).
+# GCC warns of its own headers (-Wno-uninitialized, -Wno-maybe-uninitialized), and of how vectors are passed between
+# libraries, which they aren't (-Wno-psabi).
 FLAGS = (
     "-O3",
     "-std=c++17",

@@ -11,10 +11,19 @@
 namespace DYCONVERT_TARGET {
 
 // Whether it pays to bring together what a vector of pixels meets: for output channels enough, and where phases of a
-// stride of channels enough would lie in too many pages.
+// stride of channels enough would lie in too many pages, or the gaps between a plane's rows would fill a sixth of the
+// vectors.
+template <typename T>
 inline bool in_panels(const Shape& s, bool gradient) {
   if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
-  return !gradient && s.stride_y * s.stride_x > 1 && s.group_in() >= 16 && s.group_out() >= 48;
+  if (gradient || s.group_in() < 16 || s.group_out() < 48) return false;
+  if (s.stride_y * s.stride_x > 1) return true;
+  constexpr i64 n = kLanes<T>;
+  const i64 pitch = s.out_width + (s.kernel_width - 1) * s.dilation_x;
+  const i64 planes = min(s.out_height * divided_up(s.out_width, n),
+                         divided_up((s.out_height - 1) * pitch + s.out_width, n));
+  const i64 panels = s.pixels() > n && s.pixels() % n == 1 ? s.pixels() / n : divided_up(s.pixels(), n);
+  return s.pixels() >= n && 6 * (planes - panels) >= planes;
 }
 
 template <typename T>
@@ -24,7 +33,7 @@ DyconvertPath path_of(const Shape& s, DyconvertAsked asked) {
   if (asked == kOutput && takes_channels_last<T>(s)) return kDepthwiseLast;
   if (s.group_in() == 1) return kDepthwise;
   if (winograd_pays<T>(s)) return kWinograd;
-  return in_panels(s, asked == kInputGradient) ? kPanels : kPlanes;
+  return in_panels<T>(s, asked == kInputGradient) ? kPanels : kPlanes;
 }
 
 template <typename Kind, typename T, typename B>
