@@ -51,13 +51,13 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capabi
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif index >= len(args) or value == 1:
+        elif index >= len(args) or (value == 1 and not kernel.params[index].do_not_specialize):
             signature[name] = "constexpr"
             constants[name] = value
         else:
             assert isinstance(value, int), (name, value)
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not kernel.params[index].do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     chosen = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}

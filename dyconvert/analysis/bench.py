@@ -159,13 +159,26 @@ def bench_layer(
 
 
 def layer_calls(
-    layer: Layer, batch: int, per: str, g: int, training: bool, only: str | None = None
+    layer: Layer,
+    batch: int,
+    per: str,
+    g: int,
+    training: bool,
+    only: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
 ) -> dict[str, Callable[[], Tensor]]:
     """What :func:`bench_layer` times: functions of no argument that compute the same from the same numbers."""
     generator = torch.Generator().manual_seed(0)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype, memory_format=form if tensor.dim() == 4 else torch.preserve_format)
 
     def random(*size: int) -> Tensor:
-        return torch.rand(size, generator=generator).sub_(0.5).requires_grad_(training)
+        return placed(torch.rand(size, generator=generator).sub_(0.5)).requires_grad_(training)
 
     x = random(batch, layer.c_in, layer.size, layer.size)
     weight = random(g * layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel)
@@ -174,8 +187,9 @@ def layer_calls(
     static = nn.Conv2d(
         layer.c_in, layer.c_out, layer.kernel, layer.stride, padding, groups=layer.groups, bias=False
     ).requires_grad_(training)
+    static.to(device, dtype, memory_format=form)
     with torch.no_grad():
-        grad = torch.rand(static(x).shape, generator=generator)
+        grad = placed(torch.rand(static(x).shape, generator=generator))
 
     def dynamic() -> Tensor:
         pair = (layer.stride,) * 2, (padding,) * 2, (1, 1), layer.groups
@@ -217,7 +231,7 @@ def _timm_conv(layer: Layer, weight: Tensor, g: int) -> nn.Module | None:
     conv = CondConv2d(
         layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.kernel // 2, groups=layer.groups, num_experts=g
     )
-    conv.weight = nn.Parameter(weight.detach().view(g, -1), requires_grad=weight.requires_grad)
+    conv.weight = nn.Parameter(weight.detach().reshape(g, -1), requires_grad=weight.requires_grad)
     return conv
 
 

@@ -16,8 +16,20 @@ A conv and the gradient of its input are one kernel. Both add up, over taps, wha
 import triton
 import triton.language as tl
 
+# Triton compiles anew for an argument that is 1, and for one that 16 divides. For strides and channels that pays; for
+# these a network would only wait longer for its first step.
+_SIZES = (
+    *("images", "at_a_time", "source_height", "source_width", "height", "width", "phase_height", "phase_width"),
+    *("padding_h", "padding_w", "dilation_h", "dilation_w", "step_h", "step_w"),
+)
 
-@triton.jit
+
+def _compiled(kernel):
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    return triton.jit(kernel, do_not_specialize=[name for name in _SIZES if name in names])
+
+
+@_compiled
 def mix(
     bank,  # [g, C_out, C_in / groups, kh, kw] by strides
     eta,  # [N, g, 1 or C_out]
@@ -86,7 +98,7 @@ def _taps(phase, kernel, padding, dilation, stride, step, TRANSPOSED: tl.constex
     return first, count
 
 
-@triton.jit
+@_compiled
 def conv(
     kernels,  # mixed; or, where FUSED, the bank, whose experts take the place of images
     eta,  # where FUSED: the coefficients; never where TRANSPOSED
@@ -209,7 +221,7 @@ def conv(
     )
 
 
-@triton.jit
+@_compiled
 def depthwise(
     kernels,  # [N, C, kernel_h * kernel_w], contiguous
     source,
@@ -325,7 +337,7 @@ def _reduce(
     return total
 
 
-@triton.jit
+@_compiled
 def gradients(
     grad,  # the output's
     source,  # the input
@@ -447,7 +459,7 @@ def gradients(
             tl.store(grad_bank + where, total, mask=inside)
 
 
-@triton.jit
+@_compiled
 def depthwise_gradients(
     grad,
     source,
