@@ -221,7 +221,15 @@ def test_no_help_is_cut_or_without_examples(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     commands = ["convert", "finetune", "collapse", "export", "inspect", "report", "ls", "methods", "predict"]
-    commands += ["bench model", "recipes ls", "recipes show", "recipes cp", "recipes validate", "recipes sweep"]
+    commands += [
+        "bench layers",
+        "bench model",
+        "recipes ls",
+        "recipes show",
+        "recipes cp",
+        "recipes validate",
+        "recipes sweep",
+    ]
     for command in commands:
         ran = cli(*command.split(), "--help")
         assert ran.code == 0

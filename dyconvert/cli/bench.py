@@ -38,7 +38,9 @@ def layers(
     g: Annotated[int, typer.Option("--g", help="Experts, the same for all.")] = 6,
     layer: Annotated[
         list[str] | None,
-        typer.Option(help="Instead of the list: C_IN,C_OUT,KERNEL,SIZE and perhaps STRIDE,GROUPS. Repeatable."),
+        typer.Option(
+            help="Instead of the list: channels in and out, kernel, size, perhaps stride, groups: 64,128,3,56. Repeatable."
+        ),
     ] = None,
     threads: Threads = None,
     train: Training = False,
