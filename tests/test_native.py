@@ -116,6 +116,7 @@ def test_each_kernel(kernel, dtype, target):
                 torch.testing.assert_close(our.double(), their, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(native.library() is None, reason="without compiled kernels a bank is mixed in its own precision")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [kernel for kernel in SHAPES if kernel not in PRODUCTS])

@@ -39,7 +39,7 @@ def layers(
     layer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Instead of the list: channels in and out, kernel, size, perhaps stride, groups: 64,128,3,56. Repeatable."
+            help="Instead of the list: channels in and out, kernel, size, as 64,128,3,56; stride, groups. Repeatable."
         ),
     ] = None,
     threads: Threads = None,
