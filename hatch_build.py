@@ -81,4 +81,4 @@ def _run(command: list[str]) -> str:
 
 if __name__ == "__main__":  # python hatch_build.py [FLAG...]: builds the library in the source tree
     nn = Path(__file__).parent / "dyconvert" / "nn"
-    sys.exit(build(nn / "csrc", nn / "_native.so", (*FLAGS, *sys.argv[1:])))
+    sys.exit(build(nn / "csrc", nn / "_native.so", (*FLAGS, *sys.argv[1:])) or 0)
