@@ -56,7 +56,7 @@ def find_stems(convs: dict[str, nn.Module], observed: Observation | None) -> set
         order = list(convs)
     else:
         channels = observed.image_channels or 0
-        order = [name for name in observed.order if name in convs]
+        order = [name for name in observed.calls if name in convs]
     if not order or not 1 <= channels <= 4:
         return set()
     return {order[0]} | {name for name in order if convs[name].in_channels == channels}

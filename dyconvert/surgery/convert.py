@@ -186,10 +186,8 @@ def _example_of(model: nn.Module, plan: Plan, example: Any) -> Any:
         except ModelError:
             return None  # the plan warns that no input is known
     if any(t.is_meta for t in tree_leaves(example) if isinstance(t, Tensor)):
-        if isinstance(example, dict):
-            values = random_images(tuple(example.values()), next(model.parameters()).device, 2)
-            return dict(zip(example, values, strict=True))
-        return random_images(as_arguments(example), next(model.parameters()).device, 2)
+        arguments = example if isinstance(example, dict) else as_arguments(example)
+        return random_images(arguments, next(model.parameters()).device, 2)
     return in_dtype(model, example)
 
 

@@ -3,8 +3,9 @@
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ _META = torch.device("meta")
 
 @dataclass
 class Call:
-    """One call of a module: its arguments, on the meta device, and the modules it was called within."""
+    """One call of a module: its arguments, on the meta device where it was observed, and the modules around it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    within: tuple[str, ...]
+    within: tuple[str, ...] = ()
 
 
 @dataclass
@@ -49,9 +50,8 @@ class Observation:
         args, kwargs: the arguments that the model was called with, on the meta device.
         real: the run was one with values, for the model looks at them.
         hooked: the model's own hooks took part in the run, for it doesn't run without them.
-        calls: every call of every watched module in eval mode, by name.
+        calls: every call of every watched module in eval mode, by name, in the order of their first calls.
         training: the same of the training step, backward included; None: the model can't be trained on the example.
-        order: the watched modules' names, in the order of their first call.
         reads: of each watched conv, the functions that were given its weight or bias outside of its own forward.
         outputs: shapes of what the model returned in eval mode.
         edits: the model's forward changes its own parameters.
@@ -63,7 +63,6 @@ class Observation:
     hooked: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)
     training: dict[str, list[Call]] | None = None
-    order: list[str] = field(default_factory=list)
     reads: dict[str, set[str]] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
     edits: bool = False
@@ -196,16 +195,16 @@ class CallStack(threading.local):
         return self._names
 
 
-def recording(
-    model: nn.Module, watched: set[str], see: Callable[[str, tuple[Any, ...], dict[str, Any], tuple[str, ...]], None]
-) -> tuple[CallStack, list[Any]]:
-    """Have `see(name, args, kwargs, within)` called at every call of a watched module; the hooks' handles."""
+@contextmanager
+def recording(model: nn.Module, watched: set[str]) -> Iterator[tuple[dict[str, list[Call]], CallStack]]:
+    """Within it, every call of a watched module is kept, by name, and the stack says which are being called."""
+    calls: dict[str, list[Call]] = {}
     stack = CallStack()
     handles = []
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args, kwargs, tuple(stack.names()))
+            calls.setdefault(name, []).append(Call(meta(args), meta(kwargs), tuple(stack.names())))
             stack.names().append(name)
 
         return hook
@@ -218,7 +217,11 @@ def recording(
         if name in watched:
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after, always_call=True))
-    return stack, handles
+    try:
+        yield calls, stack
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def meta(values: Any) -> Any:
@@ -230,21 +233,14 @@ def _record(
     model: nn.Module, watched: set[str], args: tuple[Any, ...], kwargs: dict[str, Any], real: bool
 ) -> Observation:
     observation = Observation(meta(args), meta(kwargs))
-
-    def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], within: tuple[str, ...]) -> None:
-        if name not in observation.calls:
-            observation.order.append(name)
-        observation.calls.setdefault(name, []).append(Call(meta(args), meta(kwargs), within))
-
     versions = [p._version for p in model.parameters()]
-    stack, handles = recording(model, watched, see)
     args, kwargs = _placed(model, (args, kwargs), real)
-    try:
-        with torch.no_grad(), _WeightReads(_owners(model, watched), stack, observation.reads):
-            returned = model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        torch.no_grad(),
+        recording(model, watched) as (observation.calls, stack),
+        _WeightReads(_owners(model, watched), stack, observation.reads),
+    ):
+        returned = model(*args, **kwargs)
     observation.outputs = shapes(returned)
     observation.edits = versions != [p._version for p in model.parameters()]
     return observation
@@ -259,31 +255,23 @@ def _training_step(
     reads: dict[str, set[str]],
 ) -> dict[str, list[Call]] | None:
     """The calls of one step in training mode, forward and backward; None if the model can't take it."""
-    calls: dict[str, list[Call]] = {}
-
-    def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], within: tuple[str, ...]) -> None:
-        calls.setdefault(name, []).append(Call(meta(args), meta(kwargs), within))
-
     model.train()
     for parameter in model.parameters():
         # A part that is frozen now may be trained later; what is checkpointed runs again only for gradients.
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(True)
-    stack, handles = recording(model, watched, see)
     args, kwargs = _placed(model, (args, kwargs), real)
     own: dict[str, set[str]] = {}
-    try:
-        with torch.enable_grad(), _WeightReads(_owners(model, watched), stack, own):
-            returned = model(*args, **kwargs)
-            tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
-            if tensors:
-                total = sum((t.abs() if t.is_complex() else t).float().sum() for t in tensors)
-                total.backward()
-    except Exception:  # a model may need targets to train, or more images: then nothing is known
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
+    with recording(model, watched) as (calls, stack):
+        try:
+            with torch.enable_grad(), _WeightReads(_owners(model, watched), stack, own):
+                returned = model(*args, **kwargs)
+                tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
+                if tensors:
+                    total = sum((t.abs() if t.is_complex() else t).float().sum() for t in tensors)
+                    total.backward()
+        except Exception:  # a model may need targets to train, or more images: then nothing is known
+            return None
     for name, functions in own.items():
         reads.setdefault(name, set()).update(functions)
     return calls
@@ -345,8 +333,14 @@ def example_for(
     return random_images(arguments, first.device, batch, seed)
 
 
-def random_images(arguments: tuple[Any, ...], device: torch.device, batch: int, seed: int = 0) -> tuple[Any, ...]:
-    """Arguments on the meta device as random ones, with `batch` images in each that is a tensor by itself."""
+Arguments = TypeVar("Arguments", tuple[Any, ...], dict[str, Any])
+
+
+def random_images(arguments: Arguments, device: torch.device, batch: int, seed: int = 0) -> Arguments:
+    """Arguments on the meta device, by position or by keyword, as random ones, with `batch` images in each that is a
+    tensor by itself."""
+    if isinstance(arguments, dict):
+        return dict(zip(arguments, random_images(tuple(arguments.values()), device, batch, seed), strict=True))
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def image(t: Tensor, alone: bool) -> Tensor:

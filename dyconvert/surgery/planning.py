@@ -1,24 +1,18 @@
 """plan(model): what becomes of every conv, found out by running the model, which is left as it is."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dyconvert.arguments import as_call, in_dtype, map_tensors
-from dyconvert.copying import copied
-from dyconvert.errors import PlanError, brief, some
+from dyconvert.errors import PlanError, some
 from dyconvert.methods import Method
-from dyconvert.names import holds, matching, within
-from dyconvert.nn.handing import maps_in
-from dyconvert.randomness import kept_random_state
+from dyconvert.names import matching
 from dyconvert.surgery.adapters import is_conv, unsupported
-from dyconvert.surgery.blocks import candidates, check_convertible, find_stems, innermost_blocks
-from dyconvert.surgery.observe import Call, Observation, observe, random_images, trial_copy
-from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
-from dyconvert.surgery.probe import BlockCall, Prober
+from dyconvert.surgery.blocks import candidates, check_convertible, find_stems
+from dyconvert.surgery.observe import Call, Observation, observe
+from dyconvert.surgery.plan import Plan, PlannedConv
+from dyconvert.surgery.sharing import Sharing
 from dyconvert.surgery.standins import ASKED, told_apart
 
 STEM = "the stem, which reads the image"
@@ -57,7 +51,7 @@ def make_plan(
         for name in told_apart(model, [conv.name for conv in plan.converted], observed):
             plan[name].skip(ASKED)
     if method.scope == "block":
-        failures = _Sharing(plan, model, observed, example).settle(stems)
+        failures = Sharing(plan, model, observed, example).settle(stems)
         if strict and failures:
             listed = some([f"{block or 'the model'} ({why})" for block, why in failures.items()], 3)
             raise PlanError(
@@ -132,237 +126,3 @@ def _tie(conv: nn.Module, ties: dict[int, str]) -> str | None:
 
 def _first(call: Call) -> Any:
     return next(iter((*call.args, *call.kwargs.values())), None)
-
-
-class _Sharing:
-    """Settles for every block of a plan which of its convs share a predictor, and what it reads."""
-
-    def __init__(self, plan: Plan, model: nn.Module, observed: Observation | None, example: Any) -> None:
-        self.plan = plan
-        self.model = model
-        self.observed = observed
-        self.example = example
-        self.several_names = _with_several_names(model)
-
-    def settle(self, stems: set[str]) -> dict[str, str]:
-        """Fill in the plan; why convs of a block have predictors of their own, by block."""
-        failures: dict[str, str] = {}
-        wanted: dict[str, dict[str, str]] = {}
-        for block, held in innermost_blocks(self.model, [conv.name for conv in self.plan.converted]).items():
-            kind = type(self.model.get_submodule(block)).__name__
-            if any(holds(block, stem) for stem in stems):
-                for name in held:
-                    self.plan[name].note = f"in no block but {kind}, which reads the image"
-            elif self.observed is None:
-                failures[block] = f"{kind}: no input is known, so it can't be run"
-                for name in held:
-                    self.plan[name].note = failures[block]
-            else:
-                wanted[block] = {name: reason for name in held if (reason := self._outside(block, name))}
-                self._note(block, held, wanted[block], failures)
-        if wanted:
-            with kept_random_state():
-                self._probe(wanted, failures)
-        return failures
-
-    def _outside(self, block: str, name: str) -> str | None:
-        """Why a conv can't wait for its block's coefficients, from how it is called."""
-        if name in self.several_names:
-            return f"{name} has several names"
-        for calls, when in ((self.observed.calls, ""), (self.observed.training or {}, " in training")):
-            if any(block not in call.within for call in calls.get(name, [])):
-                return f"{name} is called from outside of the block's call{when}"
-        return None
-
-    def _note(self, block: str, held: Sequence[str], reasons: Mapping[str, str], failures: dict[str, str]) -> None:
-        kind = type(self.model.get_submodule(block)).__name__
-        for name in held:
-            if name in reasons:
-                self.plan[name].note = f"{kind}: {reasons[name]}"
-                failures.setdefault(block, self.plan[name].note)
-
-    def _probe(self, wanted: dict[str, dict[str, str]], failures: dict[str, str]) -> None:
-        runner = self._runner()
-        calls = self._calls(runner, set(wanted))
-        names = [conv.name for conv in self.plan.converted]
-        prober = Prober(runner, set(names))
-        for block, reasons in wanted.items():
-            held = [name for name in names if holds(block, name) and name not in reasons]
-            if len(held) < 2:
-                self._alone(block, held, failures)
-                continue
-            module = runner.get_submodule(block)
-            convs = {within(block, name): runner.get_submodule(name) for name in held}
-            call = calls.get(block)
-            if call is None:
-                found: dict[str, str] | _Read = dict.fromkeys(
-                    convs, "it is called neither in eval mode nor in training"
-                )
-            else:
-                found = self._read(block, module, convs, call, prober)
-            if isinstance(found, _Read):
-                unfit = prober.unfit(module, convs, call, found.value)
-                if convs.keys() - unfit.keys():
-                    self._share(block, held, unfit, found, failures)
-                    continue
-                found = unfit
-            self._note(block, held, {name: found[within(block, name)] for name in held}, failures)
-
-    def _share(
-        self, block: str, held: Sequence[str], unfit: Mapping[str, str], read: "_Read", failures: dict[str, str]
-    ) -> None:
-        sharing = [name for name in held if within(block, name) not in unfit]
-        whys = {name: f"{name}: {unfit[within(block, name)]}" for name in held if within(block, name) in unfit}
-        self._note(block, held, whys, failures)
-        if len(sharing) < 2:
-            self._alone(block, sharing, failures)
-            return
-        self.plan.blocks.append(PlannedBlock(name=block, reads=read.reads, in_channels=read.channels))
-        for name in sharing:
-            self.plan[name].block = block
-
-    def _alone(self, block: str, held: Sequence[str], failures: dict[str, str]) -> None:
-        kind = type(self.model.get_submodule(block)).__name__
-        for name in held:
-            self.plan[name].note = f"{kind}: no other conv of the block could share with it"
-
-    def _runner(self) -> nn.Module:
-        """A copy that the blocks are run in: with values, where the model has values."""
-        if any(p.device.type == "meta" for p in self.model.parameters()):
-            self.plan.warnings.append(
-                "The model is on the meta device: which convs see their block's images in order wasn't shown on values."
-            )
-            return trial_copy(self.model, False, self.observed.hooked)
-        model = copied(self.model) if self.observed.edits else self.model
-        return trial_copy(model, True, self.observed.hooked)
-
-    def _calls(self, runner: nn.Module, blocks: set[str]) -> dict[str, BlockCall]:
-        """The first call of each block: of a run with values, or else made up after a trial run's."""
-        calls: dict[str, BlockCall] = {}
-        handles = [
-            runner.get_submodule(name).register_forward_pre_hook(_keeper(name, calls), with_kwargs=True)
-            for name in blocks
-        ]
-        device = next(runner.parameters()).device
-        try:
-            if device.type != "meta":
-                args, kwargs = self._images(device)
-                with torch.no_grad():
-                    runner(*args, **kwargs)
-        except Exception as error:
-            self.plan.warnings.append(
-                f"The blocks were run on made-up values: the model fails on noise ({brief(error)})."
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in blocks - calls.keys():
-            for seen in (self.observed.calls, self.observed.training or {}):
-                if name in seen and name not in calls:
-                    calls[name] = BlockCall(*_made_up((seen[name][0].args, seen[name][0].kwargs), device))
-        return calls
-
-    def _images(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        observed = self.observed
-        values = as_call(self.model, self.example) if self.example is not None else (observed.args, observed.kwargs)
-        tensors = [t for t in maps_in(values)]
-        if self.example is not None and not any(t.is_meta for t in tensors):
-            return _moved(in_dtype(self.model, values), device)
-        args = random_images(observed.args, device, 1) if observed.args else ()
-        keywords = tuple(observed.kwargs.values())
-        return args, dict(zip(observed.kwargs, random_images(keywords, device, 1), strict=True))
-
-    def _read(
-        self, block: str, module: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, prober: Prober
-    ) -> "_Read | dict[str, str]":
-        """The argument that the block's predictor is to read, or why there is none."""
-        if len({conv.weight.dtype for conv in convs.values()}) > 1:
-            return dict.fromkeys(convs, "its convs are of several dtypes")
-        dims = {len(conv.kernel_size) for conv in convs.values()}
-        if len(dims) > 1:
-            return dict.fromkeys(convs, "its convs are of several numbers of dimensions")
-        arguments = _named(module.forward, call)
-        maps = {name: value for name, value in arguments.items() if _is_read(value, *dims)}
-        if not maps:
-            kinds = some([type(value).__name__ for value in arguments.values()] or ["nothing"], 3)
-            return dict.fromkeys(convs, f"what it is given is no feature map ({kinds})")
-        if len(maps) > 1:
-            try:
-                feeding = prober.feeding(module, convs, call, maps)
-            except Exception as error:
-                return dict.fromkeys(convs, f"it can't be run by itself ({brief(error)})")
-            if len(feeding) != 1:
-                what = "several inputs" if feeding else "no one input"
-                return dict.fromkeys(convs, f"its convs descend from {what} of the block")
-            maps = {feeding[0]: maps[feeding[0]]}
-        (name, value), *_ = maps.items()
-        channels = sum(t.shape[1] for t in maps_in(value))
-        for each in (*self.observed.calls.get(block, []), *(self.observed.training or {}).get(block, [])):
-            other = _named(module.forward, BlockCall(each.args, each.kwargs)).get(name)
-            if not _is_read(other, *dims) or sum(t.shape[1] for t in maps_in(other)) != channels:
-                return dict.fromkeys(convs, f"it is called with different kinds of {name}")
-        return _Read(name, value, channels)
-
-
-class _Read:
-    """An argument that a predictor reads: what it is called, its value in a call, its channels."""
-
-    def __init__(self, reads: str, value: Any, channels: int) -> None:
-        self.reads = reads
-        self.value = value
-        self.channels = channels
-
-
-def _is_read(value: Any, dims: int) -> bool:
-    """Whether a predictor can read this: a map `[N, C, *spatial]`, or a list or dict of maps of as many images."""
-    maps = maps_in(value)
-    return bool(maps) and all(t.dim() == dims + 2 and t.shape[0] == maps[0].shape[0] for t in maps)
-
-
-def _named(forward: Any, call: BlockCall) -> dict[str, Any]:
-    """A call's arguments by the names that :class:`~dyconvert.nn.handing.Handing` knows them by."""
-    signature = inspect.signature(forward)
-    try:
-        bound = signature.bind(*call.args, **call.kwargs)
-    except TypeError:
-        return {}
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            named |= {f"{name}[{index}]": each for index, each in enumerate(value)}
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named |= {f"{name}['{key}']": each for key, each in value.items()}
-        else:
-            named[name] = value
-    return named
-
-
-def _keeper(name: str, calls: dict[str, BlockCall]) -> Any:
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # In lists of their own: a dense block goes on appending to the one that it gave.
-        calls.setdefault(name, BlockCall(*map_tensors(lambda t: t, (args, kwargs))))
-
-    return keep
-
-
-def _moved(values: Any, device: torch.device) -> Any:
-    return map_tensors(lambda t: t.detach().to(device).clone(), values)
-
-
-def _made_up(values: Any, device: torch.device) -> Any:
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def make(t: Tensor) -> Tensor:
-        if device.type == "meta" or not t.is_floating_point():
-            return torch.zeros(t.shape, dtype=t.dtype, device=device)
-        return torch.randn(t.shape, generator=generator, device="cpu").to(device, t.dtype)
-
-    return map_tensors(make, values)
-
-
-def _with_several_names(model: nn.Module) -> set[str]:
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    return {name for group in names.values() if len(group) > 1 for name in group}

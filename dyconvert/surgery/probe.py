@@ -8,7 +8,6 @@ windows or time folded into the batch show by the batch's size.
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +17,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dyconvert.errors import brief
 from dyconvert.nn.handing import maps_in
 from dyconvert.randomness import random_state, same_state, set_random_state
+from dyconvert.surgery.observe import Call
 
 # How far rounding takes the same image in another place of the batch, relative to the largest value.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 OTHER_BATCH = "it sees another batch than its block (groups, windows, time or parts folded into or cut from it)"
 OTHER_ORDER = "it sees the images in another order, or mixed with one another"
-
-
-@dataclass
-class BlockCall:
-    """One call of a block with values: its arguments, and what its predictor would read, by name."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class Prober:
@@ -52,7 +44,7 @@ class Prober:
         value = args[0] if args else kwargs.get("input")
         self._inputs.setdefault(id(conv), []).append(value.detach().clone() if isinstance(value, Tensor) else None)
 
-    def unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, read: Any) -> dict[str, str]:
+    def unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: Call, read: Any) -> dict[str, str]:
         """Why convs of a block can't take coefficients that are predicted from `read`, a value in the call's arguments.
 
         Args:
@@ -66,7 +58,7 @@ class Prober:
             self._known[key] = self._unfit(block, convs, call, read)
         return self._known[key]
 
-    def _unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, read: Any) -> dict[str, str]:
+    def _unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: Call, read: Any) -> dict[str, str]:
         batch = maps_in(read)[0].shape[0]
         reasons: dict[str, str] = {}
         # Code may branch on the number of images, on their size and on the mode. Maps of the model's own size are the
@@ -90,7 +82,7 @@ class Prober:
         self,
         block: nn.Module,
         convs: Mapping[str, nn.Module],
-        call: BlockCall,
+        call: Call,
         images: int,
         training: bool,
     ) -> dict[str, str]:
@@ -121,7 +113,7 @@ class Prober:
         return reasons
 
     def _run(
-        self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, training: bool
+        self, block: nn.Module, convs: Mapping[str, nn.Module], call: Call, training: bool
     ) -> dict[str, list[Any]]:
         """What each conv is given in one call of the block."""
         self._inputs.clear()
@@ -131,7 +123,7 @@ class Prober:
         return {name: self._inputs.get(id(conv), []) for name, conv in convs.items()}
 
     def feeding(
-        self, block: nn.Module, convs: Mapping[str, nn.Module], call: BlockCall, candidates: Mapping[str, Any]
+        self, block: nn.Module, convs: Mapping[str, nn.Module], call: Call, candidates: Mapping[str, Any]
     ) -> list[str]:
         """Those of the `candidates`, values in the call's arguments by name, that reach every conv: each is changed."""
         state = random_state()
@@ -170,7 +162,7 @@ def _differ(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return bool(a) and (len(a) != len(b) or any(unequal(x, y) for x, y in zip(a, b, strict=True)))
 
 
-def _changed(call: BlockCall, change: Callable[[Tensor], Tensor]) -> BlockCall:
+def _changed(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
     leaves, form = tree_flatten((call.args, call.kwargs))
     known: dict[int, Tensor] = {}  # an argument that is given twice stays one
     new = []
@@ -180,24 +172,24 @@ def _changed(call: BlockCall, change: Callable[[Tensor], Tensor]) -> BlockCall:
                 known[id(leaf)] = change(leaf)
             leaf = known[id(leaf)]
         new.append(leaf)
-    return BlockCall(*tree_unflatten(new, form))
+    return Call(*tree_unflatten(new, form))
 
 
-def _copied(call: BlockCall) -> BlockCall:
+def _copied(call: Call) -> Call:
     return _changed(call, torch.clone)  # a forward may write into its input
 
 
-def _permuted(call: BlockCall, images: int, permutation: list[int]) -> BlockCall:
+def _permuted(call: Call, images: int, permutation: list[int]) -> Call:
     return _changed(call, lambda t: t[permutation] if t.dim() and t.shape[0] == images else t.clone())
 
 
-def _disturbed(call: BlockCall, value: Any) -> BlockCall:
+def _disturbed(call: Call, value: Any) -> Call:
     disturbed = {id(t) for t in maps_in(value)}
     generator = torch.Generator("cpu").manual_seed(1)
     return _changed(call, lambda t: t + _noise(t, generator) if id(t) in disturbed else t.clone())
 
 
-def _grown(call: BlockCall, batch: int, images: int, small: bool) -> BlockCall:
+def _grown(call: Call, batch: int, images: int, small: bool) -> Call:
     """The call with so many different images in each tensor that has one per image; with maps cut where `small`."""
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -226,13 +218,13 @@ def _noise(t: Tensor, generator: torch.Generator) -> Tensor:
     return noise * (size if size > 0 else 1.0)
 
 
-def _signature(call: BlockCall) -> Any:
+def _signature(call: Call) -> Any:
     leaves, form = tree_flatten((call.args, call.kwargs))
     plain = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _plain(x) for x in leaves]
     return str(form), tuple(plain)
 
 
-def _places(call: BlockCall, read: Any) -> tuple[int, ...]:
+def _places(call: Call, read: Any) -> tuple[int, ...]:
     wanted = {id(t) for t in maps_in(read)}
     leaves = tree_flatten((call.args, call.kwargs))[0]
     return tuple(index for index, leaf in enumerate(leaves) if id(leaf) in wanted)

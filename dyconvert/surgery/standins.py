@@ -13,7 +13,7 @@ from torch import nn
 
 from dyconvert.randomness import random_state, set_random_state
 from dyconvert.surgery.apply import replace_everywhere
-from dyconvert.surgery.observe import Call, Observation, meta, recording, shapes, trial_copy
+from dyconvert.surgery.observe import Call, Observation, recording, shapes, trial_copy
 
 ASKED = "the model's code tells it from other modules, or holds it elsewhere too (isinstance, a list, a dict)"
 
@@ -46,19 +46,17 @@ def _stand_in(conv: nn.Module) -> _StandIn:
 def told_apart(model: nn.Module, convs: Sequence[str], observed: Observation) -> set[str]:
     """Those of the `convs` without which the model runs, with stand-ins for the others, as it does with its convs."""
     trial = _Trial(model, observed)
-    if not convs or trial.calls(convs) == trial.reference:
-        return set()
     told: set[str] = set()
-    while True:
-        left = [name for name in convs if name not in told]
+    # A model that runs otherwise each time, by draws of its own, can't be compared: at the end none is left.
+    while left := [name for name in convs if name not in told]:
         calls = trial.calls(left)
-        # A model that runs otherwise each time, by draws of its own, can't be compared: all stay static.
-        if not left or calls == trial.reference:
-            return told
+        if calls == trial.reference:
+            break
         own = {name for name in left if calls is None or calls[0].get(name) != trial.reference[0].get(name)}
         # Where its own calls don't say which conv it is, each is tried by itself.
         culprits = own if calls is not None and own else {n for n in left if trial.calls([n]) != trial.reference}
         told |= culprits or set(left)
+    return told
 
 
 class _Trial:
@@ -77,23 +75,14 @@ class _Trial:
         observed = self.observed
         runner = trial_copy(self.model, observed.real, observed.hooked)
         runner = replace_everywhere(runner, {c: _stand_in(c) for c in map(runner.get_submodule, convs)})
-        found: dict[str, list[Call]] = {}
-
-        def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], within: tuple[str, ...]) -> None:
-            found.setdefault(name, []).append(Call(meta(args), meta(kwargs), within))
-
-        _, handles = recording(runner, self.watched, see)
         args, kwargs = observed.placed(runner)
         set_random_state(self.state)
         try:
-            with torch.no_grad():
+            with recording(runner, self.watched) as (calls, _), torch.no_grad():
                 returned = runner(*args, **kwargs)
         except Exception:  # a list that doesn't hold what it held, say
             return None
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self._form(found), shapes(returned)
+        return self._form(calls), shapes(returned)
 
     @staticmethod
     def _form(calls: dict[str, list[Call]]) -> dict[str, Any]:
