@@ -11,16 +11,13 @@ that says so. Rows are kept in docs/coverage.jsonl as they come.
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import coverage_zoo
 from covering import FLOAT32, FLOAT64, TRAINING, Row, share
+from sweep_rows import Rows, measure_here
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "coverage.jsonl"
@@ -32,43 +29,7 @@ TIME = 400
 MEMORY = 9
 
 
-def measured() -> dict[str, Row]:
-    """The rows so far; the last one counts where a model was measured twice."""
-    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
-    return {row["case"]: Row(**row) for row in map(json.loads, lines) if row}
-
-
-def keep(row: dict[str, Any]) -> None:
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def measure(case: str) -> dict[str, Any]:
-    """The model's row, from a process that is ended when it takes too long."""
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", case],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIME,
-        )
-    except subprocess.TimeoutExpired:
-        return Row(case, problems=[f"took longer than {TIME} s"]).as_dict()
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-        return Row(case, problems=[said[:300]]).as_dict()
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def one(case: str) -> None:
-    import resource
-
-    from covering import examine
-
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY << 30, MEMORY << 30))
-    print(json.dumps(examine(case).as_dict()))
+SWEEP = Rows(ROWS, Row, __file__, TIME)
 
 
 def all_cases() -> list[str]:
@@ -154,7 +115,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 def write_table() -> None:
     cases = all_cases()
-    rows = measured()
+    rows = SWEEP.measured()
     lines = [
         "# Coverage",
         "",
@@ -206,22 +167,16 @@ def main() -> None:
     parser.add_argument("--families", action="store_true", help="choose timm's models afresh")
     options = parser.parse_args()
     if options.one:
-        one(options.one)
+        from covering import examine
+
+        measure_here(examine, options.one, MEMORY)
         return
     if options.families:
         rows = [json.dumps(entry) for entry in coverage_zoo.choose_families()]
         coverage_zoo.FAMILIES.write_text("[\n  " + ",\n  ".join(rows) + "\n]\n")
         return
     if not options.table:
-        done = measured()
-        for case in all_cases():
-            if case not in done or done[case].problems or case.startswith(tuple(options.again) or "-"):
-                row = measure(case)
-                keep(row)
-                print(case, row["seconds"], row["problems"] or row["difference"], flush=True)
-        # One row for each, in order.
-        done = measured()
-        ROWS.write_text("".join(json.dumps(done[case].as_dict()) + "\n" for case in all_cases() if case in done))
+        SWEEP.measure(all_cases(), options.again, lambda row: row["difference"])
     write_table()
 
 

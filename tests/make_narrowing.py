@@ -9,16 +9,12 @@ says so. Rows are kept in docs/narrowing-coverage.jsonl as they come.
 """
 
 import argparse
-import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from narrowing_covering import FRESH, IMAGES, TOO_LARGE, Row, cases
+from sweep_rows import Rows, measure_here
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "narrowing-coverage.jsonl"
@@ -29,33 +25,7 @@ TIME = 900
 MEMORY = 12
 
 
-def measured() -> dict[str, Row]:
-    """The rows so far; the last one counts where a model was measured twice."""
-    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
-    return {row["case"]: Row(**row) for row in map(json.loads, lines) if row}
-
-
-def measure(case: str) -> dict[str, Any]:
-    """The model's row, from a process that is ended when it takes too long."""
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, __file__, "--one", case]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME)
-    except subprocess.TimeoutExpired:
-        return Row(case, problems=[f"took longer than {TIME} s"]).as_dict()
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-        return Row(case, problems=[said[:300]]).as_dict()
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def one(case: str) -> None:
-    import resource
-
-    from narrowing_covering import examine
-
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY << 30, MEMORY << 30))
-    print(json.dumps(examine(case).as_dict()))
+SWEEP = Rows(ROWS, Row, __file__, TIME)
 
 
 def percent(value: float | None) -> str:
@@ -91,7 +61,7 @@ def line(row: Row) -> str:
 
 
 def write_table() -> None:
-    wanted, found = cases(), measured()
+    wanted, found = cases(), SWEEP.measured()
     rows = [found[case] for case in wanted if case in found]
     narrowed = [row for row in rows if not row.refused and not row.problems]
     better = [row for row in narrowed if row.init == "least-squares"]
@@ -140,20 +110,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args()
     if options.one:
-        one(options.one)
+        from narrowing_covering import examine
+
+        measure_here(examine, options.one, MEMORY)
         return
     if not options.table:
-        done = measured()
-        for case in cases():
-            if case not in done or done[case].problems or case.startswith(tuple(options.again) or "-"):
-                row = measure(case)
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(
-                    case, row["seconds"], row["problems"] or row["refused"] or (row["error"], row["merged"]), flush=True
-                )
-        done = measured()
-        ROWS.write_text("".join(json.dumps(done[case].as_dict()) + "\n" for case in cases() if case in done))
+        SWEEP.measure(cases(), options.again, lambda row: row["refused"] or (row["error"], row["merged"]))
     write_table()
 
 

@@ -8,7 +8,7 @@ import coverage_zoo
 import pytest
 from coverage_zoo import timm_families
 from covering import Row, examine, share
-from make_coverage import measured
+from make_coverage import SWEEP
 
 # Of the convs on maps larger than 1x1 that aren't the stem; see `Row.counted`.
 SHARE = 0.95
@@ -64,7 +64,7 @@ def check(case: str) -> Row:
 def test_a_sample(case: str) -> None:
     row = check(case)
     assert row.converted
-    table = measured().get(case)
+    table = SWEEP.measured().get(case)
     assert table is None or (row.convs, row.converted) == (table.convs, table.converted), (
         f"docs/coverage.md has other figures: python tests/make_coverage.py --again {case}"
     )
@@ -81,7 +81,7 @@ def test_timm_families_are_those_of_its_registry() -> None:
 
 def test_the_table() -> None:
     """Nothing in docs/coverage.md is unaccounted for, and the share is the one that is asked for."""
-    rows = measured()
+    rows = SWEEP.measured()
     wrong = {case: row.problems for case, row in rows.items() if row.problems}
     assert not wrong
     assert share(list(rows.values())) >= SHARE
@@ -89,7 +89,7 @@ def test_the_table() -> None:
 
 @pytest.mark.sweep
 def test_the_table_is_complete() -> None:
-    rows = measured()
+    rows = SWEEP.measured()
     assert not [case for case in everything() if case not in rows]
     assert share([rows[case] for case in SAMPLE]) >= SHARE
 
