@@ -10,21 +10,11 @@ from random_programs import Program, alone, programs
 METHODS = ("dynet", "condconv", "dyconv")
 KINDS = [*PATTERNS, *(f"style: {style}" for style in STYLES)]
 
-# What is known to be wrong, and why; no random program has it.
-FORWARDS = "blocks' forwards are generated, or the conv is not the one that others hold"
-FAULTY: dict[str, str] = {}
-
 # How many random programs for each method: sharing a predictor is what most can go wrong with.
 COUNTS = {"dynet": 300, "condconv": 120, "dyconv": 100}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.xfail(reason=FAULTY[kind], strict=True) if kind in FAULTY else ())
-        for kind in KINDS
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_by_itself(kind: str) -> None:
     for method in METHODS:
         program = alone(kind, method)
@@ -42,15 +32,10 @@ def test_random_programs(method: str) -> None:
         phases=[Phase.generate],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
     )
-    @given(programs(st.just(method), *_kinds()))
+    @given(programs(st.just(method), list(PATTERNS), list(STYLES)))
     def run(program: Program) -> None:
         outcome = examine(program)
         event("refused" if outcome.refused else f"{outcome.shared > 0} shared, {outcome.own > 0} own")
         assert outcome.faults == [], program.source()
 
     run()
-
-
-def _kinds() -> tuple[list[str], list[str]]:
-    styles = [style for style in STYLES if f"style: {style}" not in FAULTY]
-    return [kind for kind in PATTERNS if kind not in FAULTY], styles
