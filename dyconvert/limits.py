@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +129,26 @@ def parse_json(text: str) -> Any:
     return content
 
 
-def check_depth(content: Any, nodes: int | None = None) -> None:
-    """Refuse data that is nested deeper than `DEPTH`, or of more than `nodes` values, one that stands in two places
-    counting twice.
+def _within(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def check_depth(root: Any, within: Callable[[Any], Iterable[Any]] = _within, most: int | None = None) -> None:
+    """Refuse a tree that is nested deeper than `DEPTH`, or of more than `most` values.
+
+    Args:
+        within: what stands directly in a value; of dicts and lists, their values.
 
     Raises:
-        LimitError: it is.
+        LimitError: it is; a value that stands in two places counts twice.
     """
-    level, count = [content], 0
+    level, count = [root], 0
     for _ in range(DEPTH):
         below: list[Any] = []
         for value in level:
-            below.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-            if nodes is not None and count + len(below) > nodes:
-                raise LimitError(f"it has more than {nodes:,} values, those counted twice that an alias repeats")
+            below.extend(within(value))
+            if most is not None and count + len(below) > most:
+                raise LimitError(f"it has more than {most:,} values, an alias's counting each time")
         count += len(below)
         if not below:
             return

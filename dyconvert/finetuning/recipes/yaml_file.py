@@ -1,15 +1,17 @@
 """YAML as recipes are written in: plain data, and the line that each value stands on."""
 
 import functools
+import itertools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import RecipeError
 from dyconvert.installation import install_command
-from dyconvert.limits import DEPTH, OVERRIDE_BYTES, YAML_BYTES, YAML_NODES, LimitError, read_text
+from dyconvert.limits import DEPTH, OVERRIDE_BYTES, YAML_BYTES, YAML_NODES, LimitError, check_depth, read_text
 
 Key = tuple[str | int, ...]
 
@@ -93,27 +95,19 @@ def _parsed(text: str) -> tuple[Any, Any]:
     return data, node
 
 
-def check_nodes(node: Any, yaml: Any) -> None:
+def check_nodes(root: Any, yaml: Any) -> None:
     """Refuse what a few lines of aliases can make: a tree without end, or of a billion values.
 
     Raises:
         LimitError: it is deeper than `DEPTH` or has more than `YAML_NODES` values, an alias's counting each time.
     """
-    level, count = [node], 0
-    for _ in range(DEPTH):
-        below: list[Any] = []
-        for each in level:
-            if isinstance(each, yaml.SequenceNode):
-                below += each.value
-            elif isinstance(each, yaml.MappingNode):
-                below += (part for pair in each.value for part in pair)
-            if count + len(below) > YAML_NODES:
-                raise LimitError(f"it has more than {YAML_NODES:,} values, an alias's counting each time")
-        count += len(below)
-        if not below:
-            return
-        level = below
-    raise LimitError(f"it is nested deeper than {DEPTH} levels")
+
+    def within(node: Any) -> Iterable[Any]:
+        if isinstance(node, yaml.SequenceNode):
+            return node.value
+        return itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else ()
+
+    check_depth(root, within, YAML_NODES)
 
 
 def _walk(node: Any, path: Key, document: Document, yaml: Any) -> None:
