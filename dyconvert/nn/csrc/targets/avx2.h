@@ -1,0 +1,19 @@
+// What the targets have in common that run wherever there are AVX2, FMA and F16C. They define, before it, DYCONVERT_TARGET
+// and the sizes of vectors and registers.
+#define DYCONVERT_F16C
+#include "base/standard.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+static int runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
