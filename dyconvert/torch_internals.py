@@ -1,10 +1,11 @@
 """Each private API of torch that is used, once, with its reason."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _python_dispatch
 
@@ -69,6 +70,47 @@ def modes_of(attributes: dict[str, Any]) -> dict[str, bool]:
         if child is not None:
             modes |= {name: module.training for name, module in child.named_modules(prefix=key)}
     return modes
+
+
+def gradients_of_images(
+    grad: Tensor,
+    x: Tensor,
+    kernels: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    needs_x: bool,
+    needs_kernels: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of one conv whose groups are the images, each with kernels of its own.
+
+    torch's public `conv2d_input` and `conv2d_weight` compute one gradient each, in a pass of its own.
+
+    Args:
+        grad: `[N, C_out, *out]`
+        x: `[N, C_in, *spatial]`
+        kernels: `[N * C_out, C_in / groups, *kernel]`; only its shape matters where `needs_x` is false.
+
+    Returns:
+        Those of x and of the kernels, in their shapes; None where not needed.
+    """
+    grad_x, grad_kernels, _ = torch.ops.aten.convolution_backward(
+        # Not `reshape`: of one image with its channels last it makes strides that convolution_backward misreads.
+        grad.contiguous().view(1, -1, *grad.shape[2:]),
+        x.contiguous().view(1, -1, *x.shape[2:]),
+        kernels,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * (x.dim() - 2),
+        groups * x.shape[0],
+        [needs_x, needs_kernels, False],
+    )
+    return grad_x.view(x.shape) if needs_x else None, grad_kernels if needs_kernels else None
 
 
 def hook_tables(module: nn.Module) -> list[dict[int, Any]]:

@@ -36,18 +36,6 @@ def tiled(
     return _run_engine((tiles, tile), x, weight, bias, coefficients, geometry, shift)
 
 
-def by_rule(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """The engine that the rule names; for training with kernels that are small, one grouped conv."""
-    return _run_engine(None, x, weight, bias, coefficients, geometry, shift)
-
-
 def _run_engine(
     named: tuple[Engine, Any] | None,
     x: Tensor,
@@ -57,7 +45,8 @@ def _run_engine(
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """By the engine `named`, and how it is to compute; None: by the rule's."""
+    """By the engine `named`, and how it is to compute; None: by the rule's, or, for training with small kernels, by
+    one grouped conv."""
     x, geometry = _number_the_padding(x, weight, bias, coefficients, geometry)
     backward = needs_backward(x, weight, bias, coefficients)
     engine, how = named or engines.by_rule(x, weight, bias, coefficients, geometry, shift, backward=backward)
@@ -71,7 +60,7 @@ def _run_engine(
 _ENGINES: dict[str, Strategy] = {name: partial(_run_engine, engine) for name, engine in engines.ENGINES.items()}
 # Those that know every conv.
 STRATEGIES: dict[str, Strategy] = {
-    "native": by_rule,
+    "native": partial(_run_engine, None),  # the engine that the rule names
     "tiled": tiled,
     "groups": strategies.groups,
     "unfold": strategies.unfold,

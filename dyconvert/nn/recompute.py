@@ -13,6 +13,7 @@ from torch import Tensor
 from dyconvert.nn import strategies
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.strategies import Geometry
+from dyconvert.torch_internals import gradients_of_images
 
 # Of the kernels, their gradients and the unfolded inputs that exist at the same time. A GPU has this many times over;
 # with much less, the matmuls of large kernels would be left with few images each.
@@ -118,25 +119,9 @@ def _grouped_gradients(
     grad: Tensor, x: Tensor, kernels: Tensor, geometry: Geometry, *, needs_x: bool, needs_kernels: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of one conv whose groups are the images."""
-    images = x.shape[0]
-    grad_x, grad_kernels, _ = torch.ops.aten.convolution_backward(
-        # Not `reshape`: of one image with its channels last it makes strides that convolution_backward misreads.
-        grad.contiguous().view(1, -1, *grad.shape[2:]),
-        x.contiguous().view(1, -1, *x.shape[2:]),
-        kernels.contiguous().flatten(0, 1),
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        False,
-        [0] * (x.dim() - 2),
-        geometry.groups * images,
-        [needs_x, needs_kernels, False],
-    )
-    return (
-        grad_x.view(x.shape) if needs_x else None,
-        grad_kernels.view(kernels.shape) if needs_kernels else None,
-    )
+    flat = kernels.contiguous().flatten(0, 1)
+    grad_x, grad_kernels = gradients_of_images(grad, x, flat, *geometry, needs_x=needs_x, needs_kernels=needs_kernels)
+    return grad_x, None if grad_kernels is None else grad_kernels.view(kernels.shape)
 
 
 def _unfolded_gradients(

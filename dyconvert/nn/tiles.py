@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dyconvert.nn.mixing import bank_gradient, coefficient_gradient, mix, mix_fast
 from dyconvert.nn.strategies import CONV, Geometry
+from dyconvert.torch_internals import gradients_of_images
 
 # Buffers up to this size are reused by the C library's allocator, also with the conv's own copy and a backward's
 # gradient beside them; fresh memory from the system costs more to touch than a kernel costs to mix. Beyond it the
@@ -312,21 +313,6 @@ def _conv_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     images, channels = grad.shape[:2]
     needs_x = kernels is not None
-    grad_x, grad_kernels, _ = torch.ops.aten.convolution_backward(
-        # Not `reshape`: of one image with its channels last it makes strides that convolution_backward misreads.
-        grad.contiguous().view(1, -1, *grad.shape[2:]),
-        x.contiguous().view(1, -1, *x.shape[2:]),
-        shapes.unflat(kernels) if needs_x else grad.new_empty(1).expand(images * channels, *shapes.kernel),
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        False,
-        [0] * (x.dim() - 2),
-        geometry.groups * images,
-        [needs_x, needs_kernels, False],
-    )
-    return (
-        grad_x.view(x.shape) if needs_x else None,
-        shapes.flat(grad_kernels).view(images, channels, -1) if needs_kernels else None,
-    )
+    own = shapes.unflat(kernels) if needs_x else grad.new_empty(1).expand(images * channels, *shapes.kernel)
+    grad_x, grad_kernels = gradients_of_images(grad, x, own, *geometry, needs_x=needs_x, needs_kernels=needs_kernels)
+    return grad_x, None if grad_kernels is None else shapes.flat(grad_kernels).view(images, channels, -1)
