@@ -10,7 +10,7 @@ from random_nets import Net, nets
 from torch import Tensor, nn
 
 import dyconvert
-from dyconvert.nn.handing import handed
+from dyconvert.nn.handing import coefficients_for
 
 # Rounding alone, 1e-15, in eval mode.
 EVAL = 1e-9
@@ -111,8 +111,7 @@ def record(dynamic: nn.Module, images: Tensor) -> tuple[dict[str, list[Any]], Te
         if isinstance(module, dyconvert.DynamicConv):
 
             def hook(conv: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                own = conv.coefficient_predictor
-                used.setdefault(name, []).append((conv, handed(conv) if own is None else own(args[0])[0]))
+                used.setdefault(name, []).append((conv, coefficients_for(conv, args[0])))
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     output = dynamic(images)

@@ -222,7 +222,7 @@ def expert_correlation(name: str, conv: DynamicConv) -> ExpertCorrelation | None
 
     None where there is nothing to compare: one expert, or kernels of one number.
     """
-    bank = conv.weight.detach().unflatten(0, (conv.g, -1)).flatten(2).double()  # [g, channels, elements]
+    bank = conv.experts().detach().flatten(2).double()  # [g, channels, elements]
     if conv.g < 2 or bank.shape[2] < 2:
         return None
     x = bank - bank.mean(2, keepdim=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.nn.handing import handed
+from dyconvert.nn.handing import coefficients_for
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.strategies import CONV
 
@@ -58,7 +58,7 @@ class MixedConv(nn.Module):
         self.coefficient_predictor = conv.coefficient_predictor
         self.block_predictor = conv.block_predictor
         self._handed: Tensor | None = None
-        experts = conv.weight.detach().unflatten(0, (conv.g, -1)).flatten(3)  # [g, C_out, C_in / groups, taps]
+        experts = conv.experts().detach().flatten(3)  # [g, C_out, C_in / groups, taps]
         if dynamic_batch:
             experts = experts.transpose(2, 3)  # patches lie tap by tap
         experts = experts.flatten(2)
@@ -75,8 +75,7 @@ class MixedConv(nn.Module):
     def forward(self, input: Tensor, coefficients: Tensor | None = None) -> Tensor:
         x = input
         if coefficients is None:
-            own = self.coefficient_predictor
-            coefficients = handed(self) if own is None else own(x)[0]
+            coefficients = coefficients_for(self, x)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, padding, mode=self.padding_mode), [0] * len(padding)

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.methods import Method, get_method
 from dyconvert.nn.dispatch import dynamic_conv
-from dyconvert.nn.handing import handed
+from dyconvert.nn.handing import coefficients_for
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.predictor import CoefficientPredictor
@@ -182,7 +182,7 @@ class DynamicConv(nn.Module):
 
     def forward(self, input: Tensor, coefficients: Tensor | None = None) -> Tensor:
         if coefficients is None:
-            coefficients = self._coefficients(input)
+            coefficients = coefficients_for(self, input)
         x, padding = self.padded(input)
         return dynamic_conv(
             x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups, self.shift
@@ -199,7 +199,7 @@ class DynamicConv(nn.Module):
             scaled = (self.experts().double() * factors).flatten(0, 1)
             self.weight = nn.Parameter(scaled.to(self.weight.dtype), self.weight.requires_grad)
             if self.bias is not None:
-                scaled = (self.bias.double().unflatten(0, (self.g, -1)) * scale.double()).flatten()
+                scaled = self.bias.double() * scale.double().repeat(self.g)
                 self.bias = nn.Parameter(scaled.to(self.bias.dtype), self.bias.requires_grad)
 
     def mixture(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -237,19 +237,6 @@ class DynamicConv(nn.Module):
         else:
             return x, self.padding
         return x, (0,) * self.spatial_dims
-
-    def _coefficients(self, x: Tensor) -> Tensor:
-        if self.coefficient_predictor is not None:
-            return self.coefficient_predictor(x)[0]
-        coefficients = handed(self)
-        if coefficients is None:
-            raise RuntimeError(
-                "This dynamic conv takes its coefficients from its block's predictor, but was called outside of the "
-                "block's call: block.forward(x) instead of block(x), hooks that were removed, or gradient "
-                "checkpointing inside of the block. Convert it with a predictor of its own: plan.unshare(conv), "
-                "or scope='layer'; turn gradient checkpointing on before converting."
-            )
-        return coefficients
 
     def _predictor(self) -> CoefficientPredictor:
         return self.coefficient_predictor or self.block_predictor
@@ -396,7 +383,7 @@ class DynamicConvTranspose(DynamicConv):
             input,
             self.weight,
             self.bias,
-            self._coefficients(input) if coefficients is None else coefficients,
+            coefficients_for(self, input) if coefficients is None else coefficients,
             self.stride,
             self.padding,
             output_padding,

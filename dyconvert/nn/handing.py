@@ -134,6 +134,25 @@ def handed(conv: "DynamicConv") -> Tensor | None:
     return conv._handed  # of a conv that is kept out of a compiled block
 
 
+def coefficients_for(conv: "DynamicConv", x: Tensor) -> Tensor:
+    """A conv's coefficients for its input: of its own predictor, or handed by its block.
+
+    Raises:
+        RuntimeError: it has neither.
+    """
+    if conv.coefficient_predictor is not None:
+        return conv.coefficient_predictor(x)[0]
+    coefficients = handed(conv)
+    if coefficients is None:
+        raise RuntimeError(
+            "This dynamic conv takes its coefficients from its block's predictor, but was called outside of the "
+            "block's call: block.forward(x) instead of block(x), hooks that were removed, or gradient "
+            "checkpointing inside of the block. Convert it with a predictor of its own: plan.unshare(conv), "
+            "or scope='layer'; turn gradient checkpointing on before converting."
+        )
+    return coefficients
+
+
 def maps_in(value: Any) -> list[Tensor]:
     """The floating-point tensors of a value that is one, or a list, tuple or dict of them, nested or not."""
     if isinstance(value, Tensor):

@@ -11,6 +11,7 @@ from dyconvert.errors import ModelError
 from dyconvert.nn import choice
 from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
 from dyconvert.nn.dispatch import trials
+from dyconvert.nn.handing import coefficients_for
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key
 
@@ -64,7 +65,7 @@ def _observe(
     def note(name: str) -> Callable[..., None]:
         def hook(conv: DynamicConv, given: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
             x = given[0] if given else options["input"]
-            coefficients = conv._coefficients(x)
+            coefficients = coefficients_for(conv, x)
             x, padding = conv.padded(x)
             needs = model.training
             tensors = [x.detach().requires_grad_(needs), conv.weight, conv.bias]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from dyconvert.copying import clear_hooks, copied, on_meta
+from dyconvert.copying import clear_hooks, copied, in_eval_mode, on_meta
 from dyconvert.errors import ModelError
 from dyconvert.marks import mark_fused, remove_marks
+from dyconvert.names import holds
 from dyconvert.nn import DynamicConv
 from dyconvert.nn.convs import DYNAMIC_OF, STATIC_OF, DynamicConvTranspose
 from dyconvert.surgery.adapters import unsupported
@@ -112,7 +113,7 @@ def _remainder(norm: nn.Module) -> nn.Module:
 
 def _pairs(model: nn.Module, example: Any) -> Iterator[tuple[str, str]]:
     """The names of each conv and batch norm that can be fused."""
-    bare = on_meta(model).eval()
+    bare = in_eval_mode(on_meta(model))
     hooked = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
     clear_hooks(bare)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
@@ -129,15 +130,11 @@ def _pairs(model: nn.Module, example: Any) -> Iterator[tuple[str, str]]:
             continue
         if any(owners[id(p)] > 1 for m in (conv, norm) for p in m._parameters.values() if p is not None):
             continue  # tied to another module, which isn't to change
-        if any(_holds(name, conv_name) != _holds(name, norm_name) for name in hooked):
+        if any(holds(name, conv_name) != holds(name, norm_name) for name in hooked):
             continue  # a hook sees what is between the two
         if region and not 0 < len(calls.get(conv_name, [])) == len(calls.get(norm_name, [])):
             continue
         yield conv_name, norm_name
-
-
-def _holds(outer: str, name: str) -> bool:
-    return outer == "" or name == outer or name.startswith(outer + ".")
 
 
 def _pairs_by_graph(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -182,25 +179,20 @@ def _fold(conv: nn.Module, norm: nn.Module) -> None:
     shift = -mean * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
-    dynamic = isinstance(conv, DynamicConv)
-    experts = conv.g if dynamic else 1
-    spatial = [1] * (conv.weight.dim() - 2)
-    if isinstance(conv, (DynamicConvTranspose, _ConvTransposeNd)):  # the output channel stands second in each group
-        each = scale.view(conv.groups, 1, -1).expand(-1, conv.in_channels // conv.groups, -1).flatten(0, 1)
-        each = each.repeat(experts, 1).view(len(conv.weight), -1, *spatial)
-    else:
-        each = scale.repeat(experts).view(-1, 1, *spatial)
-    conv.weight = _scaled(conv.weight, each)
-    if dynamic:
-        if conv.bias is not None:
-            conv.bias = _scaled(conv.bias, scale.repeat(experts))
+    if isinstance(conv, DynamicConv):
+        conv.scale_outputs(scale)
         if conv.shift is not None:
             shift = shift + conv.shift.detach().double() * scale
         conv.shift = nn.Parameter(shift.to(dtype), requires_grad=False)
-    else:
-        if conv.bias is not None:
-            shift = shift + conv.bias.detach().double() * scale
-        conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+        return
+    each = scale.view(-1, *[1] * (conv.weight.dim() - 1))
+    if isinstance(conv, _ConvTransposeNd):  # the output channel stands second in each group
+        by_group = scale.view(conv.groups, 1, -1).expand(-1, conv.in_channels // conv.groups, -1)
+        each = by_group.reshape(conv.in_channels, -1, *[1] * (conv.weight.dim() - 2))
+    conv.weight = _scaled(conv.weight, each)
+    if conv.bias is not None:
+        shift = shift + conv.bias.detach().double() * scale
+    conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
 
 
 def _halved(name: str, weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
