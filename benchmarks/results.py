@@ -94,9 +94,9 @@ def collect(directory: Path, name: str) -> None:
 
 
 def _is_of(directory: Path, run: str) -> bool:
-    from dyconvert.finetuning.sweeps.schema import _file_name
+    from dyconvert.finetuning.sweeps.schema import file_name
 
-    return directory.name.rpartition("-seed")[0] == _file_name(run)
+    return directory.name.rpartition("-seed")[0] == file_name(run)
 
 
 def _curve(directory: Path) -> list[dict[str, Any]]:

@@ -85,6 +85,12 @@ def copied(model: nn.Module) -> nn.Module:
     return skeleton(model, lambda t: t.detach().clone())
 
 
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """The model itself, switched to eval mode by its own `eval`, which may return nothing where the user wrote it."""
+    model.eval()
+    return model
+
+
 def keep_tensor_hooks(model: nn.Module, copy: nn.Module) -> None:
     """Register the hooks on a model's parameters on those of its copy as well, which `deepcopy` doesn't."""
     copies = dict(copy.named_parameters())

@@ -21,11 +21,6 @@ def joined(outer: str, name: str) -> str:
     return f"{outer}.{name}" if outer and name else outer or name
 
 
-def parent(name: str) -> str:
-    """The name of the module that holds the one called `name`."""
-    return name.rpartition(".")[0]
-
-
 def matching(patterns: Iterable[str], names: list[str]) -> list[str]:
     """The names that match a shell pattern, or stand inside of a module that matches.
 

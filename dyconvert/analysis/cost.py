@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyconvert.analysis.flops import parameters
-from dyconvert.copying import clear_hooks, on_meta, skeleton
+from dyconvert.copying import clear_hooks, in_eval_mode, on_meta, skeleton
 from dyconvert.errors import brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.surgery.plan import Plan
@@ -165,7 +165,7 @@ def time_blocks(
     """Median seconds of each named block in each model, the models in turns; None is the whole model."""
     runners, runs = {}, {}
     for key, model in models.items():
-        runner = skeleton(model, lambda t: t.detach()).eval()
+        runner = in_eval_mode(skeleton(model, lambda t: t.detach()))
         clear_hooks(runner)
         spent: dict[str, float] = {}
         for name in names:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dyconvert.analysis.coefficients import Coefficients, CoefficientStatistics
 from dyconvert.analysis.correlation import LayerCorrelation, MapCorrelation
-from dyconvert.copying import skeleton
+from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, brief, some
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.watch import arguments_of, watch_coefficients
@@ -74,7 +74,7 @@ def pass_over(
         ModelError: there is no batch, a model rejects one, or coefficients aren't finite.
     """
     models = {"model": model} | ({"against": against} if against is not None else {})
-    runners = {key: skeleton(each, lambda t: t.detach()).eval() for key, each in models.items()}
+    runners = {key: in_eval_mode(skeleton(each, lambda t: t.detach())) for key, each in models.items()}
     statistics = None
     if any(isinstance(m, DynamicConv) for m in runners["model"].modules()):
         statistics = CoefficientStatistics(runners["model"], classes)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dyconvert.analysis.flops import macs
 from dyconvert.analysis.timing import Timing, in_turns
-from dyconvert.copying import skeleton
+from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import DynamicConvTranspose
@@ -92,7 +92,7 @@ def resolution(
     if not takes_images(models):
         raise ModelError("Only models of images have a resolution; this one's first conv isn't two-dimensional.")
     # A copy, for the modes and hooks of the user's model stay as they are; it shares all tensors.
-    runners = {name: skeleton(model, lambda t: t.detach()).eval() for name, model in models.items()}
+    runners = {name: in_eval_mode(skeleton(model, lambda t: t.detach())) for name, model in models.items()}
     found, refused = [], {}
     for done, size in enumerate(sizes):
         if progress is not None:
@@ -145,7 +145,7 @@ def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[],
             bank = conv.weight.detach().unflatten(0, (conv.g, conv.groups, -1)).transpose(2, 3).flatten(1, 2)
             mixed.append((mix, bank, coefficients))
         else:
-            mixed.append((mix_fast, conv.weight.detach().unflatten(0, (conv.g, -1)).flatten(2), coefficients))
+            mixed.append((mix_fast, conv.experts().detach().flatten(2), coefficients))
 
     for module in runner.modules():
         if isinstance(module, CoefficientPredictor):

@@ -13,7 +13,7 @@ from torch import nn
 from dyconvert import models
 from dyconvert.checkpoint.description import DESCRIPTION, Description, described, read_description, source_in
 from dyconvert.checkpoint.tensors import count_tensors, load_weights
-from dyconvert.copying import copied
+from dyconvert.copying import copied, in_eval_mode
 from dyconvert.errors import CheckpointError, PlanError
 from dyconvert.limits import WEIGHTS_BYTES, LimitError, check_ordinary
 from dyconvert.marks import mark_preprocessing, mark_source
@@ -75,8 +75,7 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
         mark_source(result, source)
     if description.preprocessing is not None:
         mark_preprocessing(result, description.preprocessing)
-    result.eval()  # which may return nothing, where the user has written it
-    return result
+    return in_eval_mode(result)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_arguments
-from dyconvert.copying import skeleton
+from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ExportError
 from dyconvert.exporting.exported import (
     Exported,
@@ -122,7 +122,7 @@ class _Half(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = skeleton(model, lambda t: t.half() if t.is_floating_point() else t).eval()
+        self.model = in_eval_mode(skeleton(model, lambda t: t.half() if t.is_floating_point() else t))
 
     def forward(self, *arguments: Any) -> Any:
         dtype = next((t.dtype for t in arguments if isinstance(t, Tensor) and t.is_floating_point()), torch.float32)
@@ -143,7 +143,7 @@ def _require(*packages: str) -> None:
 def _on_cpu(model: nn.Module) -> nn.Module:
     if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
         raise ExportError("The model is on the meta device and has no values to export. Load its weights first.")
-    copy = skeleton(model, lambda t: t.detach().cpu()).eval()
+    copy = in_eval_mode(skeleton(model, lambda t: t.detach().cpu()))
     return copy.requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_arguments
-from dyconvert.copying import clear_hooks, skeleton
+from dyconvert.copying import clear_hooks, in_eval_mode, skeleton
 from dyconvert.errors import ModelError, PlanError, brief
 from dyconvert.marks import narrowing_of
 from dyconvert.narrowing.images import Images
@@ -78,7 +78,7 @@ def bare(model: nn.Module) -> nn.Module:
     def tensor(t: Tensor) -> Tensor:
         return t.detach() if isinstance(t, nn.Parameter) or id(t) in shared else t.detach().clone()
 
-    runner = skeleton(model, tensor).eval()
+    runner = in_eval_mode(skeleton(model, tensor))
     clear_hooks(runner)
     return runner
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyconvert.copying import skeleton
+from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, some
 from dyconvert.marks import remove_marks
 from dyconvert.nn import CoefficientPredictor, DynamicConv
@@ -96,7 +96,7 @@ def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Ten
     """
     # A copy that shares all tensors: its mode and its hooks can be changed. The user's own hooks stay, for they may
     # be part of what the model computes.
-    runner = skeleton(model, lambda t: t.detach()).eval()
+    runner = in_eval_mode(skeleton(model, lambda t: t.detach()))
     sums: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dyconvert.arguments import as_call
-from dyconvert.copying import clear_hooks, on_meta, sharing_copy
+from dyconvert.copying import clear_hooks, in_eval_mode, on_meta, sharing_copy
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import DynamicConv
 from dyconvert.randomness import kept_random_state
@@ -143,8 +143,7 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
 
 def trial_copy(model: nn.Module, real: bool, hooked: bool) -> nn.Module:
     """A copy for a trial run, in eval mode: on the meta device, or with the model's values where `real`."""
-    copy = sharing_copy(model) if real else on_meta(model)
-    copy.eval()  # which may return nothing, where the user has written it
+    copy = in_eval_mode(sharing_copy(model) if real else on_meta(model))
     if not hooked:
         clear_hooks(copy)
     for module in copy.modules():

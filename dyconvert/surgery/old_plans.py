@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from dyconvert.copying import on_meta
+from dyconvert.copying import in_eval_mode, on_meta
 from dyconvert.errors import PlanError, brief
 from dyconvert.names import joined
 from dyconvert.surgery.plan import SCHEMA, Plan
@@ -28,8 +28,7 @@ def up_to_date(plan: Plan, model: nn.Module) -> Plan:
     """
     if not plan.is_old:
         return plan
-    bare = on_meta(model)
-    bare.eval()
+    bare = in_eval_mode(on_meta(model))
     blocks = []
     for block in plan.blocks:
         convs = plan.shared(block.name)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyconvert.copying import skeleton
+from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.surgery.watch import run_over
@@ -85,7 +85,7 @@ def _pair(experts: Tensor, softmax: bool) -> None:
 
 def _statistics(model: nn.Module, data: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean `[K]` and covariance `[K, K]`, over the images, of what each predictor's last linear reads."""
-    runner = skeleton(model, Tensor.detach).eval()
+    runner = in_eval_mode(skeleton(model, Tensor.detach))
     sums: dict[str, list[Tensor]] = {}
 
     def watch(name: str, predictor: CoefficientPredictor) -> None:

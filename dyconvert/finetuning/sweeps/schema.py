@@ -57,7 +57,7 @@ class Sweep(Section):
         Raises:
             RecipeError: with these overrides it has errors.
         """
-        own = [f"name={_file_name(run.name)}", f"train.seed={seed}", f"output.directory={_yaml_text(directory)}"]
+        own = [f"name={file_name(run.name)}", f"train.seed={seed}", f"output.directory={_yaml_text(directory)}"]
         try:
             return load_recipe(self.recipe, [*self.overrides, *run.overrides, *own])
         except RecipeError as error:
@@ -138,17 +138,17 @@ def jobs_of(sweep: Sweep, directory: Path, only: Sequence[str] = (), seeds: Sequ
         )
     directories: dict[str, str] = {}
     for run in chosen:
-        other = directories.setdefault(_file_name(run.name).lower(), run.name)
+        other = directories.setdefault(file_name(run.name).lower(), run.name)
         if other != run.name:
             raise RecipeError(f"The runs {other!r} and {run.name!r} would share a directory. Rename one of them.")
     return [
-        Job(run.name, seed, sweep.recipe_of(run, seed, directory / f"{_file_name(run.name)}-seed{seed}"))
+        Job(run.name, seed, sweep.recipe_of(run, seed, directory / f"{file_name(run.name)}-seed{seed}"))
         for seed in (seeds or sweep.seeds)
         for run in chosen
     ]
 
 
-def _file_name(run: str) -> str:
+def file_name(run: str) -> str:
     kept = "".join(c if c.isalnum() or c in "._" else "-" for c in run).strip("-._")
     return kept or "run"
 
