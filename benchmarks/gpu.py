@@ -37,6 +37,7 @@ from torch import nn
 import dyconvert
 from dyconvert import models
 from dyconvert.analysis.bench import LAYERS, Layer, geometric_mean, layer_calls
+from dyconvert.methods import get_method
 from dyconvert.nn import choice, engines
 from dyconvert.nn.dispatch import force
 
@@ -206,7 +207,8 @@ def layers(run: Run) -> None:
             what = f"{layer.label} batch {batch} {str(dtype)[6:]} {mode}"
             if run.late(what):
                 continue
-            calls = layer_calls(layer, batch, "layer", 6, training, device=run.device, dtype=dtype, channels_last=last)
+            method = get_method("condconv", g=6)
+            calls = layer_calls(layer, batch, method, training, device=run.device, dtype=dtype, channels_last=last)
             before = set(choice.current().items())  # what was chosen for other shapes
             calls |= {name: _forced(name, calls["dynamic"]) for name in engines.ENGINES if _can(run, name, dtype)}
             figures = run.measure(calls, what)

@@ -1,6 +1,6 @@
-"""What coefficients per output channel (DyNet) cost over coefficients per layer (CondConv): times of one dynamic conv.
+"""What one method's mixtures cost over another's, by default DyNet's over CondConv's: times of one dynamic conv.
 
-python benchmarks/methods.py [--train] [--batch 1,8,32] [--repeats 21]
+python benchmarks/methods.py [--method dynet] [--than condconv] [--train] [--batch 1,8,32] [--repeats 21]
 """
 
 import argparse
@@ -11,10 +11,13 @@ from rich.progress import track
 
 from dyconvert.analysis.bench import LAYERS, layer_calls
 from dyconvert.analysis.timing import in_turns
+from dyconvert.methods import METHODS, get_method
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="dynet", choices=METHODS)
+    parser.add_argument("--than", default="condconv", choices=METHODS)
     parser.add_argument("--train", action="store_true", help="a forward and a backward")
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--repeats", type=int, default=21)
@@ -27,11 +30,11 @@ def main() -> None:
         ratios = []
         for batch in batches:
             calls = {
-                per: layer_calls(layer, batch, per, 6, options.train, only="dynamic")["dynamic"]
-                for per in ("layer", "channel")
+                name: layer_calls(layer, batch, get_method(name, g=6), options.train, only="dynamic")["dynamic"]
+                for name in (options.than, options.method)
             }
             found = in_turns(calls, options.repeats)
-            ratios.append(found["channel"].median / found["layer"].median)
+            ratios.append(found[options.method].median / found[options.than].median)
         rows.append(f"| {layer.label} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
         all_ratios += ratios
     print("| layer | " + " | ".join(f"batch {batch}" for batch in batches) + " |")

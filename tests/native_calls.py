@@ -16,6 +16,7 @@ import torch
 from dyconvert.errors import ArgumentError
 from dyconvert.nn import native, strategies
 from dyconvert.nn.dispatch import dynamic_conv
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.complex64, torch.bool]
@@ -117,7 +118,7 @@ def expected(call):
         for t in (call[name] for name in NAMES[:4])
     )
     geometry = Geometry(call["stride"], call["padding"], call["dilation"], call["groups"])
-    out = strategies.groups(x, weight, bias, coefficients, geometry)
+    out = strategies.groups(x, weight, bias, Mixing(coefficients), geometry)
     return out if call["shift"] is None else out + call["shift"].detach().double()[:, None, None]
 
 
@@ -137,12 +138,12 @@ def run(rng, call):
         if not out.is_meta:
             out.backward(torch.ones_like(out) if rng.random() < 0.5 else torch.ones((), dtype=out.dtype).expand_as(out))
     elif way == "operator":
-        out = torch.ops.dyconvert.dynamic_conv(*tensors, *geometry)
+        out = torch.ops.dyconvert.dynamic_conv(*tensors[:4], None, tensors[4], *geometry)
     else:
         x, weight, _, coefficients, _ = tensors
         size = [1 + rng.randrange(12) for _ in range(4)]
         grad = torch.randn(size, dtype=torch.float32 if rng.random() < 0.5 else torch.float64)
-        torch.ops.dyconvert.dynamic_conv_backward(grad, x, weight, coefficients, *geometry, [True] * 3)
+        torch.ops.dyconvert.dynamic_conv_backward(grad, x, weight, coefficients, None, *geometry, [True] * 3 + [False])
         return "a gradient"
     if out.is_meta:
         return "meta"

@@ -20,7 +20,7 @@ from dyconvert.analysis.flops import macs, parameters
 from dyconvert.analysis.images import ImageSet, read_images
 from dyconvert.analysis.resolution import resolution
 from dyconvert.analysis.study import Analysis, analyse
-from dyconvert.surgery.watch import watch_coefficients
+from dyconvert.surgery.watch import watch_mixtures
 
 CLASSES = ["a", "b", "c"]
 # Statistics are collected in float64; the models compute in float32, whose sums depend on the batch.
@@ -46,7 +46,7 @@ def seen_at_once(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
     """The coefficients `[N, g, C]` of each conv, kept whole."""
     found = {}
     model = copy.deepcopy(model)
-    watch_coefficients(model, lambda name, eta: found.update({name: eta.double().numpy()}))
+    watch_mixtures(model, lambda name, seen: found.update({name: seen.experts.double().numpy()}))
     outputs(model, images)
     return found
 

@@ -124,7 +124,7 @@ def test_the_mean_is_over_images_not_over_batches():
     dynamic.eval()
     with torch.no_grad():
         conv = dynamic.conv1
-        eta = conv.coefficient_predictor(dynamic.stem(data).relu())[0].mean(0)  # [g, C_out]
+        eta = conv.coefficient_predictor(dynamic.stem(data).relu())[0].experts.mean(0)  # [g, C_out]
         weight = (conv.weight.unflatten(0, (conv.g, -1)) * eta[..., None, None, None]).sum(0)
         bias = (conv.bias.unflatten(0, (conv.g, -1)) * eta).sum(0)
     torch.testing.assert_close(at_once.conv1.weight, weight, rtol=1e-5, atol=1e-6)

@@ -133,8 +133,8 @@ def test_any_mixture_of_the_four_fields(per: str, activation: str, scope: str, r
     assert shared == (scope == "block")
     conv = dynamic.layer1[0].conv1
     predictor = conv.block_predictor if shared else conv.coefficient_predictor
-    coefficients = predictor(torch.randn(2, 64, 4, 4).double())
-    assert [tuple(c.shape) for c in coefficients] == [(2, 3, 64 if per == "channel" else 1)] * (2 if shared else 1)
+    mixtures = predictor(torch.randn(2, 64, 4, 4).double())
+    assert [tuple(m.experts.shape) for m in mixtures] == [(2, 3, 64 if per == "channel" else 1)] * (2 if shared else 1)
 
 
 def test_coefficients_follow_the_equations() -> None:
@@ -150,7 +150,7 @@ def test_coefficients_follow_the_equations() -> None:
         nn.init.normal_(predictor.linear.bias)
         pooled = x.mean(dim=(2, 3))
         logits = F.linear(F.relu(F.linear(pooled, predictor.hidden.weight, predictor.hidden.bias)), *_affine(predictor))
-        first = predictor(x)[0]
+        first = predictor(x)[0].experts
         channels = first.shape[2]
         logits = logits[:, : 3 * channels].view(4, 3, channels)
         expected = logits.sigmoid() if converted is dynet else (logits / 7.0).softmax(dim=1)

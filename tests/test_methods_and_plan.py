@@ -10,6 +10,7 @@ from torch import nn
 
 import dyconvert
 from dyconvert import METHODS, Method, ModelError, Plan, PlanError
+from dyconvert.nn.mixture import Sizes
 
 STEM = "reads the image"
 SEES_1X1 = "1x1 maps"
@@ -54,15 +55,15 @@ def test_a_methods_choices_reach_the_model(name):
     assert predictor.activation == method.activation
     assert predictor.temperature.item() == method.temperature
     with torch.no_grad():
-        coefficients = predictor(torch.ones(5, predictor.in_channels, 4, 4))[0]
-    assert coefficients.shape == (5, method.g, conv.out_channels if method.per == "channel" else 1)
+        mixture = predictor(torch.ones(5, predictor.in_channels, 4, 4))[0]
+    assert mixture.experts.shape == (5, method.g, conv.out_channels if method.per == "channel" else 1)
 
 
 def test_any_other_mixture():
     mixture = Method(name="mine", g=3, per="layer", activation="softmax", temperature=2.0, reduction=2, scope="block")
     model = seeded(ResidualNet)
     dynamic = dyconvert.convert(model, method=mixture)
-    assert dynamic.layer1[0].conv1.block_predictor.outputs == (1, 1)
+    assert dynamic.layer1[0].conv1.block_predictor.sizes == (Sizes(3, 1), Sizes(3, 1))
     assert dynamic.layer1[0].conv1.block_predictor.hidden.out_features == 4
     # float32's rounding, of a sum over g experts instead of one weight.
     assert dyconvert.verify(model, dynamic, image()).relative < 1e-5
@@ -215,7 +216,7 @@ def test_an_edited_plan_is_carried_out():
     assert plan["layer1.0.conv2"].reason == "I want it so"
     dynamic = dyconvert.convert(model, plan)
     assert type(dynamic.layer1[0].conv2) is nn.Conv2d
-    assert dynamic.layer1[0].conv1.block_predictor.outputs == (8,)
+    assert dynamic.layer1[0].conv1.block_predictor.sizes == (Sizes(6, 8),)
     assert type(dynamic.layer1[1]) is type(model.layer1[1])
     assert all(getattr(dynamic.layer1[1], n).coefficient_predictor for n in ("conv1", "conv2", "shortcut"))
     assert dyconvert.verify(model, dynamic, image()).relative < 1e-5  # float32's rounding

@@ -10,7 +10,7 @@ from random_nets import Net, nets
 from torch import Tensor, nn
 
 import dyconvert
-from dyconvert.nn.handing import coefficients_for
+from dyconvert.nn.handing import mixture_for
 
 # Rounding alone, 1e-15, in eval mode.
 EVAL = 1e-9
@@ -111,7 +111,7 @@ def record(dynamic: nn.Module, images: Tensor) -> tuple[dict[str, list[Any]], Te
         if isinstance(module, dyconvert.DynamicConv):
 
             def hook(conv: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                used.setdefault(name, []).append((conv, coefficients_for(conv, args[0])))
+                used.setdefault(name, []).append((conv, mixture_for(conv, args[0]).experts))
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     output = dynamic(images)

@@ -100,12 +100,13 @@ def operator_calls(per: str, training: bool, memory_format: torch.memory_format)
             None,
             eta.requires_grad_(),
             None,
+            None,
             [1, 2],
             [1, 1],
             [1, 1],
             1,
         )
-    return (x, weight, bias, eta, shift, [1, 2], [1, 1], [1, 1], 1)
+    return (x, weight, bias, eta, None, shift, [1, 2], [1, 1], [1, 1], 1)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -87,7 +87,7 @@ def launches(dtype: torch.dtype, batch: int, conv: tuple[int, ...], *, last: boo
     engine._kernels = lambda: seen
     for tile in engine.TILES.values():
         out = engine._forward(x, weight, torch.empty(6 * c_out), eta, geometry, tile, None)
-        engine._backward(torch.empty_like(out), x, weight, eta, geometry, (True, True, True), tile)
+        engine._backward(torch.empty_like(out), x, weight, eta, geometry, (True, True, True, False), tile)
     return seen.found
 
 

@@ -14,6 +14,7 @@ from dyconvert.arguments import as_arguments
 from dyconvert.methods import Method, get_method
 from dyconvert.nn import native
 from dyconvert.nn.dispatch import dynamic_conv, force
+from dyconvert.nn.mixture import Mixing, Mixture, sizes_for
 from dyconvert.nn.strategies import Geometry
 
 
@@ -91,17 +92,17 @@ def processor() -> str:
     return f"{name} (family {said['cpu family']}, model {said['model']})" if "cpu family" in said else name
 
 
-def compiled_kernel(layer: Layer, batch: int, g: int, per: str) -> str | None:
+def compiled_kernel(layer: Layer, batch: int, method: Method) -> str | None:
     """Which of the compiled kernels computes the layer's output; None: another strategy does."""
     channels = layer.c_in // layer.groups
     tensors = (
         torch.empty(batch, layer.c_in, layer.size, layer.size),
-        torch.empty(g * layer.c_out, channels, layer.kernel, layer.kernel),
+        torch.empty(method.g * layer.c_out, channels, layer.kernel, layer.kernel),
         None,
-        torch.empty(batch, g, layer.c_out if per == "channel" else 1),
     )
+    mixing = Mixing.of(mixture_of(layer, batch, method, torch.empty), tensors[1].shape, layer.groups)
     geometry = Geometry((layer.stride,) * 2, (layer.kernel // 2,) * 2, (1, 1), layer.groups)
-    call = native.prepare(*tensors, geometry)
+    call = native.prepare(*tensors, mixing, geometry)
     return None if call is None else call.kernel(native.Asked.OUTPUT, torch.float32).name.lower()
 
 
@@ -130,7 +131,7 @@ def bench_layer(
     """
     method = get_method(method, g=g)
     read = read or bandwidth(cpu)
-    calls = layer_calls(layer, batch, method.per, g, training)
+    calls = layer_calls(layer, batch, method, training)
     if not features:
         del calls["features"]
     found = in_turns(calls, repeats, cpu=cpu)
@@ -140,7 +141,9 @@ def bench_layer(
         for name in calls:
             code = (
                 "from dyconvert.analysis.bench import Layer, layer_calls\n"
-                f"run = layer_calls({layer!r}, {batch}, {method.per!r}, {g}, {training}, only={name!r})[{name!r}]\n"
+                "from dyconvert.methods import Method\n"
+                f"method = Method.model_validate_json({method.model_dump_json()!r})\n"
+                f"run = layer_calls({layer!r}, {batch}, method, {training}, only={name!r})[{name!r}]\n"
             )
             peaks[name] = peak_memory(code, torch.get_num_threads())
     return LayerResult(
@@ -154,15 +157,21 @@ def bench_layer(
         found.get("features"),
         found["static"].median + bank * (3 if training else 1) / read,
         peaks,
-        compiled_kernel(layer, batch, g, method.per),
+        compiled_kernel(layer, batch, method),
     )
+
+
+def mixture_of(layer: Layer, batch: int, method: Method, make: Callable[..., Tensor]) -> Mixture:
+    """What `method` predicts for the layer, of tensors that `make` makes of their sizes."""
+    sizes = sizes_for(method, layer.c_in, layer.c_out, (layer.kernel,) * 2, layer.groups)
+    factors = [make(batch, size) if size else None for size in (sizes.outputs, sizes.inputs, sizes.positions)]
+    return Mixture(make(batch, sizes.g, sizes.per), *factors)
 
 
 def layer_calls(
     layer: Layer,
     batch: int,
-    per: str,
-    g: int,
+    method: Method,
     training: bool,
     only: str | None = None,
     *,
@@ -181,8 +190,8 @@ def layer_calls(
         return placed(torch.rand(size, generator=generator).sub_(0.5)).requires_grad_(training)
 
     x = random(batch, layer.c_in, layer.size, layer.size)
-    weight = random(g * layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel)
-    coefficients = random(batch, g, layer.c_out if per == "channel" else 1)
+    weight = random(method.g * layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel)
+    mixture = mixture_of(layer, batch, method, random)
     padding = layer.kernel // 2
     static = nn.Conv2d(
         layer.c_in, layer.c_out, layer.kernel, layer.stride, padding, groups=layer.groups, bias=False
@@ -193,22 +202,23 @@ def layer_calls(
 
     def dynamic() -> Tensor:
         pair = (layer.stride,) * 2, (padding,) * 2, (1, 1), layer.groups
-        return dynamic_conv(x, weight, None, coefficients, *pair)
+        return dynamic_conv(x, weight, None, mixture, *pair)
 
     def features() -> Tensor:
         with force("features"):
             return dynamic()
 
     forwards = {"static": lambda: static(x), "dynamic": dynamic, "features": features}
-    if per == "layer" and (timm := _timm_conv(layer, weight, g)) is not None:
-        eta = coefficients.detach().squeeze(2).requires_grad_(training)
+    alike = mixture.coefficients() is mixture.experts and mixture.experts.shape[2] == 1  # as CondConv's
+    if alike and (timm := _timm_conv(layer, weight, method.g)) is not None:
+        eta = mixture.experts.detach().squeeze(2).requires_grad_(training)
         forwards["timm"] = lambda: timm(x, eta)
     if only is not None:
         forwards = {only: forwards[only]}
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            for leaf in (x, weight, coefficients, static.weight):
+            for leaf in (x, weight, *mixture.axes().values(), static.weight):
                 leaf.grad = None
             out = forward()
             out.backward(grad)

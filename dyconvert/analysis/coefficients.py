@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dyconvert.errors import ModelError
 from dyconvert.nn import DynamicConv
+from dyconvert.nn.mixture import Mixture
 from dyconvert.surgery.watch import block_of, predictor_of
 
 BINS = 200
@@ -154,8 +155,9 @@ class CoefficientStatistics:
         """The next coefficients are of these labels `[N]`; the first image is number `first` of all."""
         self._labels, self._first = labels, first
 
-    def see(self, name: str, coefficients: Tensor) -> None:
-        """The coefficients of a call of one conv: `[N, g, 1]` or `[N, g, C_out]`."""
+    def see(self, name: str, mixture: Mixture) -> None:
+        """The mixture of a call of one conv."""
+        coefficients = mixture.experts
         if name not in self._streams:
             self._streams[name] = _Stream(*coefficients.shape[1:], len(self.classes))
         seen = coefficients.detach().double().cpu()
@@ -188,7 +190,7 @@ class CoefficientStatistics:
             name=name,
             block=block,
             g=stream.g,
-            per=conv.coefficients_per,
+            per="channel" if conv.sizes.per > 1 else "layer",
             channels=stream.channels,
             activation=predictor.activation,
             temperature=float(predictor.temperature),

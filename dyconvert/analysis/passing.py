@@ -12,7 +12,7 @@ from dyconvert.analysis.correlation import LayerCorrelation, MapCorrelation
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, brief, some
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.watch import arguments_of, watch_coefficients
+from dyconvert.surgery.watch import arguments_of, watch_mixtures
 
 
 class Seen(BaseModel):
@@ -78,7 +78,7 @@ def pass_over(
     statistics = None
     if any(isinstance(m, DynamicConv) for m in runners["model"].modules()):
         statistics = CoefficientStatistics(runners["model"], classes)
-        watch_coefficients(runners["model"], statistics.see)
+        watch_mixtures(runners["model"], statistics.see)
     maps = {key: _watch_maps(runner, layers or {}, count) for key, runner in runners.items()}
     right = dict.fromkeys(runners, 0)
     scored = True

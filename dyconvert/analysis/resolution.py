@@ -14,8 +14,9 @@ from dyconvert.errors import ModelError, brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import DynamicConvTranspose
 from dyconvert.nn.mixing import mix, mix_fast
+from dyconvert.nn.mixture import Mixture
 from dyconvert.surgery.observe import example_for
-from dyconvert.surgery.watch import watch_coefficients
+from dyconvert.surgery.watch import watch_mixtures
 
 SIZES = (96, 160, 224, 288, 352, 448)
 
@@ -139,8 +140,9 @@ def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[],
     read: list[tuple[nn.Module, Tensor]] = []
     mixed: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = []
 
-    def see(name: str, coefficients: Tensor) -> None:
+    def see(name: str, mixture: Mixture) -> None:
         conv = runner.get_submodule(name)
+        coefficients = mixture.coefficients()
         if isinstance(conv, DynamicConvTranspose):
             bank = conv.weight.detach().unflatten(0, (conv.g, conv.groups, -1)).transpose(2, 3).flatten(1, 2)
             mixed.append((mix, bank, coefficients))
@@ -150,7 +152,7 @@ def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[],
     for module in runner.modules():
         if isinstance(module, CoefficientPredictor):
             module.register_forward_pre_hook(lambda m, args: read.append((m, args[0])))
-    watch_coefficients(runner, see)
+    watch_mixtures(runner, see)
     with torch.inference_mode():
         runner(*example)
     predictors = [(m.forward, x) for m, x in read]

@@ -5,6 +5,7 @@ that transposes its bank at every run. Here it is one custom operator in torch's
 :func:`mixed_conv_nodes` writes in ONNX, and its bank is stored in the order in which it is read.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.nn.handing import coefficients_for
+from dyconvert.nn.handing import mixture_for
+from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.strategies import CONV
 
@@ -52,17 +54,19 @@ class MixedConv(nn.Module):
         self.stride = list(conv.stride)
         self.dilation = list(conv.dilation)
         self.groups = conv.groups
+        self.bank_shape = tuple(conv.weight.shape)
         self.padding_mode = conv.padding_mode
         self.padding = amounts_of_padding(conv.kernel_size, conv.padding, conv.dilation)  # as F.pad takes it
         self.tf_same = conv.padding == TF_SAME
         self.coefficient_predictor = conv.coefficient_predictor
         self.block_predictor = conv.block_predictor
-        self._handed: Tensor | None = None
+        self._handed: Mixture | None = None
+        self.tap_by_tap = dynamic_batch  # as patches lie
         experts = conv.experts().detach().flatten(3)  # [g, C_out, C_in / groups, taps]
-        if dynamic_batch:
-            experts = experts.transpose(2, 3)  # patches lie tap by tap
+        if self.tap_by_tap:
+            experts = experts.transpose(2, 3)
         experts = experts.flatten(2)
-        per_channel = conv.coefficients_per == "channel"
+        per_channel = conv.sizes.per_channel
         bank = experts.transpose(0, 1) if per_channel else experts.flatten(1)
         # [C_out, g, K], or [g, C_out K]: what a MatMul with the coefficients takes.
         self.bank = nn.Parameter(bank.contiguous(), requires_grad=False)
@@ -72,10 +76,14 @@ class MixedConv(nn.Module):
         self.register_parameter("shift", shift)  # [1, C_out]
         self.train(conv.training)
 
-    def forward(self, input: Tensor, coefficients: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, coefficients: Tensor | Mixture | None = None) -> Tensor:
         x = input
         if coefficients is None:
-            coefficients = coefficients_for(self, x)
+            coefficients = mixture_for(self, x)
+        coefficients, factors = Mixing.of(coefficients, self.bank_shape, self.groups)
+        if factors is not None:  # [N, groups, 1, K], in the order of the bank's elements
+            factors = factors.flatten(3)
+            factors = (factors.transpose(2, 3) if self.tap_by_tap else factors).flatten(2).unsqueeze(2)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, padding, mode=self.padding_mode), [0] * len(padding)
@@ -88,6 +96,7 @@ class MixedConv(nn.Module):
             x,
             self.bank,
             coefficients,
+            factors,
             bias,
             self.out_channels,
             self.kernel_size,
@@ -103,6 +112,7 @@ def mixed_conv(
     x: Tensor,
     bank: Tensor,
     coefficients: Tensor,
+    factors: Tensor | None,
     bias: Tensor | None,
     out_channels: int,
     kernel_size: Sequence[int],
@@ -115,7 +125,7 @@ def mixed_conv(
 
 
 @mixed_conv.register_fake
-def _(x, bank, coefficients, bias, out_channels, kernel_size, stride, padding, dilation, groups):
+def _(x, bank, coefficients, factors, bias, out_channels, kernel_size, stride, padding, dilation, groups):
     x = F.pad(x, list(padding))
     kernel = x.new_empty(out_channels, x.shape[1] // groups, *kernel_size)
     return CONV[len(kernel_size)](x, kernel, None, stride, 0, dilation, groups)
@@ -130,6 +140,7 @@ def mixed_conv_nodes(
     x,
     bank,
     coefficients,
+    factors=None,
     bias=None,
     out_channels: int = 0,
     kernel_size: Sequence[int] = (),
@@ -144,12 +155,16 @@ def mixed_conv_nodes(
     pads = [*padding[-2::-2], *padding[::-2]]
     geometry = (list(kernel_size), list(stride), pads, list(dilation), groups)
     if isinstance(batch, int):
-        return _with_conv(x, bank, coefficients, bias, out_channels, batch, geometry)
-    return _with_matmul(x, bank, coefficients, bias, out_channels, geometry)
+        return _with_conv(x, bank, coefficients, factors, bias, out_channels, batch, geometry)
+    return _with_matmul(x, bank, coefficients, factors, bias, out_channels, geometry)
 
 
-def _mixed(bank, coefficients, shape: list[int], images: int | None):
-    """Each image's kernel, image by image, in this shape."""
+def _mixed(bank, coefficients, factors, shape: list[int], by_group: list[int], images: int | None):
+    """Each image's kernel, image by image, in this shape.
+
+    Args:
+        by_group: the kernels' shape as factors `[N, groups, 1, K]` multiply them, `[N, groups, C_out / groups, K]`.
+    """
     from onnxscript import opset20 as op
 
     if len(bank.shape) == 2:
@@ -158,16 +173,21 @@ def _mixed(bank, coefficients, shape: list[int], images: int | None):
         kernel = op.MatMul(op.Transpose(coefficients, perm=[2, 0, 1]), bank)  # [C_out, N, K]
         if images != 1:
             kernel = op.Transpose(kernel, perm=[1, 0, 2])
+    if factors is not None:
+        kernel = op.Mul(op.Reshape(kernel, _ints(by_group)), factors)
     return op.Reshape(kernel, _ints(shape))
 
 
-def _with_conv(x, bank, coefficients, bias, out_channels: int, batch: int, geometry: tuple):
+def _with_conv(x, bank, coefficients, factors, bias, out_channels: int, batch: int, geometry: tuple):
     """A fixed batch: its images are the groups of one Conv."""
     from onnxscript import opset20 as op
 
     kernel_size, stride, padding, dilation, groups = geometry
     channels = x.shape[1]
-    kernel = _mixed(bank, coefficients, [batch * out_channels, channels // groups, *kernel_size], batch)
+    by_group = [batch, groups, out_channels // groups, channels // groups * math.prod(kernel_size)]
+    kernel = _mixed(
+        bank, coefficients, factors, [batch * out_channels, channels // groups, *kernel_size], by_group, batch
+    )
     if bias is not None:
         if batch > 1:
             bias = op.Expand(bias, _ints([batch, out_channels]))
@@ -187,7 +207,7 @@ def _with_conv(x, bank, coefficients, bias, out_channels: int, batch: int, geome
     return _reshape(out, [batch, out_channels], out, _out_size(known, geometry)) if batch > 1 else out
 
 
-def _with_matmul(x, bank, coefficients, bias, out_channels: int, geometry: tuple):
+def _with_matmul(x, bank, coefficients, factors, bias, out_channels: int, geometry: tuple):
     """Any batch: one MatMul of the kernels with the patches that they meet, [N, groups, taps C_in / groups, L]."""
     from onnxscript import opset20 as op
 
@@ -212,7 +232,8 @@ def _with_matmul(x, bank, coefficients, bias, out_channels: int, geometry: tuple
         rows = [op.Reshape(tap, _ints([0, groups, per_group, -1])) for tap in taps]
         patches = op.Concat(*rows, axis=2)
     taps_in = len(taps) * per_group
-    kernel = _mixed(bank, coefficients, [-1, groups, out_channels // groups, taps_in], None)
+    by_group = [-1, groups, out_channels // groups, taps_in]
+    kernel = _mixed(bank, coefficients, factors, by_group, by_group, None)
     out = op.MatMul(kernel, patches)  # [N, groups, C_out / groups, L]
     if bias is not None:
         out = op.Add(out, op.Reshape(bias, _ints([-1, groups, out_channels // groups, 1])))

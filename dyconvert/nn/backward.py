@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dyconvert.nn import strategies
 from dyconvert.nn.engines import Engine
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 
 
@@ -18,26 +19,34 @@ class MixedAgainConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, engine: Engine, how: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        coefficients: Tensor,
+        factors: Tensor | None,
+        geometry: Geometry,
+        engine: Engine,
+        how: Any,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, coefficients)
+        ctx.save_for_backward(x, weight, coefficients, factors)
         ctx.asked = geometry, engine, how
-        return engine.forward(x, weight, None, coefficients, geometry, how)
+        return engine.forward(x, weight, None, Mixing(coefficients, factors), geometry, how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         geometry, engine, how = ctx.asked
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[:4]
+        x, weight, *mixing = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*_differentiable(grad, ctx.saved_tensors, geometry, needs), None, None, None)
-        return (*engine.backward(grad, *ctx.saved_tensors, geometry, needs, how), None, None, None)
+        return (*engine.backward(grad, x, weight, Mixing(*mixing), geometry, needs, how), None, None, None)
 
 
 def _differentiable(
-    grad: Tensor, saved: tuple[Tensor, Tensor, Tensor], geometry: Geometry, needs: tuple[bool, ...]
+    grad: Tensor, saved: tuple[Tensor | None, ...], geometry: Geometry, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    x, weight, coefficients = saved
-    out = strategies.groups(x, weight, None, coefficients, geometry)
+    x, weight, *mixing = saved
+    out = strategies.groups(x, weight, None, Mixing(*mixing), geometry)
     wanted = [tensor for tensor, needed in zip(saved, needs, strict=True) if needed]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return [next(found) if needed else None for needed in needs]

@@ -53,6 +53,7 @@ class Key(NamedTuple):
     training: bool  # whether a backward may follow
     threads: int  # of the CPU; 0 on other devices
     precision: str  # float32's on a GPU: cuDNN's and cuBLAS's, and whether cuDNN measures its own algorithms
+    factors: bool = False  # whether the elements of mixed kernels have factors
 
     def __str__(self) -> str:
         """One line for people and for the file; it names no device, for the file is one device's."""
@@ -68,6 +69,7 @@ class Key(NamedTuple):
             f"bank {by(self.weight)} {kind(self.bank_dtype, self.bank_channels_last)}, "
             f"coefficients {by(self.coefficients)}, stride {by(self.stride)}, padding {by(self.padding)}, "
             f"dilation {by(self.dilation)}, groups {self.groups}, "
+            + ("factors, " if self.factors else "")
             + ("bias, " if self.bias else "")
             + ("training" if self.training else "inference")
             + (f", threads {self.threads}" if self.threads else "")

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from dyconvert.errors import ArgumentError
 from dyconvert.nn import engines, fitting, native
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 from dyconvert.torch_internals import constant_result
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 _library = torch.library.Library("dyconvert", "DEF")
 _library.define(
-    f"dynamic_conv(Tensor x, Tensor weight, Tensor? bias, Tensor coefficients, Tensor? shift, {_GEOMETRY},"
-    " bool training=False) -> Tensor"
+    f"dynamic_conv(Tensor x, Tensor weight, Tensor? bias, Tensor coefficients, Tensor? factors, Tensor? shift,"
+    f" {_GEOMETRY}, bool training=False) -> Tensor"
 )
 _library.define(
-    f"dynamic_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor coefficients, {_GEOMETRY}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor)"
+    "dynamic_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor coefficients, Tensor? factors,"
+    f" {_GEOMETRY}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -51,7 +52,7 @@ def dynamic_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
     *,
@@ -63,7 +64,7 @@ def dynamic_conv(
         training: whether a backward may follow, by which what was measured is looked up.
     """
     numbers = [list(values) for values in geometry[:3]]
-    return torch.ops.dyconvert.dynamic_conv(x, weight, bias, coefficients, shift, *numbers, geometry.groups, training)
+    return torch.ops.dyconvert.dynamic_conv(x, weight, bias, *mixing, shift, *numbers, geometry.groups, training)
 
 
 @constant_result
@@ -83,6 +84,7 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     coefficients: Tensor,
+    factors: Tensor | None,
     shift: Tensor | None,
     stride: list[int],
     padding: list[int],
@@ -91,10 +93,9 @@ def _forward(
     training: bool = False,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    engine, how = engines.known_or_by_rule(
-        x, weight, bias, coefficients, geometry, shift, backward=False, training=training
-    )
-    out = engine.forward(x, weight, bias, coefficients, geometry, how, shift)
+    mixing = Mixing(coefficients, factors)
+    engine, how = engines.known_or_by_rule(x, weight, bias, mixing, geometry, shift, backward=False, training=training)
+    out = engine.forward(x, weight, bias, mixing, geometry, how, shift)
     return out.contiguous(memory_format=_format(x))
 
 
@@ -104,6 +105,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     coefficients: Tensor,
+    factors: Tensor | None,
     shift: Tensor | None,
     stride: list[int],
     padding: list[int],
@@ -112,7 +114,7 @@ def _(
     training: bool = False,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    fitting.check(x, weight, bias, coefficients, geometry, shift)
+    fitting.check(x, weight, bias, Mixing(coefficients, factors), geometry, shift)
     size = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
     channels = weight.shape[0] // coefficients.shape[1]
     return x.new_empty(x.shape[0], channels, *size).contiguous(memory_format=_format(x))
@@ -125,22 +127,23 @@ def _backward(
     x: Tensor,
     weight: Tensor,
     coefficients: Tensor,
+    factors: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
-    engine, how = engines.known_or_by_rule(x, weight, None, coefficients, geometry, backward=True, training=True)
+    mixing = Mixing(coefficients, factors)
+    engine, how = engines.known_or_by_rule(x, weight, None, mixing, geometry, backward=True, training=True)
     size = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
     if grad.shape != (len(x), weight.shape[0] // coefficients.shape[1], *size) or grad.dtype != x.dtype:
         raise ArgumentError(
             f"The output's gradient has the shape {list(grad.shape)} and type {grad.dtype}. They must be the output's."
         )
-    found = engine.backward(grad, x, weight, coefficients, geometry, tuple(needs), how)
-    inputs = zip(found, (x, weight, coefficients), strict=True)
-    return tuple(like.new_empty(0) if part is None else part.contiguous() for part, like in inputs)
+    found = engine.backward(grad, x, weight, mixing, geometry, tuple(needs), how)
+    return tuple(x.new_empty(0) if part is None else part.contiguous() for part in found)
 
 
 @torch.library.register_fake("dyconvert::dynamic_conv_backward", lib=_library)
@@ -149,28 +152,29 @@ def _(
     x: Tensor,
     weight: Tensor,
     coefficients: Tensor,
+    factors: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    fitting.check(x, weight, None, coefficients, Geometry(stride, padding, dilation, groups))
-    inputs = zip((x, weight, coefficients), needs, strict=True)
-    return tuple(like.new_empty(like.shape if needed else 0) for like, needed in inputs)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fitting.check(x, weight, None, Mixing(coefficients, factors), Geometry(stride, padding, dilation, groups))
+    inputs = zip((x, weight, coefficients, factors), needs, strict=True)
+    return tuple(like.new_empty(like.shape) if needed else x.new_empty(0) for like, needed in inputs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, coefficients, _, *geometry, _ = inputs
-    ctx.save_for_backward(x, weight, coefficients)
+    x, weight, _, coefficients, factors, _, *geometry, _ = inputs
+    ctx.save_for_backward(x, weight, coefficients, factors)
     ctx.geometry = geometry
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
+    needs = [ctx.needs_input_grad[index] for index in (0, 1, 3, 4)]
     found = torch.ops.dyconvert.dynamic_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
-    x, weight, eta = (part if needed else None for part, needed in zip(found, needs, strict=True))
-    return x, weight, None, eta, None, None, None, None, None, None
+    x, weight, eta, factors = (part if needed else None for part, needed in zip(found, needs, strict=True))
+    return x, weight, None, eta, factors, None, None, None, None, None, None
 
 
 torch.library.register_autograd("dyconvert::dynamic_conv", _differentiate, setup_context=_setup, lib=_library)

@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.methods import Method, get_method
 from dyconvert.nn.dispatch import dynamic_conv
-from dyconvert.nn.handing import coefficients_for
-from dyconvert.nn.mixing import mix
+from dyconvert.nn.handing import mixture_for
+from dyconvert.nn.mixing import kernels_of, mix
+from dyconvert.nn.mixture import Mixing, Mixture, sizes_for
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.predictor import CoefficientPredictor
 
@@ -40,7 +41,7 @@ class DynamicConv(nn.Module):
       :func:`~dyconvert.surgery.fuse.fuse` sets it, for a batch norm's shift that is not to be mixed.
 
     Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g` and
-    `coefficients_per`: `"layer"` or `"channel"`.
+    `sizes`: what its predictor gives it (:class:`~dyconvert.nn.mixture.Sizes`).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
@@ -49,7 +50,8 @@ class DynamicConv(nn.Module):
         method: a name, or a :class:`~dyconvert.methods.Method`: what the coefficients are, and their predictor.
 
     Shape:
-        - Input: `[N, C_in, *spatial]`; coefficients, where given by hand, `[N, g, 1]` or `[N, g, C_out]`
+        - Input: `[N, C_in, *spatial]`; coefficients, where given by hand, `[N, g, 1]`, `[N, g, C_out]` or a
+          :class:`~dyconvert.nn.mixture.Mixture`
         - Output: `[N, C_out, *spatial]`
     """
 
@@ -86,15 +88,13 @@ class DynamicConv(nn.Module):
             dilation,
             groups,
             padding_mode,
-            method.g,
-            method.per,
+            method,
         )
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         options = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(method.g * first, second // groups, *self.kernel_size, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(method.g * out_channels, **options)) if bias else None)
-        outputs = [out_channels if method.per == "channel" else 1]
-        self.coefficient_predictor = CoefficientPredictor(in_channels, outputs, method, dtype=dtype).to(device)
+        self.coefficient_predictor = CoefficientPredictor(in_channels, [self.sizes], method, dtype=dtype).to(device)
         self.reset_parameters()
 
     def _describe(
@@ -107,8 +107,7 @@ class DynamicConv(nn.Module):
         dilation: int | Sequence[int],
         groups: int,
         padding_mode: str,
-        g: int,
-        coefficients_per: str,
+        method: Method,
     ) -> None:
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -118,13 +117,13 @@ class DynamicConv(nn.Module):
         self.dilation = self._each(dilation)
         self.groups = groups
         self.padding_mode = padding_mode
-        self.g = g
-        self.coefficients_per = coefficients_per
+        self.g = method.g
+        self.sizes = sizes_for(method, in_channels, out_channels, self.kernel_size, groups)
         self._explicit_padding = (
             None if padding_mode == "zeros" else amounts_of_padding(self.kernel_size, self.padding, self.dilation)
         )
         # What a block being compiled hands over; see nn/handing.py.
-        self._handed: Tensor | None = None
+        self._handed: Mixture | None = None
         self.register_parameter("shift", None)
         # Of the conv itself, reading its input; of the block, where this conv is the first that it serves.
         self.coefficient_predictor: CoefficientPredictor | None = None
@@ -160,8 +159,7 @@ class DynamicConv(nn.Module):
             conv.dilation,
             conv.groups,
             conv.padding_mode,
-            method.g,
-            method.per,
+            method,
         )
         dynamic.weight = weight
         dynamic.register_parameter("bias", bias)
@@ -180,9 +178,9 @@ class DynamicConv(nn.Module):
                 bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
                 self.bias.uniform_(-bound, bound).mul_(scale * self.g**0.5)
 
-    def forward(self, input: Tensor, coefficients: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, coefficients: Tensor | Mixture | None = None) -> Tensor:
         if coefficients is None:
-            coefficients = coefficients_for(self, input)
+            coefficients = mixture_for(self, input)
         x, padding = self.padded(input)
         return dynamic_conv(
             x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups, self.shift
@@ -202,21 +200,25 @@ class DynamicConv(nn.Module):
                 scaled = self.bias.double() * scale.double().repeat(self.g)
                 self.bias = nn.Parameter(scaled.to(self.bias.dtype), self.bias.requires_grad)
 
-    def mixture(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The static weight and bias (with the shift) that fixed coefficients mix, in float64.
+    def mixed(self, mixture: Mixture) -> tuple[Tensor, Tensor | None]:
+        """The static weight and bias (with the shift) that a fixed mixture makes, in float64.
 
         Args:
-            coefficients: `[g, 1]` or `[g, C_out]`.
+            mixture: of one image.
 
         Returns:
             One expert's shape, in the bank's memory format; `[C_out]` or None.
         """
-        eta = coefficients.double().to(self.weight.device)
+        mixture = mixture.map(lambda axis: axis.to(self.weight.device, torch.float64))
+        eta = mixture.coefficients()[0]  # [g, 1] or [g, C_out]
         total: Tensor | None = None
         # One expert at a time: in float64 all of them would be many times the bank.
         for expert, factor in zip(self.experts().detach(), self._per_output(eta), strict=True):
             part = expert.double() * factor
             total = part if total is None else total.add_(part)
+        factors = mixture.factors(self.groups, self.in_channels // self.groups, self.kernel_size)
+        if factors is not None:
+            total *= self._per_element(factors[0])
         bias = None
         if self.bias is not None:
             bias = (self.bias.detach().double().unflatten(0, (self.g, -1)) * eta).sum(0)
@@ -227,6 +229,10 @@ class DynamicConv(nn.Module):
     def _per_output(self, factors: Tensor) -> Tensor:
         """`[g, 1 | C_out]` as what multiplies :meth:`experts`: the output channel stands first in a kernel."""
         return factors.reshape(self.g, -1, 1, *[1] * self.spatial_dims)
+
+    def _per_element(self, factors: Tensor) -> Tensor:
+        """Factors `[groups, C_in / groups, *kernel]` as what multiplies one expert."""
+        return factors.repeat_interleave(self.out_channels // self.groups, 0)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Sequence[int] | str]:
         """The input with what :func:`dynamic_conv` can't pad by put onto it, and the padding that is left to it."""
@@ -247,7 +253,7 @@ class DynamicConv(nn.Module):
     def extra_repr(self) -> str:
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, g={self.g}, coefficients_per={self.coefficients_per}"
+            f"stride={self.stride}, g={self.g}, {self.sizes.text()}"
         )
         if self.padding not in ("valid", (0,) * self.spatial_dims):
             text += f", padding={self.padding}"
@@ -283,7 +289,7 @@ def dynamic_conv_transpose(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    coefficients: Tensor | Mixture,
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
@@ -296,7 +302,7 @@ def dynamic_conv_transpose(
         x: `[N, C_in, *spatial]`
         weight: the bank, `[g * C_in, C_out / groups, *kernel]`, expert by expert.
         bias: `[g * C_out]` or None.
-        coefficients: `[N, g, 1]` or `[N, g, C_out]`.
+        coefficients: `[N, g, 1]`, `[N, g, C_out]`, or a whole :class:`~dyconvert.nn.mixture.Mixture`.
         stride, padding, output_padding, groups, dilation: as in `torch.nn.functional.conv_transpose2d`.
 
     Returns:
@@ -305,16 +311,17 @@ def dynamic_conv_transpose(
     Raises:
         RuntimeError: the coefficients are of another number of images than the input.
     """
-    batch, g = coefficients.shape[:2]
+    mixing = _folded_transposed(coefficients, x, weight, groups)
+    batch, g = mixing.images, mixing.g
     if x.shape[0] != batch:
         raise RuntimeError(f"Coefficients of {batch} images were given for an input of {x.shape[0]} images.")
     if batch == 0:
         return _transpose_of_nothing(x, weight, bias, g, stride, padding, output_padding, groups, dilation)
     # The output channel stands second in each group; mixing wants it first.
     bank = weight.unflatten(0, (g, groups, -1)).transpose(2, 3)  # [g, G, C_out / G, C_in / G, *kernel]
-    kernel = mix(bank.flatten(1, 2), coefficients)  # [N, C_out, C_in / G, *kernel]
+    kernel = kernels_of(bank.flatten(1, 2), mixing)  # [N, C_out, C_in / G, *kernel]
     kernel = kernel.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2)  # [N * C_in, C_out / G, *kernel]
-    mixed_bias = None if bias is None else mix(bias.unflatten(0, (g, -1)), coefficients).flatten()
+    mixed_bias = None if bias is None else mix(bias.unflatten(0, (g, -1)), mixing.coefficients).flatten()
     out = _CONV_TRANSPOSE[x.dim() - 2](
         x.reshape(1, -1, *x.shape[2:]),
         kernel,
@@ -326,6 +333,14 @@ def dynamic_conv_transpose(
         dilation,
     )
     return out.unflatten(1, (batch, -1)).squeeze(0)
+
+
+def _folded_transposed(mixture: Tensor | Mixture, x: Tensor, weight: Tensor, groups: int) -> Mixing:
+    """A mixture for a transposed conv's bank, whose kernels are taken with their output channels first."""
+    if isinstance(mixture, Tensor):
+        return Mixing(mixture)
+    shape = (mixture.experts.shape[1] * weight.shape[1] * groups, x.shape[1] // groups, *weight.shape[2:])
+    return Mixing.of(mixture, shape, groups)
 
 
 def _transpose_of_nothing(x: Tensor, weight: Tensor, bias: Tensor | None, g: int, *geometry: Any) -> Tensor:
@@ -374,7 +389,7 @@ class DynamicConvTranspose(DynamicConv):
         return dynamic
 
     def forward(
-        self, input: Tensor, output_size: list[int] | None = None, coefficients: Tensor | None = None
+        self, input: Tensor, output_size: list[int] | None = None, coefficients: Tensor | Mixture | None = None
     ) -> Tensor:
         output_padding = _ConvTransposeNd._output_padding(
             self, input, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
@@ -383,7 +398,7 @@ class DynamicConvTranspose(DynamicConv):
             input,
             self.weight,
             self.bias,
-            coefficients_for(self, input) if coefficients is None else coefficients,
+            mixture_for(self, input) if coefficients is None else coefficients,
             self.stride,
             self.padding,
             output_padding,
@@ -391,6 +406,9 @@ class DynamicConvTranspose(DynamicConv):
             self.dilation,
         )
         return out if self.shift is None else out + self.shift.view(-1, *[1] * self.spatial_dims)
+
+    def _per_element(self, factors: Tensor) -> Tensor:
+        return factors.flatten(0, 1).unsqueeze(1)
 
     def _per_output(self, factors: Tensor) -> Tensor:
         # The output channel stands second in each group of a kernel [C_in, C_out / groups, *kernel].

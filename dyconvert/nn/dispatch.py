@@ -15,25 +15,26 @@ from dyconvert.nn import choice, compile_op, engines, fitting, native, recompute
 from dyconvert.nn.backward import MixedAgainConv
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
+from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key, needs_backward, trial
 from dyconvert.nn.triton import engine as triton
 
-Strategy = Callable[..., Tensor]  # of x, weight, bias, coefficients and geometry
+Strategy = Callable[..., Tensor]  # of x, weight, bias, mixing and geometry
 
 
 def tiled(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
     tile: tiles.Tile | None = None,
 ) -> Tensor:
     """A few images and output channels at a time, for CPUs; keeps no image's kernel for backward."""
-    return _run_engine((tiles, tile), x, weight, bias, coefficients, geometry, shift)
+    return _run_engine((tiles, tile), x, weight, bias, mixing, geometry, shift)
 
 
 def _run_engine(
@@ -41,20 +42,20 @@ def _run_engine(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> Tensor:
     """By the engine `named`, and how it is to compute; None: by the rule's, or, for training with small kernels, by
     one grouped conv."""
-    x, geometry = _number_the_padding(x, weight, bias, coefficients, geometry)
-    backward = needs_backward(x, weight, bias, coefficients)
-    engine, how = named or engines.by_rule(x, weight, bias, coefficients, geometry, shift, backward=backward)
+    x, geometry = _number_the_padding(x, weight, bias, mixing, geometry)
+    backward = needs_backward(x, weight, bias, *mixing)
+    engine, how = named or engines.by_rule(x, weight, bias, mixing, geometry, shift, backward=backward)
     if not backward:
-        return engine.forward(x, weight, bias, coefficients, geometry, how, shift)
-    if named is None and engine is not native and _kernels_are_small(x, weight, coefficients):
-        return strategies.groups(x, weight, bias, coefficients, geometry)
-    return _differentiable(engine, how, x, weight, bias, coefficients, geometry)
+        return engine.forward(x, weight, bias, mixing, geometry, how, shift)
+    if named is None and engine is not native and _kernels_are_small(x, weight, mixing):
+        return strategies.groups(x, weight, bias, mixing, geometry)
+    return _differentiable(engine, how, x, weight, bias, mixing, geometry)
 
 
 _ENGINES: dict[str, Strategy] = {name: partial(_run_engine, engine) for name, engine in engines.ENGINES.items()}
@@ -97,7 +98,7 @@ def dynamic_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    coefficients: Tensor | Mixture,
     stride: Sequence[int],
     padding: Sequence[int] | str,
     dilation: Sequence[int],
@@ -111,7 +112,7 @@ def dynamic_conv(
         weight: the bank, `[g * C_out, C_in / groups, *kernel]`, expert by expert. It may be of half precision where
             the input isn't: it is read at half the cost then, and mixed kernels are as exact as it is.
         bias: `[g * C_out]` or None.
-        coefficients: `[N, g, 1]` or `[N, g, C_out]`.
+        coefficients: `[N, g, 1]`, `[N, g, C_out]`, or a whole :class:`~dyconvert.nn.mixture.Mixture`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
         shift: `[C_out]` or None: added to every image's output, unmixed.
 
@@ -122,21 +123,23 @@ def dynamic_conv(
         ArgumentError: they don't fit together.
     """
     geometry = Geometry(stride, padding, dilation, groups)
+    mixing = Mixing.of(coefficients, weight.shape, groups)
     # At a batch of one each question asked here is felt, and a device's type takes longer to read than all others.
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
-        x, weight, bias, coefficients = _autocast(x, weight, bias, coefficients)
+        x, weight, bias, *axes = _autocast(x, weight, bias, *mixing)
+        mixing = Mixing(*axes)
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     forced = _forced.get()
-    if compiling and not forced and compile_op.takes(x, weight, needs_backward(x, weight, bias, coefficients, shift)):
-        return _compiling(x, weight, bias, coefficients, geometry, shift)
+    if compiling and not forced and compile_op.takes(x, weight, needs_backward(x, weight, bias, *mixing, shift)):
+        return _compiling(x, weight, bias, mixing, geometry, shift)
     if forced in triton.TILES:
-        training = needs_backward(x, weight, bias, coefficients)
-        reason = triton.why_not(x, weight, coefficients, geometry, training=training)
+        training = needs_backward(x, weight, bias, *mixing)
+        reason = triton.why_not(x, weight, mixing, geometry, training=training)
         if reason is not None:
             raise DyconvertError(f"The Triton kernels can't compute this conv: {reason}. Force another strategy.")
-    strategy = forced or _choose(x, weight, bias, coefficients, geometry)
-    return _run(strategy, x, weight, bias, coefficients, geometry, shift)
+    strategy = forced or _choose(x, weight, bias, mixing, geometry)
+    return _run(strategy, x, weight, bias, mixing, geometry, shift)
 
 
 def _run(
@@ -144,21 +147,21 @@ def _run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> Tensor:
-    alone = strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, coefficients, shift)
+    alone = strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, *mixing, shift)
     symbols = torch.compiler.is_compiling() or torch.jit.is_tracing()  # that stand for sizes
     if not symbols and not (alone and strategy == "native"):  # by the rule, it is asked at less cost
-        fitting.check(x, weight, bias, coefficients, geometry, shift)
+        fitting.check(x, weight, bias, mixing, geometry, shift)
     if alone:
-        return _ALL[strategy](x, weight, bias, coefficients, geometry, shift)
+        return _ALL[strategy](x, weight, bias, mixing, geometry, shift)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    out = _ALL[strategy](x, weight, bias, coefficients, geometry)
+    out = _ALL[strategy](x, weight, bias, mixing, geometry)
     return _with_shift(out, shift)
 
 
@@ -166,20 +169,20 @@ def _compiling(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None,
 ) -> Tensor:
     """By an engine within what `torch.compile` makes."""
-    x, geometry = _number_the_padding(x, weight, bias, coefficients, geometry)
-    if not needs_backward(x, weight, bias, coefficients, shift):
-        return compile_op.dynamic_conv(x, weight, bias, coefficients, geometry, shift)
-    out = compile_op.dynamic_conv(x, weight.to(x.dtype), None, coefficients, geometry, training=True)
-    out = _with_bias(out, bias if bias is None else bias.to(x.dtype), coefficients)
+    x, geometry = _number_the_padding(x, weight, bias, mixing, geometry)
+    if not needs_backward(x, weight, bias, *mixing, shift):
+        return compile_op.dynamic_conv(x, weight, bias, mixing, geometry, shift)
+    out = compile_op.dynamic_conv(x, weight.to(x.dtype), None, mixing, geometry, training=True)
+    out = _with_bias(out, bias if bias is None else bias.to(x.dtype), mixing)
     return _with_shift(out, shift)
 
 
-def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> str:
+def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> str:
     batch = x.shape[0] if x.dim() else 0  # what doesn't fit is refused later
     single = isinstance(batch, int) and batch == 1
     if isinstance(batch, int) and batch == 0:
@@ -191,8 +194,8 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
         return recompute.by_rule(x, weight, geometry)
     choices = choice.current()
     if choices.cpu or _is_gpu(x):
-        return _measured(choices, x, weight, bias, coefficients, geometry)
-    if len(choices) and (known := choices.known(key(x, weight, bias, coefficients, geometry))):
+        return _measured(choices, x, weight, bias, mixing, geometry)
+    if len(choices) and (known := choices.known(key(x, weight, bias, mixing, geometry))):
         return known  # by `tune`
     return "native"
 
@@ -207,7 +210,7 @@ def _measured(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
 ) -> str:
     """The fastest strategy; where nothing may be measured, what is known already, else the rule's."""
@@ -216,16 +219,16 @@ def _measured(
     if mode == "off" or engines.deterministic() or type(x) not in (Tensor, nn.Parameter):
         return "native"
     geometry = fitting.numbered(geometry)
-    asked = key(x, weight, bias, coefficients, geometry)
+    asked = key(x, weight, bias, mixing, geometry)
     if known := choices.known(asked):
         return known
-    fitting.check(x, weight, bias, coefficients, geometry)  # else every strategy would be found to fail
+    fitting.check(x, weight, bias, mixing, geometry)  # else every strategy would be found to fail
     # What was read, but never ran here, isn't compiled yet: a graph's capture is no time to do it.
     if engines.capturing(x):
         return "native"
     if mode == "read-only":
         return choices.read(asked) or "native"
-    return choices.choose(asked, trials(x, weight, bias, coefficients, geometry), "native")
+    return choices.choose(asked, trials(x, weight, bias, mixing, geometry), "native")
 
 
 # Unfolded inputs of more bytes aren't tried: what they take would be missing elsewhere.
@@ -233,32 +236,32 @@ _UNFOLDED = 512 * 2**20
 
 
 def trials(
-    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry
+    x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry
 ) -> dict[str, Callable[[], None]]:
     """What is to be timed to find the fastest strategy: each that can serve a call like this one.
 
     Mixing feature maps takes g times the work, and is never tried. In training, strategies that keep every image's
     kernel are tried where those are small.
     """
-    training = needs_backward(x, weight, bias, coefficients)
+    training = needs_backward(x, weight, bias, *mixing)
     if not _is_gpu(x):
         names = ["native", "tiled", "groups", "unfold"]
     else:
         names = list(engines.ENGINES)
-        if triton.why_not(x, weight, coefficients, geometry, training=training) is not None:
+        if triton.why_not(x, weight, mixing, geometry, training=training) is not None:
             names = [name for name in names if name not in triton.TILES]
         if weight.shape[2:].numel() * x.numel() * x.element_size() > _UNFOLDED:
             names.remove("recompute_unfold")
-        if training and _kernels_are_small(x, weight, coefficients):
+        if training and _kernels_are_small(x, weight, mixing):
             names.append(recompute.by_rule(x, weight, geometry))
-    tensors = (x, weight, bias, coefficients)
+    tensors = (x, weight, bias, *mixing)
     return {name: trial(partial(_run_on, name, geometry), tensors) for name in names}
 
 
 def _run_on(
-    name: str, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor
+    name: str, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, *mixing: Tensor | None
 ) -> Tensor:
-    return _run(name, x, weight, bias, coefficients, geometry)
+    return _run(name, x, weight, bias, Mixing(*mixing), geometry)
 
 
 def _observed() -> bool:
@@ -277,10 +280,9 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _kernels_are_small(x: Tensor, weight: Tensor, coefficients: Tensor) -> bool:
+def _kernels_are_small(x: Tensor, weight: Tensor, mixing: Mixing) -> bool:
     """Whether keeping the kernels for backward costs little beside the input, which is kept anyway."""
-    batch, g, per = coefficients.shape
-    return per == 1 and 4 * batch * weight.numel() <= g * x.numel()
+    return not mixing.per_channel and 4 * mixing.images * weight.numel() <= mixing.g * x.numel()
 
 
 def _differentiable(
@@ -289,32 +291,32 @@ def _differentiable(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
 ) -> Tensor:
     """A dynamic conv whose kernels are mixed again for backward; its bias is left to autograd."""
-    return _with_bias(MixedAgainConv.apply(x, weight, coefficients, geometry, engine, how), bias, coefficients)
+    return _with_bias(MixedAgainConv.apply(x, weight, *mixing, geometry, engine, how), bias, mixing)
 
 
 def _with_shift(out: Tensor, shift: Tensor | None) -> Tensor:
     return out if shift is None else out + shift.view(-1, *[1] * (out.dim() - 2))
 
 
-def _with_bias(out: Tensor, bias: Tensor | None, coefficients: Tensor) -> Tensor:
+def _with_bias(out: Tensor, bias: Tensor | None, mixing: Mixing) -> Tensor:
     if bias is None:
         return out
-    mixed = mix(bias.unflatten(0, (coefficients.shape[1], -1)), coefficients)
+    mixed = mix(bias.unflatten(0, (mixing.g, -1)), mixing.coefficients)
     return out + mixed.view(*mixed.shape, *[1] * (out.dim() - 2))
 
 
 def _number_the_padding(
-    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry
+    x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry
 ) -> tuple[Tensor, Geometry]:
     """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
     if not isinstance(geometry.padding, str):
         return x, geometry
     if not torch.compiler.is_compiling():
-        fitting.check(x, weight, bias, coefficients, geometry)  # amounts are those of what fits
+        fitting.check(x, weight, bias, mixing, geometry)  # amounts are those of what fits
     kernel_size = weight.shape[2:]
     # (before, after) of the last dimension first
     amounts = amounts_of_padding(kernel_size, geometry.padding, geometry.dilation)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dyconvert.nn import choice, fitting, native, recompute, tiles
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key
 from dyconvert.nn.triton import engine as triton
@@ -23,7 +24,7 @@ class Engine(Protocol):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        coefficients: Tensor,
+        mixing: Mixing,
         geometry: Geometry,
         how: Any,
         shift: Tensor | None = None,
@@ -34,18 +35,18 @@ class Engine(Protocol):
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
-        coefficients: Tensor,
+        mixing: Mixing,
         geometry: Geometry,
-        needs: tuple[bool, bool, bool],
+        needs: tuple[bool, bool, bool, bool],
         how: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
 
 def by_rule(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
     *,
@@ -63,11 +64,11 @@ def by_rule(
         ArgumentError: the arguments don't fit together.
     """
     if x.is_cpu and x.dtype in _TILED_DTYPES and x.shape[:1] != (0,):
-        call = native.prepare(x, weight, bias, coefficients, geometry, shift)  # which checks them
+        call = native.prepare(x, weight, bias, mixing, geometry, shift)  # which checks them
         if call is not None and (not backward or (call.differentiable and weight.dtype == x.dtype)):
             return native, call
         return tiles, None
-    fitting.check(x, weight, bias, coefficients, geometry, shift)
+    fitting.check(x, weight, bias, mixing, geometry, shift)
     return recompute, recompute.by_rule(x, weight, geometry)
 
 
@@ -83,7 +84,7 @@ def known_or_by_rule(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
     *,
@@ -97,11 +98,11 @@ def known_or_by_rule(
         training: what is looked up: whether a backward follows, by whichever engine.
     """
     if not x.is_cpu and choice.mode() != "off" and not deterministic():
-        known = choice.current().known(key(x, weight, bias, coefficients, geometry, training=training))
+        known = choice.current().known(key(x, weight, bias, mixing, geometry, training=training))
         if known in ENGINES:
-            fitting.check(x, weight, bias, coefficients, geometry, shift)
+            fitting.check(x, weight, bias, mixing, geometry, shift)
             return ENGINES[known]
-    return by_rule(x, weight, bias, coefficients, geometry, shift, backward=backward)
+    return by_rule(x, weight, bias, mixing, geometry, shift, backward=backward)
 
 
 def deterministic() -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dyconvert.errors import ArgumentError
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 
 
@@ -28,7 +29,7 @@ def check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> None:
@@ -39,7 +40,7 @@ def check(
     Raises:
         ArgumentError: which argument doesn't fit, and what would.
     """
-    looks = [Looks.of(tensor) for tensor in (x, weight, bias, coefficients, shift)]
+    looks = [Looks.of(tensor) for tensor in (x, weight, bias, *mixing, shift)]
     try:
         check_looks(*looks, geometry=numbered(geometry))
     except TypeError as error:
@@ -61,7 +62,13 @@ def numbered(geometry: Geometry) -> Geometry:
 
 @functools.lru_cache(maxsize=1024)
 def check_looks(
-    x: Looks, weight: Looks, bias: Looks | None, coefficients: Looks, shift: Looks | None, geometry: Geometry
+    x: Looks,
+    weight: Looks,
+    bias: Looks | None,
+    coefficients: Looks,
+    factors: Looks | None,
+    shift: Looks | None,
+    geometry: Geometry,
 ) -> None:
     """:func:`check`, of what it reads."""
     g = _check_shapes(x.shape, weight.shape, coefficients.shape, geometry.groups)
@@ -72,9 +79,14 @@ def check_looks(
     ):
         if vector is not None and vector.shape != (length,):
             raise ArgumentError(f"{name} has the shape {_text(vector)}. It must be [{meaning}], here [{length}].")
+    if factors is not None and factors.shape != (wanted := (x.shape[0], geometry.groups, *weight.shape[1:])):
+        raise ArgumentError(
+            f"The kernels' factors have the shape {_text(factors)}. They must be [N, groups, C_in / groups, *kernel], "
+            f"here {list(wanted)}."
+        )
     _check_geometry(x.shape, weight.shape, geometry)
-    others = ("weight", weight), ("bias", bias), ("coefficients", coefficients), ("shift", shift)
-    for name, tensor in (("the input", x), *others):
+    mixed_by = (("coefficients", coefficients), ("factors", factors))
+    for name, tensor in (("the input", x), ("weight", weight), ("bias", bias), *mixed_by, ("shift", shift)):
         if tensor is None:
             continue
         if tensor.layout is not torch.strided:
@@ -92,11 +104,11 @@ def check_looks(
         )
     if bias is not None and bias.dtype not in (weight.dtype, x.dtype):
         raise ArgumentError(f"The bias is of {bias.dtype}, and the bank of {weight.dtype}. They must be the same.")
-    if coefficients.dtype != x.dtype:
-        raise ArgumentError(
-            f"coefficients are of {coefficients.dtype}, and the input of {x.dtype}. "
-            f"Convert one of them: coefficients.to(x.dtype)."
-        )
+    for name, tensor in mixed_by:
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ArgumentError(
+                f"{name} are of {tensor.dtype}, and the input of {x.dtype}. Convert one of them: {name}.to(x.dtype)."
+            )
 
 
 _HALF = (torch.float16, torch.bfloat16)

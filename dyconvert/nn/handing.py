@@ -18,6 +18,7 @@ from dyconvert.torch_internals import hook_tables
 
 if TYPE_CHECKING:
     from dyconvert.nn.convs import DynamicConv
+    from dyconvert.nn.mixture import Mixture
     from dyconvert.nn.predictor import CoefficientPredictor
 
 # Of each thread, for threads may share a model: a stack, for blocks may stand in one another.
@@ -124,8 +125,8 @@ def sharing_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Handing]]
             yield name, module, handing
 
 
-def handed(conv: "DynamicConv") -> Tensor | None:
-    """The coefficients that the innermost block being called has for this conv."""
+def handed(conv: "DynamicConv") -> "Mixture | None":
+    """The mixture that the innermost block being called has for this conv."""
     if _compiling():
         return conv._handed
     for frame in reversed(_frames()):
@@ -134,8 +135,8 @@ def handed(conv: "DynamicConv") -> Tensor | None:
     return conv._handed  # of a conv that is kept out of a compiled block
 
 
-def coefficients_for(conv: "DynamicConv", x: Tensor) -> Tensor:
-    """A conv's coefficients for its input: of its own predictor, or handed by its block.
+def mixture_for(conv: "DynamicConv", x: Tensor) -> "Mixture":
+    """A conv's mixture for its input: of its own predictor, or handed by its block.
 
     Raises:
         RuntimeError: it has neither.
@@ -168,7 +169,7 @@ class _Frame(NamedTuple):
     """One call of a block: its convs, and the coefficients of each by its id."""
 
     convs: "list[DynamicConv]"
-    coefficients: dict[int, Tensor]
+    coefficients: "dict[int, Mixture]"
 
 
 def _frames() -> list[_Frame]:

@@ -10,6 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
+from dyconvert.nn.mixture import Mixing
+
 # Elements of one output channel's kernel from which on a matmul per output channel is the faster way.
 _LONG = 2048
 # Elements of a bank from which on a matrix-vector product reads it faster than a matmul.
@@ -51,6 +53,18 @@ def _one_loop(coefficients: Tensor) -> bool:
         return False
     images = coefficients.shape[0]
     return isinstance(images, int) and images == 1
+
+
+def fast_kernels_of(bank: Tensor, mixing: Mixing, out: Tensor | None = None) -> Tensor:
+    """As :func:`kernels_of`, not differentiable; as :func:`mix_fast` the bank, the memory and what is returned.
+
+    Args:
+        mixing: factors `[N, groups, K]`, in the order of the bank's elements.
+    """
+    kernels = mix_fast(bank, mixing.coefficients, out)
+    if mixing.factors is not None:
+        kernels.unflatten(1, (mixing.factors.shape[1], -1)).mul_(mixing.factors.unsqueeze(2))
+    return kernels
 
 
 def mix_fast(bank: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
@@ -117,6 +131,32 @@ def _rows(g: int, channels: int, apart: int) -> Tensor:
     with torch.inference_mode(False):
         experts = torch.arange(g, dtype=torch.int32) * apart
         return (torch.arange(channels, dtype=torch.int32).unsqueeze(1) + experts).flatten()
+
+
+def kernels_of(bank: Tensor, mixing: Mixing) -> Tensor:
+    """The kernel of each image: mixed, and its elements multiplied by the factors; differentiable.
+
+    Args:
+        bank: `[g, C_out, C_in / groups, *kernel]`.
+
+    Returns:
+        `[N, C_out, C_in / groups, *kernel]`
+    """
+    kernels = mix(bank, mixing.coefficients)
+    return kernels if mixing.factors is None else by_factors(kernels, mixing.factors)
+
+
+def by_factors(kernels: Tensor, factors: Tensor) -> Tensor:
+    """Kernels `[N, C_out, ...]` times factors `[N, groups, ...]`, the same for all output channels of a group."""
+    groups = factors.shape[1]
+    if groups == 1:
+        return kernels * factors
+    return (kernels.unflatten(1, (groups, -1)) * factors.unsqueeze(2)).flatten(1, 2)
+
+
+def factor_gradient(kernels: Tensor, kernel_grad: Tensor, groups: int) -> Tensor:
+    """The factors' gradient, `[N, groups, ...]`, from kernels that were mixed without them, `[N, C_out, ...]`."""
+    return (kernels * kernel_grad).unflatten(1, (groups, -1)).sum(2)
 
 
 def bank_gradient(out: Tensor, kernel_grad: Tensor, coefficients: Tensor, *, add: bool) -> None:

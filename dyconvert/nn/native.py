@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dyconvert.errors import ArgumentError, DyconvertError
 from dyconvert.nn import fitting
 from dyconvert.nn.fitting import Looks
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as `csrc/native.cpp` numbers them
@@ -204,7 +205,7 @@ def prepare(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
 ) -> Call | None:
@@ -216,14 +217,16 @@ def prepare(
     Raises:
         ArgumentError: they don't.
     """
+    coefficients, factors = mixing
     if library() is None or not (
         _ordinary(x)
         and _ordinary(weight)
         and _ordinary(coefficients)
         and (bias is None or _ordinary(bias))
         and (shift is None or _ordinary(shift))
+        and factors is None
     ):
-        fitting.check(x, weight, bias, coefficients, geometry, shift)
+        fitting.check(x, weight, bias, mixing, geometry, shift)
         return None
     last = not weight.is_contiguous()
     found = _call(
@@ -253,7 +256,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     call: Call,
     shift: Tensor | None = None,
@@ -270,7 +273,7 @@ def forward(
         _parallel_for(),
         _address(x),
         _address(weight),
-        _address(coefficients),
+        _address(mixing.coefficients),
         None if bias is None else _address(bias),
         None if shift is None else _address(shift),
         _address(out),
@@ -285,19 +288,20 @@ def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool],
     call: Call,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight` and `coefficients`, those that are needed, where the call is differentiable."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight`, coefficients and factors, those that are needed, where the call is differentiable."""
     # Between forward and backward, a parameter's memory may have been replaced (`weight.data = ...`): asked anew.
-    call = prepare(x, weight, None, coefficients, geometry)
+    call = prepare(x, weight, None, mixing, geometry)
     if call is None or not call.differentiable or grad.shape != call.size or not _ordinary(grad):
         raise ArgumentError(
             "The arguments of a dynamic conv were replaced by others between forward and backward. Call forward again."
         )
-    needs_x, needs_bank, needs_eta = needs
+    coefficients = mixing.coefficients
+    needs_x, needs_bank, needs_eta, _ = needs
     grad = grad.to(x.dtype).contiguous()
     dtype = _TYPES[x.dtype]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
@@ -322,7 +326,7 @@ def backward(
             dtype,
         )
         _check(failed, call)
-    return grad_x, grad_bank, grad_eta
+    return grad_x, grad_bank, grad_eta, None
 
 
 def _address(tensor: Tensor) -> int:
@@ -383,6 +387,7 @@ def _call(
         Looks(bank, bank_dtype, _CPU),
         bias and Looks(bias[0], bias[2], _CPU),
         Looks(coefficients, coefficient_dtype, _CPU),
+        None,
         shift and Looks(shift[0], shift[2], _CPU),
     )
     fitting.check_looks(*looks, geometry)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dyconvert.methods import Method
 from dyconvert.nn.handing import maps_in
+from dyconvert.nn.mixture import Mixture, Sizes
 
 
 class CoefficientPredictor(nn.Module):
@@ -24,18 +25,18 @@ class CoefficientPredictor(nn.Module):
 
     Args:
         in_channels: channels of the feature map that is read.
-        outputs: for each conv, how many coefficients an expert has: 1, or the conv's output channels.
+        sizes: for each conv, how many numbers it is given along each axis.
         method: activation, temperature, reduction and g.
 
     Shape:
         - Input: `[N, in_channels, *spatial]`, or a list or dict of maps with `in_channels` channels in all
-        - Output: one tensor `[N, g, outputs[i]]` for each conv i
+        - Output: one :class:`~dyconvert.nn.mixture.Mixture` for each conv, of `sizes[i]`
     """
 
     def __init__(
         self,
         in_channels: int,
-        outputs: Sequence[int],
+        sizes: Sequence[Sizes],
         method: Method,
         *,
         generator: torch.Generator | None = None,
@@ -43,11 +44,11 @@ class CoefficientPredictor(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.outputs = tuple(outputs)
+        self.sizes = tuple(sizes)
         self.g = method.g
         self.activation = method.activation
         self.initial_coefficient = method.initial_coefficient
-        total = method.g * sum(self.outputs)
+        total = sum(size.total for size in self.sizes)
         hidden = method.hidden_features(in_channels)
         if hidden is None:
             self.hidden = None
@@ -64,22 +65,23 @@ class CoefficientPredictor(nn.Module):
         self.linear.bias = nn.Parameter(_zeros(self.linear.bias))
         self.register_buffer("temperature", torch.tensor(method.temperature, dtype=dtype))
 
-    def forward(self, x: Tensor | Any) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor | Any) -> tuple[Mixture, ...]:
         z = _pooled(x)  # [N, C]
         if self.hidden is not None:
             z = self.hidden(z).relu()
-        z = self.linear(z) / self.temperature  # [N, g * sum(outputs)]
+        z = self.linear(z) / self.temperature  # [N, sum of all sizes]
         if self.activation == "sigmoid":
             z = z.sigmoid()
-        parts = []
+        mixtures = []
         start = 0
-        for channels in self.outputs:
-            parts.append(z.narrow(1, start, self.g * channels).unflatten(1, (self.g, channels)))
-            start += self.g * channels
-        return tuple(parts if self.activation == "sigmoid" else [part.softmax(1) for part in parts])
+        for size in self.sizes:
+            experts = z.narrow(1, start, size.g * size.per).unflatten(1, (size.g, size.per))
+            mixtures.append(Mixture(experts if self.activation == "sigmoid" else experts.softmax(1)))
+            start += size.total
+        return tuple(mixtures)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, outputs={self.outputs}, g={self.g}, activation={self.activation}"
+        return f"{self.in_channels}, {len(self.sizes)} convs, g={self.g}, activation={self.activation}"
 
 
 def _pooled(x: Any) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dyconvert.nn import strategies
-from dyconvert.nn.mixing import mix
+from dyconvert.nn.mixing import by_factors, factor_gradient, mix
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 from dyconvert.torch_internals import gradients_of_images
 
@@ -35,7 +36,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     how: str,
     shift: Tensor | None = None,
@@ -43,15 +44,13 @@ def forward(
     """A dynamic conv without autograd.
 
     Args:
-        x, weight, bias, coefficients, geometry, shift: as :func:`dyconvert.nn.dynamic_conv` takes them.
+        x, weight, bias, mixing, geometry, shift: as :func:`dyconvert.nn.dynamic_conv` takes them.
         how: "groups" or "unfold", the strategy.
     """
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    images = _images_at_a_time(x, weight, coefficients, how, gradients=False)
-    parts = [
-        STRATEGIES[how](x[part], weight, bias, coefficients[part], geometry) for part in _parts(x.shape[0], images)
-    ]
+    images = _images_at_a_time(x, weight, mixing, how, gradients=False)
+    parts = [STRATEGIES[how](x[part], weight, bias, mixing.part(part), geometry) for part in _parts(x.shape[0], images)]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out if shift is None else out + shift.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
 
@@ -60,23 +59,28 @@ def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool],
     how: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight` and `coefficients`, those that are needed; without autograd."""
-    needs_x, needs_bank, needs_eta = needs
-    bank = weight.unflatten(0, (coefficients.shape[1], -1))  # [g, C_out, C_in / groups, *kernel]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight`, coefficients and factors, those that are needed; without autograd."""
+    needs_x, needs_bank, needs_eta, needs_factors = needs
+    bank = weight.unflatten(0, (mixing.g, -1))  # [g, C_out, C_in / groups, *kernel]
     gradients = _unfolded_gradients if how == "unfold" else _grouped_gradients
-    parts_x, parts_eta = [], []
+    parts_x, parts_eta, parts_factors = [], [], []
     grad_bank: Tensor | None = None
-    for part in _parts(x.shape[0], _images_at_a_time(x, weight, coefficients, how, gradients=True)):
-        eta = coefficients[part]
-        kernels = mix(bank, eta)  # [n, C_out, C_in / groups, *kernel]
+    for part in _parts(x.shape[0], _images_at_a_time(x, weight, mixing, how, gradients=True)):
+        eta, factors = mixing.part(part)
+        plain = mix(bank, eta)  # [n, C_out, C_in / groups, *kernel]
+        kernels = plain if factors is None else by_factors(plain, factors)
         grad_x, grad_kernels = gradients(
-            grad[part], x[part], kernels, geometry, needs_x=needs_x, needs_kernels=needs_bank or needs_eta
+            grad[part], x[part], kernels, geometry, needs_x=needs_x, needs_kernels=any(needs[1:])
         )
+        if needs_factors:
+            parts_factors.append(factor_gradient(plain, grad_kernels, geometry.groups))
+        if factors is not None and grad_kernels is not None:
+            grad_kernels = by_factors(grad_kernels, factors)
         if needs_x:
             parts_x.append(grad_x)
         if needs_bank:
@@ -84,11 +88,12 @@ def backward(
             # Half precision is too coarse to add up in.
             grad_bank = found if grad_bank is None else grad_bank.to(_wide(x.dtype)).add_(found)
         if needs_eta:
-            parts_eta.append(_coefficient_gradient(bank, grad_kernels, eta.shape[2] > 1))
+            parts_eta.append(_coefficient_gradient(bank, grad_kernels, mixing.per_channel))
     return (
         _together(parts_x),
         None if grad_bank is None else grad_bank.to(weight.dtype).view(weight.shape),
         _together(parts_eta),
+        _together(parts_factors),
     )
 
 
@@ -102,8 +107,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def _images_at_a_time(x: Tensor, weight: Tensor, coefficients: Tensor, how: str, *, gradients: bool) -> int:
-    image = weight.numel() // coefficients.shape[1]
+def _images_at_a_time(x: Tensor, weight: Tensor, mixing: Mixing, how: str, *, gradients: bool) -> int:
+    image = weight.numel() // mixing.g
     if how == "unfold":
         image += weight.shape[2:].numel() * x.shape[1:].numel()
     most = _BYTES // max(image * x.element_size() * (2 if gradients else 1), 1)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyconvert.nn.mixing import mix
+from dyconvert.nn.mixing import kernels_of, mix
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.padding import amounts_of_padding
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -26,16 +27,15 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def mixed(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+def mixed(weight: Tensor, bias: Tensor | None, mixing: Mixing) -> tuple[Tensor, Tensor | None]:
     """Each image's kernel `[N, C_out, C_in / groups, *kernel]` and bias `[N, C_out]`."""
-    g = coefficients.shape[1]
-    kernel = mix(weight.unflatten(0, (g, -1)), coefficients)
-    return kernel, None if bias is None else mix(bias.unflatten(0, (g, -1)), coefficients)
+    kernel = kernels_of(weight.unflatten(0, (mixing.g, -1)), mixing)
+    return kernel, None if bias is None else mix(bias.unflatten(0, (mixing.g, -1)), mixing.coefficients)
 
 
-def groups(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def groups(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
     """One conv for the batch: its images are the groups of a single image."""
-    kernel, mixed_bias = mixed(x, weight, bias, coefficients)
+    kernel, mixed_bias = mixed(weight, bias, mixing)
     batch = x.shape[0]
     out = CONV[x.dim() - 2](
         x.reshape(1, -1, *x.shape[2:]),
@@ -49,12 +49,12 @@ def groups(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor,
     return out.unflatten(1, (batch, -1)).squeeze(0)
 
 
-def unfold(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def unfold(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
     """One batched matmul of the kernels with the unfolded input.
 
     Nothing in it depends on the number of images, so it exports with a dynamic batch.
     """
-    kernel, mixed_bias = mixed(x, weight, bias, coefficients)
+    kernel, mixed_bias = mixed(weight, bias, mixing)
     rows, spatial = unfolded(x, kernel.shape[3:], geometry)
     matrix = kernel.flatten(2).unflatten(1, (geometry.groups, -1))  # [N, groups, C_out / groups, C_in / groups taps]
     if matrix.shape[2] == 1 and matrix.shape[3] <= 64:
@@ -77,15 +77,22 @@ def unfolded(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple
     return rows, spatial
 
 
-def features(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def features(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
     """Mix feature maps instead of kernels: how DyNet's paper trains (eq. 5), at g times the work and memory."""
-    g = coefficients.shape[1]
+    g = mixing.g
     experts = weight.chunk(g)
     biases = [None] * g if bias is None else bias.chunk(g)
-    out = None
+    rows = spatial = out = None
+    if mixing.factors is not None:  # they multiply what each element of a kernel meets
+        rows, spatial = unfolded(x, weight.shape[2:], geometry)
+        rows = rows * mixing.factors.flatten(2).unsqueeze(3)
     for index, (expert, own_bias) in enumerate(zip(experts, biases, strict=True)):
-        y = CONV[x.dim() - 2](x, expert, own_bias, *geometry)
-        eta = coefficients[:, index].reshape(x.shape[0], -1, *[1] * (x.dim() - 2))
+        if rows is None:
+            y = CONV[x.dim() - 2](x, expert, own_bias, *geometry)
+        else:
+            y = (expert.flatten(1).unflatten(0, (geometry.groups, -1)) @ rows).flatten(1, 2).unflatten(2, spatial)
+            y = y if own_bias is None else y + own_bias.view(-1, *[1] * len(spatial))
+        eta = mixing.coefficients[:, index].reshape(x.shape[0], -1, *[1] * (x.dim() - 2))
         out = eta * y if out is None else out + eta * y
     return out
 

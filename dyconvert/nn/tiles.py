@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dyconvert.nn.mixing import bank_gradient, coefficient_gradient, mix, mix_fast
+from dyconvert.nn.mixing import bank_gradient, by_factors, coefficient_gradient, factor_gradient, fast_kernels_of, mix
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import CONV, Geometry
 from dyconvert.torch_internals import gradients_of_images
 
@@ -59,8 +60,8 @@ def _walk(tile: Tile, images: int, channels: int) -> Iterator[tuple[slice, slice
 class _Shapes:
     """A dynamic conv's sizes, and its bank as `[g, C_out, K]`, in the order in which it lies in memory."""
 
-    def __init__(self, x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, tile: Tile | None) -> None:
-        g = coefficients.shape[1]
+    def __init__(self, x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry, tile: Tile | None) -> None:
+        g = mixing.g
         self.images = x.shape[0]
         self.dtype = x.dtype
         self.channels = weight.shape[0] // g
@@ -99,6 +100,19 @@ class _Shapes:
             return kernels.view(-1, *self.kernel)
         return kernels.view(-1, *self.kernel[1:], self.kernel[0]).movedim(-1, 1)
 
+    def in_order(self, mixing: Mixing) -> Mixing:
+        """With factors `[N, groups, K]` in the order in which the bank lies."""
+        factors = mixing.factors
+        if factors is None:
+            return mixing
+        return mixing._replace(factors=(factors.movedim(2, -1) if self.last else factors).flatten(2))
+
+    def unflat_factors(self, factors: Tensor) -> Tensor:
+        """`[N, groups, K]` in the bank's order as `[N, groups, C_in / groups, *kernel]`."""
+        if not self.last:
+            return factors.unflatten(2, tuple(self.kernel))
+        return factors.unflatten(2, (*self.kernel[1:], self.kernel[0])).movedim(-1, 2)
+
     def buffer(self) -> Tensor:
         rows = min(self.tile.images, self.images) * min(self.tile.channels, self.channels)
         return self.bank.new_empty(rows * self.elements, dtype=self.dtype)
@@ -124,35 +138,36 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     tile: Tile | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
     """A dynamic conv without autograd; arguments as those of a strategy, padding as numbers."""
-    biases = _biases(bias, coefficients, shift)
+    biases = _biases(bias, mixing.coefficients, shift)
     if tile is None and weight.is_contiguous():
         if x.shape[0] == 1:
-            return _one(x, weight, biases, coefficients, geometry)
-        if _fits(x, weight, coefficients, geometry):
-            return _at_once(x, weight, biases, coefficients, geometry)
-    shapes = _Shapes(x, weight, coefficients, geometry, tile)
+            return _one(x, weight, biases, mixing, geometry)
+        if _fits(x, weight, mixing, geometry):
+            return _at_once(x, weight, biases, mixing, geometry)
+    shapes = _Shapes(x, weight, mixing, geometry, tile)
+    mixing = shapes.in_order(mixing)
     if shapes.pointwise:
-        out = _pointwise_forward(_at_stride(x, geometry), shapes, coefficients)
+        out = _pointwise_forward(_at_stride(x, geometry), shapes, mixing)
         return out if biases is None else out.add_(biases.view(*biases.shape, *[1] * (x.dim() - 2)))
     convolve = _each if is_channels_last(x) or shapes.images == 1 else _together
     buffer = shapes.buffer()
     out = None
     for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
         bank = shapes.bank[:, channels]
-        eta = coefficients[images] if coefficients.shape[2] == 1 else coefficients[images, :, channels]
-        kernels = mix_fast(bank, eta, shapes.rows(buffer, eta.shape[0], bank.shape[1]))
-        part = convolve(x[images], kernels, None if biases is None else biases[images, channels], shapes, geometry)
-        if part.shape[0] == shapes.images and part.shape[1] == shapes.channels:
-            return part
+        part = mixing.part(images, channels)
+        kernels = fast_kernels_of(bank, part, shapes.rows(buffer, part.images, bank.shape[1]))
+        maps = convolve(x[images], kernels, None if biases is None else biases[images, channels], shapes, geometry)
+        if maps.shape[0] == shapes.images and maps.shape[1] == shapes.channels:
+            return maps
         if out is None:
-            out = _empty_like(x, (shapes.images, shapes.channels, *part.shape[2:]))
-        out[images, channels] = part
+            out = _empty_like(x, (shapes.images, shapes.channels, *maps.shape[2:]))
+        out[images, channels] = maps
     return out
 
 
@@ -169,9 +184,9 @@ def _empty_like(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return torch.empty(size, dtype=x.dtype, memory_format=form)
 
 
-def _fits(x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry) -> bool:
+def _fits(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry) -> bool:
     """Whether nothing that one conv for the whole batch needs is too large for one tile."""
-    batch, g = coefficients.shape[:2]
+    batch, g = mixing.images, mixing.g
     size = x.element_size()
     kernels = weight.numel() // g * batch * size
     if weight.shape[2:].numel() == 1 and geometry.groups == 1:
@@ -179,21 +194,25 @@ def _fits(x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry) -
     return batch <= _GROUPS and kernels <= _REUSED and x.numel() * size <= _ACTIVATIONS and not is_channels_last(x)
 
 
-def _one(x: Tensor, weight: Tensor, biases: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def _one(x: Tensor, weight: Tensor, biases: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
     """One image: the plain conv. At this size every call counts."""
-    g = coefficients.shape[1]
     size = weight.shape
-    kernel = mix_fast(weight.view(g, size[0] // g, -1), coefficients).view(-1, *size[1:])
+    kernel = fast_kernels_of(weight.view(mixing.g, size[0] // mixing.g, -1), _flat(mixing)).view(-1, *size[1:])
     return CONV[len(size) - 2](x, kernel, None if biases is None else biases.flatten(), *geometry)
 
 
-def _at_once(x: Tensor, weight: Tensor, biases: Tensor | None, coefficients: Tensor, geometry: Geometry) -> Tensor:
+def _flat(mixing: Mixing) -> Mixing:
+    """With factors `[N, groups, K]`, for a contiguous bank."""
+    return mixing if mixing.factors is None else mixing._replace(factors=mixing.factors.flatten(2))
+
+
+def _at_once(x: Tensor, weight: Tensor, biases: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
     """One tile for everything."""
-    batch, g = coefficients.shape[:2]
+    batch, g = mixing.images, mixing.g
     size = weight.shape
     rows = size[0] // g
     bank = weight.view(g, rows, -1)
-    kernels = mix_fast(bank, coefficients)
+    kernels = fast_kernels_of(bank, _flat(mixing))
     if geometry.groups == 1 and bank.shape[2] == x.shape[1] and not any(geometry.padding):
         source = _at_stride(x, geometry)
         out = _empty_like(source, (batch, rows, *source.shape[2:]))
@@ -233,15 +252,15 @@ def _each(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes, ge
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _pointwise_forward(x: Tensor, shapes: _Shapes, coefficients: Tensor) -> Tensor:
+def _pointwise_forward(x: Tensor, shapes: _Shapes, mixing: Mixing) -> Tensor:
     """1 x 1 convs as matmuls `[C_out, C_in] @ [C_in, L]`."""
     out = _empty_like(x, (shapes.images, shapes.channels, *x.shape[2:]))
     pixels, results = x.flatten(2), out.flatten(2)
     buffer = shapes.buffer()
     for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
         bank = shapes.bank[:, channels]
-        eta = coefficients[images] if coefficients.shape[2] == 1 else coefficients[images, :, channels]
-        kernels = mix_fast(bank, eta, shapes.rows(buffer, eta.shape[0], bank.shape[1]))
+        part = mixing.part(images, channels)
+        kernels = fast_kernels_of(bank, part, shapes.rows(buffer, part.images, bank.shape[1]))
         torch.bmm(kernels, pixels[images], out=results[images, channels])
     return out
 
@@ -250,39 +269,48 @@ def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool],
     tile: Tile | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight` and `coefficients`, those that are needed; without autograd."""
-    shapes = _Shapes(x, weight, coefficients, geometry, tile)
-    needs_x, needs_bank, needs_eta = needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight`, coefficients and factors, those that are needed; without autograd."""
+    coefficients = mixing.coefficients
+    shapes = _Shapes(x, weight, mixing, geometry, tile)
+    mixing = shapes.in_order(mixing)
+    needs_x, needs_bank, needs_eta, needs_factors = needs
     gradients = _pointwise_gradients if shapes.pointwise else _conv_gradients
-    per_channel = coefficients.shape[2] > 1
+    per_channel = mixing.per_channel
     source = _at_stride(x, geometry) if shapes.pointwise else x
     blocks = -(-shapes.channels // shapes.tile.channels)
     grad_source = None
     grad_bank = grad_eta = None
+    grad_factors = torch.zeros_like(mixing.factors) if needs_factors else None
     buffer = shapes.buffer() if needs_x else None
     for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
         bank = shapes.bank[:, channels]
         at = (images, slice(None), channels) if per_channel else (images,)
-        eta = coefficients[at]
-        kernels = mix_fast(bank, eta, shapes.rows(buffer, eta.shape[0], bank.shape[1])) if needs_x else None
+        part = mixing.part(images, channels)
+        eta, factors = part
+        kernels = fast_kernels_of(bank, part, shapes.rows(buffer, part.images, bank.shape[1])) if needs_x else None
         grad_x, grad_kernels = gradients(
-            grad[images, channels], source[images], kernels, shapes, geometry, needs_bank or needs_eta
+            grad[images, channels], source[images], kernels, shapes, geometry, any(needs[1:])
         )
+        if needs_factors:
+            plain = fast_kernels_of(bank, Mixing(eta))
+            grad_factors[images] += factor_gradient(plain, grad_kernels, factors.shape[1])
+        if factors is not None and grad_kernels is not None:
+            grad_kernels = by_factors(grad_kernels, factors)
         if needs_bank:
             if grad_bank is None:
                 grad_bank = torch.empty_like(shapes.bank)
             bank_gradient(grad_bank[:, channels], grad_kernels, eta, add=images.start > 0)
         if needs_eta:
-            part = coefficient_gradient(bank, grad_kernels, per_channel)
+            found = coefficient_gradient(bank, grad_kernels, per_channel)
             if grad_eta is None:
-                grad_eta = part if part.shape == coefficients.shape else torch.zeros_like(coefficients)
-            if grad_eta is not part:
-                grad_eta[at] += part
+                grad_eta = found if found.shape == coefficients.shape else torch.zeros_like(coefficients)
+            if grad_eta is not found:
+                grad_eta[at] += found
         if needs_x:
             if grad_x.shape[0] == shapes.images and blocks == 1:
                 grad_source = grad_x
@@ -297,7 +325,8 @@ def backward(
         grad_full = torch.zeros_like(x)
         _at_stride(grad_full, geometry).copy_(grad_source)
         grad_source = grad_full
-    return grad_source, None if grad_bank is None else shapes.unflat(grad_bank), grad_eta
+    grad_bank = None if grad_bank is None else shapes.unflat(grad_bank)
+    return grad_source, grad_bank, grad_eta, None if grad_factors is None else shapes.unflat_factors(grad_factors)
 
 
 def _pointwise_gradients(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dyconvert.nn import tiles
 from dyconvert.nn.choice import Key
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 
 
@@ -19,7 +20,7 @@ def key(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     training: bool | None = None,
 ) -> Key:
@@ -29,12 +30,12 @@ def key(
         training: whether a backward may follow; None: as the tensors say.
     """
     if training is None:
-        training = needs_backward(x, weight, bias, coefficients)
+        training = needs_backward(x, weight, bias, *mixing)
     padding = geometry.padding if isinstance(geometry.padding, str) else tuple(geometry.padding)
     return Key(
         tuple(x.shape),
         tuple(weight.shape),
-        tuple(coefficients.shape),
+        tuple(mixing.coefficients.shape),
         tuple(geometry.stride),
         padding,
         tuple(geometry.dilation),
@@ -48,6 +49,7 @@ def key(
         training,
         torch.get_num_threads() if x.is_cpu else 0,
         _precision() if x.is_cuda else "",
+        mixing.factors is not None,
     )
 
 

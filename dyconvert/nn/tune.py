@@ -11,7 +11,8 @@ from dyconvert.errors import ModelError
 from dyconvert.nn import choice
 from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
 from dyconvert.nn.dispatch import trials
-from dyconvert.nn.handing import coefficients_for
+from dyconvert.nn.handing import mixture_for
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key
 
@@ -58,18 +59,20 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
 
 def _observe(
     model: nn.Module, convs: set[str], arguments: tuple[Any, ...]
-) -> dict[str, tuple[list[Tensor | None], Geometry]]:
+) -> dict[str, tuple[tuple[Tensor, Tensor, Tensor | None, Mixing], Geometry]]:
     """What each of the `convs`, by name, is called with, from one run."""
-    calls: dict[str, tuple[list[Tensor | None], Geometry]] = {}
+    calls: dict[str, tuple[tuple[Tensor, Tensor, Tensor | None, Mixing], Geometry]] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(conv: DynamicConv, given: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
             x = given[0] if given else options["input"]
-            coefficients = coefficients_for(conv, x)
+            mixing = Mixing.of(mixture_for(conv, x), conv.weight.shape, conv.groups)
             x, padding = conv.padded(x)
-            needs = model.training
-            tensors = [x.detach().requires_grad_(needs), conv.weight, conv.bias]
-            tensors.append(coefficients.detach().requires_grad_(needs))
+
+            def leaf(tensor: Tensor) -> Tensor:
+                return tensor.detach().requires_grad_(model.training)
+
+            tensors = leaf(x), conv.weight, conv.bias, Mixing(*(t if t is None else leaf(t) for t in mixing))
             calls[name] = tensors, Geometry(conv.stride, padding, conv.dilation, conv.groups)
 
         return hook

@@ -14,6 +14,7 @@ from dyconvert.names import holds, within
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import DYNAMIC_OF
 from dyconvert.nn.handing import Handing, share
+from dyconvert.nn.mixture import sizes_for
 from dyconvert.surgery.adapters import static_padding, static_weight, unsupported
 from dyconvert.surgery.expand import Deviations, empty_bank, expand
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
@@ -88,15 +89,15 @@ def _made(
         predictor = None
         conv = static[entry.name]
         if entry.block is None:
-            predictor = _predictor(entry.in_channels, [entry], plan.method, conv, generator)
+            predictor = _predictor(entry.in_channels, [conv], plan.method, generator)
         replacements[conv] = _dynamic(conv, plan.method, fill, predictor, done)
         if progress is not None:
             progress(entry.name, done, len(static))
     predictors = {}
     for block in plan.blocks:
         if entries := plan.shared(block.name):
-            like = static[entries[0].name]
-            predictors[block.name] = _predictor(block.in_channels, entries, plan.method, like, generator)
+            convs = [static[entry.name] for entry in entries]
+            predictors[block.name] = _predictor(block.in_channels, convs, plan.method, generator)
     return replacements, predictors
 
 
@@ -172,15 +173,11 @@ class _Expansion:
 
 
 def _predictor(
-    in_channels: int,
-    entries: Sequence[PlannedConv],
-    method: Method,
-    like: nn.Module,
-    generator: torch.Generator,
+    in_channels: int, convs: Sequence[nn.Module], method: Method, generator: torch.Generator
 ) -> CoefficientPredictor:
-    outputs = [entry.out_channels if method.per == "channel" else 1 for entry in entries]
-    weight: Tensor = like.weight
-    made = CoefficientPredictor(in_channels, outputs, method, generator=generator, dtype=weight.dtype)
+    sizes = [sizes_for(method, conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups) for conv in convs]
+    weight: Tensor = convs[0].weight
+    made = CoefficientPredictor(in_channels, sizes, method, generator=generator, dtype=weight.dtype)
     return made.to(weight.device)
 
 

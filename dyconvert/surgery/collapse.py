@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, some
@@ -13,12 +13,13 @@ from dyconvert.marks import remove_marks
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import STATIC_OF
 from dyconvert.nn.handing import sharing_blocks, unshare
+from dyconvert.nn.mixture import Mixture
 from dyconvert.nn.padding import TF_SAME
 from dyconvert.surgery.apply import hand_over, replace_everywhere
-from dyconvert.surgery.watch import predictor_of, run_over, watch_coefficients
+from dyconvert.surgery.watch import predictor_of, run_over, watch_mixtures
 
 # Attributes that only a dynamic conv has; all others are the static conv's, or what the user has put on it.
-_DYNAMIC_ONLY = {"g", "coefficients_per", "_explicit_padding", "_handed", "coefficient_predictor", "block_predictor"}
+_DYNAMIC_ONLY = {"g", "sizes", "_explicit_padding", "_handed", "coefficient_predictor", "block_predictor"}
 
 
 def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") -> nn.Module:
@@ -59,7 +60,7 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
         if coefficients != "initial":
             raise ModelError(f"collapse() takes 'initial' or batches of data as coefficients, not {coefficients!r}.")
     else:
-        chosen |= mean_coefficients(model, coefficients)
+        chosen |= mean_mixtures(model, coefficients)
 
     # The copy may share what won't be part of it.
     left_behind = {id(p) for m in (*convs.values(), *predictors.values()) for p in m.parameters()}
@@ -76,8 +77,8 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     return result
 
 
-def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """The mean coefficients of each dynamic conv over the images, in eval mode, in float64.
+def mean_mixtures(model: nn.Module, batches: Iterable[Any]) -> dict[str, Mixture]:
+    """The mean mixture of each dynamic conv over the images, in eval mode, in float64.
 
     A conv that is called several times per image is averaged over its calls.
 
@@ -86,7 +87,7 @@ def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Ten
         batches: as :func:`collapse` takes them.
 
     Returns:
-        `[g, 1]` or `[g, C_out]` for each conv that was called, by its name.
+        That of each conv that was called, as one image's, by the conv's name; each axis is averaged by itself.
 
     Raises:
         ModelError: as in :func:`collapse`.
@@ -97,30 +98,37 @@ def mean_coefficients(model: nn.Module, batches: Iterable[Any]) -> dict[str, Ten
     # A copy that shares all tensors: its mode and its hooks can be changed. The user's own hooks stay, for they may
     # be part of what the model computes.
     runner = in_eval_mode(skeleton(model, lambda t: t.detach()))
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Mixture] = {}
     calls: dict[str, int] = {}
 
-    def add(name: str, seen: Tensor) -> None:
-        total = seen.detach().double().sum(0)
-        sums[name] = sums[name] + total if name in sums else total
-        calls[name] = calls.get(name, 0) + seen.shape[0]
+    def add(name: str, seen: Mixture) -> None:
+        total = seen.map(lambda axis: axis.detach().double().sum(0, keepdim=True))
+        if name in sums:
+            before = sums[name].axes()
+            total = Mixture(**{axis: value + before[axis] for axis, value in total.axes().items()})
+        sums[name] = total
+        calls[name] = calls.get(name, 0) + seen.experts.shape[0]
 
     names = [name for name, module in runner.named_modules() if isinstance(module, DynamicConv)]
-    watch_coefficients(runner, add)
+    watch_mixtures(runner, add)
     run_over(runner, batches)
-    means = {name: total / calls[name] for name, total in sums.items() if calls[name]}
-    if broken := [name for name, mean in means.items() if not mean.isfinite().all()]:
+    means = {
+        name: total.map(lambda axis, count=calls[name]: axis / count) for name, total in sums.items() if calls[name]
+    }
+    if broken := [
+        name for name, mean in means.items() if not all(axis.isfinite().all() for axis in mean.axes().values())
+    ]:
         raise ModelError(f"The coefficients of {broken[0]} over the data aren't finite. Look for NaN in the images.")
     if missing := [name for name in names if name not in means]:
         warnings.warn(f"The data never reached {some(missing)}: collapsed at the initial coefficients.", stacklevel=3)
     return means
 
 
-def _initial(predictor: CoefficientPredictor, conv: DynamicConv) -> Tensor:
-    return torch.full((conv.g, 1), predictor.initial_coefficient, dtype=torch.float64)
+def _initial(predictor: CoefficientPredictor, conv: DynamicConv) -> Mixture:
+    return Mixture(torch.full((1, conv.g, 1), predictor.initial_coefficient, dtype=torch.float64))
 
 
-def _static(dynamic: DynamicConv, coefficients: Tensor, dtype: torch.dtype) -> nn.Module:
+def _static(dynamic: DynamicConv, mixture: Mixture, dtype: torch.dtype) -> nn.Module:
     cls = STATIC_OF.get(type(dynamic))
     if cls is None:
         raise ModelError(f"collapse() doesn't know which static conv a {type(dynamic).__name__} goes back to.")
@@ -143,7 +151,7 @@ def _static(dynamic: DynamicConv, coefficients: Tensor, dtype: torch.dtype) -> n
 
         static.__class__ = Conv2dSame
     # In float64, for the experts' differences are to cancel. Those of a fused model may be of half precision.
-    weight, bias = dynamic.mixture(coefficients)
+    weight, bias = dynamic.mixed(mixture)
     static.weight = nn.Parameter(weight.to(dtype), dynamic.weight.requires_grad)
     if bias is not None:
         trains = dynamic.bias is not None and dynamic.shift is None and dynamic.bias.requires_grad

@@ -119,7 +119,8 @@ def _aim(
     each = torch.where(variance > 1e-12 * variance.max(), variance.clamp(min=1e-30).rsqrt(), 0.0)
     drawn = g if predictor.activation == "softmax" else g // 2
     start = 0
-    for channels in predictor.outputs:
+    for size in predictor.sizes:
+        channels = size.per
         d = torch.randn(drawn * channels, len(mean), generator=generator, dtype=torch.float64).to(mean.device) * each
         deviation = ((d @ covariance) * d).sum(1, keepdim=True).clamp(min=0).sqrt()
         d = torch.where(deviation > 0, d * spread / deviation, 0.0) * predictor.temperature.double()
@@ -127,4 +128,4 @@ def _aim(
         rows = slice(start, start + len(weight))
         predictor.linear.weight[rows] = weight.to(predictor.linear.weight.dtype)
         predictor.linear.bias[rows] = -(weight @ mean).to(predictor.linear.bias.dtype)
-        start += g * channels
+        start += size.total

@@ -12,12 +12,13 @@ from dyconvert.errors import ModelError
 from dyconvert.names import joined
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.handing import handed, sharing_blocks
+from dyconvert.nn.mixture import Mixture
 
 
-def watch_coefficients(model: nn.Module, see: Callable[[str, Tensor], None]) -> None:
-    """Have `see(conv's name, coefficients)` called at every call of every dynamic conv.
+def watch_mixtures(model: nn.Module, see: Callable[[str, Mixture], None]) -> None:
+    """Have `see(conv's name, mixture)` called at every call of every dynamic conv.
 
-    The coefficients are `[N, g, 1]` or `[N, g, C_out]`. The hooks stay: pass a copy of the model.
+    The hooks stay: pass a copy of the model.
     """
 
     def watch(name: str, conv: DynamicConv) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dyconvert.errors import brief
 from dyconvert.nn import choice, recompute
 from dyconvert.nn.mixing import mix
+from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.native import size_of_output
 from dyconvert.nn.strategies import Geometry
 
@@ -83,9 +84,7 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def why_not(
-    x: Tensor, weight: Tensor, coefficients: Tensor, geometry: Geometry, *, training: bool = False
-) -> str | None:
+def why_not(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry, *, training: bool = False) -> str | None:
     """Why the kernels can't compute a conv, or None; padding may be "same" or "valid".
 
     Args:
@@ -97,10 +96,12 @@ def why_not(
         return f"it is on the device {x.device.type}"
     if x.dim() != 4:
         return "it isn't 2-d"
-    for dtype in (x.dtype, weight.dtype, coefficients.dtype):
+    for dtype in (x.dtype, weight.dtype, mixing.coefficients.dtype):
         if dtype not in _DTYPES:
             return f"its dtype is {dtype}"
-    if training and coefficients.shape[1] > _EXPERTS:
+    if mixing.factors is not None:
+        return "the elements of its kernels have factors"
+    if training and mixing.g > _EXPERTS:
         return f"it has more than {_EXPERTS} experts"
     # Offsets within an image and within the bank have 32 bits; launch grids have 16 for images, and for groups.
     if (
@@ -118,35 +119,35 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
     how: Tile,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """A dynamic conv without autograd; padding as numbers."""
+    """A dynamic conv without autograd and without factors; padding as numbers."""
     try:
-        return _forward(x, weight, bias, coefficients, geometry, how, shift)
+        return _forward(x, weight, bias, mixing.coefficients, geometry, how, shift)
     except Exception as error:
         _give_up(error, how)
-    return recompute.forward(x, weight, bias, coefficients, geometry, recompute.by_rule(x, weight, geometry), shift)
+    return recompute.forward(x, weight, bias, mixing, geometry, recompute.by_rule(x, weight, geometry), shift)
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    coefficients: Tensor,
+    mixing: Mixing,
     geometry: Geometry,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool],
     how: Tile,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight` and `coefficients`, those that are needed; without autograd."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight` and coefficients, those that are needed; without autograd."""
     try:
-        return _backward(grad, x, weight, coefficients, geometry, needs, how)
+        return (*_backward(grad, x, weight, mixing.coefficients, geometry, needs, how), None)
     except Exception as error:
         _give_up(error, how)
     plain = recompute.by_rule(x, weight, geometry)
-    return recompute.backward(grad, x, weight, coefficients, geometry, needs, plain)
+    return recompute.backward(grad, x, weight, mixing, geometry, needs, plain)
 
 
 def _give_up(error: Exception, tile: Tile) -> None:
@@ -223,10 +224,10 @@ def _backward(
     weight: Tensor,
     coefficients: Tensor,
     geometry: Geometry,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool],
     tile: Tile,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs_x, needs_bank, needs_eta = needs
+    needs_x, needs_bank, needs_eta, _ = needs
     grad_x = torch.empty_like(x) if needs_x else None
     grad_bank = grad_eta = None
     with _on(x):

@@ -1,0 +1,165 @@
+r"""Mixture: what makes each image's kernel from the experts, along four axes; and Mixing: what engines compute it from.
+
+.. math:: \tilde w_{t,c,k} = f_t\, e_c\, p_k \sum_i \eta^i_{(t)} w^i_{t,c,k}
+
+for output channel t, input channel c and kernel position k. DyNet, CondConv and Dynamic Convolution have
+:math:`\eta` alone; ODConv (Li et al. 2022, eq. 3) has all four. The method's data say which of them a predictor gives.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dyconvert.errors import ArgumentError
+from dyconvert.methods import Method
+
+
+class Sizes(NamedTuple):
+    """How many numbers a predictor gives to one conv, for each image, along each axis of a :class:`Mixture`.
+
+    Attributes:
+        g: experts.
+        per: coefficients of an expert: 1, or C_out.
+        outputs, inputs, positions: factors; 0: none.
+    """
+
+    g: int
+    per: int
+    outputs: int = 0
+    inputs: int = 0
+    positions: int = 0
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether what mixes the experts differs from one output channel to another."""
+        return self.per > 1 or self.outputs > 0
+
+    def text(self) -> str:
+        """What differs from conv to conv, in words."""
+        axes = [name for name in ("outputs", "inputs", "positions") if getattr(self, name)]
+        return f"coefficients_per={'channel' if self.per > 1 else 'layer'}" + "".join(f", {axis}" for axis in axes)
+
+    @property
+    def total(self) -> int:
+        return self.g * self.per + self.outputs + self.inputs + self.positions
+
+
+def sizes_for(method: Method, in_channels: int, out_channels: int, kernel_size: Sequence[int], groups: int) -> Sizes:
+    """What `method` predicts for a conv."""
+    return Sizes(method.g, out_channels if method.per == "channel" else 1)
+
+
+class Mixture(NamedTuple):
+    """What a predictor gives to one conv, N images at a time.
+
+    Attributes:
+        experts: `[N, g, 1]`, a coefficient for each expert, or `[N, g, C_out]`, for each output channel as well.
+        outputs: `[N, C_out]`: a factor for each output channel; None: 1.
+        inputs: `[N, C_in]`: a factor for each input channel; None: 1.
+        positions: `[N, taps]`: a factor for each position of the kernel, the last dimension fastest; None: 1.
+    """
+
+    experts: Tensor
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+    positions: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Mixture":
+        """The mixture of what `change` makes of each axis that there is."""
+        return Mixture(*(None if axis is None else change(axis) for axis in self))
+
+    def axes(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: axis for name, axis in zip(self._fields, self, strict=True) if axis is not None}
+
+    def coefficients(self) -> Tensor:
+        """What experts, and their biases, are mixed by: `[N, g, 1]` or `[N, g, C_out]`."""
+        return self.experts if self.outputs is None else self.experts * self.outputs.unsqueeze(1)
+
+    def factors(self, groups: int, per_group: int, kernel_size: Sequence[int]) -> Tensor | None:
+        """What the elements of a mixed kernel are multiplied by: `[N, groups, C_in / groups, *kernel]`; None: 1.
+
+        Args:
+            per_group: C_in / groups.
+        """
+        size = (-1, groups, per_group, *kernel_size)
+        if self.positions is None:
+            if self.inputs is None:
+                return None
+            return self.inputs.unflatten(1, (groups, per_group, *[1] * len(kernel_size))).expand(size)
+        positions = self.positions.unflatten(1, (1, 1, *kernel_size))
+        if self.inputs is None:
+            return positions.expand(size)
+        return self.inputs.unflatten(1, (groups, per_group, *[1] * len(kernel_size))) * positions
+
+
+class Mixing(NamedTuple):
+    """A mixture as engines compute with it: all that differs from one output channel to another is in the coefficients,
+    all else in the factors.
+
+    Attributes:
+        coefficients: `[N, g, 1]` or `[N, g, C_out]`.
+        factors: `[N, groups, C_in / groups, *kernel]`, what the elements of a mixed kernel are multiplied by; None: 1.
+    """
+
+    coefficients: Tensor
+    factors: Tensor | None = None
+
+    @classmethod
+    def of(cls, mixture: "Mixture | Tensor", bank: Sequence[int], groups: int) -> "Mixing":
+        """Fold a mixture for a bank of the shape `[g * C_out, C_in / groups, *kernel]`; a tensor is the experts'.
+
+        Raises:
+            ArgumentError: a factor is of another size than what it is for.
+        """
+        if isinstance(mixture, Tensor):
+            return cls(mixture)
+        experts, outputs, inputs, positions = mixture
+        if outputs is inputs is positions is None:
+            return cls(experts)
+        rows, per_group, *kernel_size = bank
+        check_factors(mixture, rows // experts.shape[1], per_group * groups, kernel_size)
+        return cls(mixture.coefficients(), mixture.factors(groups, per_group, kernel_size))
+
+    @property
+    def images(self) -> int:
+        return self.coefficients.shape[0]
+
+    @property
+    def g(self) -> int:
+        return self.coefficients.shape[1]
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether output channels have coefficients of their own."""
+        return self.coefficients.shape[2] > 1
+
+    def part(self, images: slice, channels: slice = slice(None)) -> "Mixing":
+        """Of some of the images, and of the output channels; factors are the same for all channels of a group."""
+        eta = self.coefficients[images]
+        if self.per_channel and channels != slice(None):
+            eta = eta[:, :, channels]
+        return Mixing(eta, None if self.factors is None else self.factors[images])
+
+
+def check_factors(mixture: Mixture, out_channels: int, in_channels: int, kernel_size: Sequence[int]) -> None:
+    """Refuse factors that don't fit a conv.
+
+    Raises:
+        ArgumentError: which axis doesn't fit, and what would.
+    """
+    taps = 1
+    for length in kernel_size:
+        taps *= length
+    sizes = {"outputs": (out_channels, "C_out"), "inputs": (in_channels, "C_in"), "positions": (taps, "taps")}
+    images = mixture.experts.shape[0]
+    for name, axis in mixture.axes().items():
+        if name == "experts":
+            continue
+        length, meaning = sizes[name]
+        if tuple(axis.shape) != (images, length):
+            raise ArgumentError(
+                f"The mixture's {name} have the shape {list(axis.shape)}. They must be [N, {meaning}], here "
+                f"[{images}, {length}]."
+            )
