@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", default=[], metavar="CASE", help="measure these afresh")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--families", action="store_true", help="choose timm's models afresh")
+    parser.add_argument("--missing", action="store_true", help="measure no model twice, not even one with problems")
     options = parser.parse_args()
     if options.one:
         from covering import examine
@@ -176,7 +177,7 @@ def main() -> None:
         coverage_zoo.FAMILIES.write_text("[\n  " + ",\n  ".join(rows) + "\n]\n")
         return
     if not options.table:
-        SWEEP.measure(all_cases(), options.again, lambda row: row["difference"])
+        SWEEP.measure(all_cases(), options.again, lambda row: row["difference"], options.missing)
     write_table()
 
 

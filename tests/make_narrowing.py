@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--one", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--again", nargs="+", default=[], metavar="CASE", help="measure these afresh")
     parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--missing", action="store_true", help="measure no model twice, not even one with problems")
     options = parser.parse_args()
     if options.one:
         from narrowing_covering import examine
@@ -115,7 +116,9 @@ def main() -> None:
         measure_here(examine, options.one, MEMORY)
         return
     if not options.table:
-        SWEEP.measure(cases(), options.again, lambda row: row["refused"] or (row["error"], row["merged"]))
+        SWEEP.measure(
+            cases(), options.again, lambda row: row["refused"] or (row["error"], row["merged"]), options.missing
+        )
     write_table()
 
 

@@ -213,7 +213,7 @@ def _saved(program: Program, model: nn.Module, dynamic: nn.Module, faults: list[
         for module in trained.modules():
             if isinstance(module, dyconvert.DynamicConv):
                 module.weight += 0.1 * torch.randn(module.weight.shape, generator=generator, dtype=module.weight.dtype)
-    _randomise(trained, generator)
+    randomise(trained, generator)
     with tempfile.TemporaryDirectory() as folder:
         dyconvert.save(trained, Path(folder) / "saved")
         loaded = dyconvert.load(Path(folder) / "saved", program.build(seed=1))
@@ -231,7 +231,7 @@ def _alone(program: Program, model: nn.Module, dynamic: nn.Module, faults: list[
     static, mixing = copied(model), copied(dynamic)
     static.eval()
     mixing.eval()
-    _randomise(mixing, torch.Generator().manual_seed(1))
+    randomise(mixing, torch.Generator().manual_seed(1))
     x = images(3)
     with torch.no_grad():
         results = []
@@ -248,7 +248,7 @@ def _alone(program: Program, model: nn.Module, dynamic: nn.Module, faults: list[
         faults.append(f"images: {results[1]:.1e} between an image alone and in a batch")
 
 
-def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, dyconvert.CoefficientPredictor):

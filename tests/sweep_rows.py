@@ -30,18 +30,31 @@ class Rows:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         return {row["case"]: self.row(**row) for row in map(json.loads, lines) if row}
 
-    def measure(self, cases: Iterable[str], again: Sequence[str], said: Callable[[dict[str, Any]], Any]) -> None:
-        """Measure what is missing or had problems, and what begins as one of `again`; then a row each, in order."""
+    def measure(
+        self,
+        cases: Iterable[str],
+        again: Sequence[str],
+        said: Callable[[dict[str, Any]], Any],
+        only_missing: bool = False,
+    ) -> None:
+        """Measure what is missing or had problems, and what begins as one of `again`; then a row each, in order.
+
+        Rows of other cases, as of a library that isn't installed here, are kept after them. `only_missing` leaves those
+        with problems as they are: a sweep that goes on after a stop has seen them.
+        """
         cases = list(cases)
         done = self.measured()
         for case in cases:
-            if case not in done or done[case].problems or case.startswith(tuple(again) or "-"):
+            missing = case not in done or (done[case].problems and not only_missing)
+            if missing or case.startswith(tuple(again) or "-"):
                 row = self._measured_apart(case)
                 with self.file.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(case, row["seconds"], row["problems"] or said(row), flush=True)
         done = self.measured()
-        self.file.write_text("".join(json.dumps(done[case].as_dict()) + "\n" for case in cases if case in done))
+        ordered = [case for case in cases if case in done]
+        ordered += [case for case in done if case not in ordered]
+        self.file.write_text("".join(json.dumps(done[case].as_dict()) + "\n" for case in ordered))
 
     def _measured_apart(self, case: str) -> dict[str, Any]:
         """The model's row, from a process that is ended when it takes too long."""

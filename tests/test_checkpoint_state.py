@@ -61,6 +61,63 @@ class Counting(FlatNet):
         self.value = state
 
 
+class Versioned(nn.Module):
+    """As torchvision's MNASNet: its second version keeps the scale itself, and the first kept its inverse."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = BasicBlock(8, 8)
+        self.scale = nn.Parameter(torch.tensor([3.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.block(self.stem(x))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: object) -> None:
+        if local_metadata.get("version") not in (1, 2):
+            raise ValueError(f"version should be 1 or 2, not {local_metadata.get('version')}")
+        if local_metadata["version"] == 1:
+            state_dict[f"{prefix}scale"] = 1 / state_dict[f"{prefix}scale"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_versions_of_modules(tmp_path, monkeypatch):
+    model = seeded(Versioned).eval()
+    dynamic = dyconvert.convert(model, g=2)
+    dyconvert.save(dynamic, tmp_path / "second")
+    assert same(dyconvert.load(tmp_path / "second", seeded(Versioned)), dynamic)
+    # What the first version wrote, the second reads as such.
+    monkeypatch.setattr(Versioned, "_version", 1)
+    dyconvert.save(dynamic, tmp_path / "first")
+    monkeypatch.setattr(Versioned, "_version", 2)
+    assert dyconvert.load(tmp_path / "first", seeded(Versioned)).scale.item() == pytest.approx(1 / 3)
+
+
+def test_a_module_that_rejects_its_state(tmp_path, monkeypatch):
+    dyconvert.save(dyconvert.convert(seeded(Versioned), g=2), tmp_path / "saved")
+
+    def rejects(self: nn.Module, *args: object) -> None:
+        raise ValueError("not mine")
+
+    monkeypatch.setattr(Versioned, "_load_from_state_dict", rejects)
+    with pytest.raises(CheckpointError, match=r"Versioned rejects the state that was saved: .*not mine"):
+        dyconvert.load(tmp_path / "saved", seeded(Versioned))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_versions_in_weights_files(suffix, tmp_path, monkeypatch):
+    model = seeded(Versioned)
+    file = tmp_path / f"weights.{suffix}"
+    monkeypatch.setattr(Versioned, "_version", 1 if suffix == "pt" else 2)
+    save_file(model.state_dict(), file) if suffix == "safetensors" else torch.save(model.state_dict(), file)
+    monkeypatch.setattr(Versioned, "_version", 2)
+    other = seeded(Versioned)
+    models.load_state_dict_into(other, models.read_state_dict(file), file)
+    assert other.scale.item() == pytest.approx(3 if suffix == "safetensors" else 1 / 3)
+
+
 @pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize("architecture", [TwoNames, TiedConvs, ResidualNet])

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dyconvert.errors import CheckpointError, ModelError, some
+from dyconvert.errors import CheckpointError, ModelError, brief, some
 from dyconvert.limits import TENSORS, LimitError
+from dyconvert.state_versions import versions, with_versions
 from dyconvert.version import __version__
 
 # safetensors' names of the dtypes that a model's tensors are given when they are loaded.
@@ -22,6 +23,7 @@ _SAVED = {
 }  # fmt: skip
 # What stands in the file's own header: that we wrote it, so that it may be replaced.
 _WRITTEN_BY = "written_by"
+_VERSIONS = "versions"  # of modules; no tensor's name
 _EXTRA_STATE = "_extra_state"  # torch's name of the key, after the module's
 
 
@@ -38,9 +40,10 @@ def write_weights(model: nn.Module, file: Path) -> dict[str, Any] | None:
         ModelError: the state can't be saved without pickle.
         OSError, SafetensorError: the file can't be written.
     """
-    tensors, extra = _parts(model)
+    state = model.state_dict(keep_vars=True)
+    tensors, extra = _parts(state)
     first: dict[int, str] = {}
-    header = {"format": "pt", _WRITTEN_BY: f"dyconvert {__version__}"}
+    header = {"format": "pt", _WRITTEN_BY: f"dyconvert {__version__}", _VERSIONS: json.dumps(versions(state))}
     kept: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -58,9 +61,9 @@ def write_weights(model: nn.Module, file: Path) -> dict[str, Any] | None:
     return extra or None
 
 
-def _parts(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, extra = {}, {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in state.items():
         if isinstance(value, Tensor):
             if value.layout is not torch.strided or value.dtype not in _SAVED:
                 what = f"{value.dtype}".removeprefix("torch.") if value.layout is torch.strided else f"{value.layout}"
@@ -136,16 +139,31 @@ def load_weights(
         assign = any(isinstance(t, Tensor) and t.is_meta for t in own.values())
         like = {origin[name]: t for name, t in own.items() if assign and isinstance(t, Tensor)}
         read = {name: _read(opened, name, like.get(name)) for name in names}
+        saved = _saved_versions(stream.metadata() or {})
     state = {}
     for name, value in own.items():
         if not isinstance(value, Tensor):
             state[name] = (extra or {}).get(name)
         else:
             state[name] = read[origin[name]]
-    model.load_state_dict(state, assign=assign)
+    try:
+        model.load_state_dict(with_versions(state, model, saved), assign=assign)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # A module's own code reads its part of the state.
+        raise RuntimeError(f"{type(model).__name__} rejects the state that was saved: {brief(error)}") from error
     if assign:
         _tie(places)
         _check_complete(model)
+
+
+def _saved_versions(header: Mapping[str, str]) -> dict[str, int] | None:
+    """The versions of modules in a file's header; None where there are none, as in files of before."""
+    try:
+        found = json.loads(header.get(_VERSIONS, "null"))
+    except ValueError:
+        return None
+    is_ours = isinstance(found, dict) and all(isinstance(version, int) for version in found.values())
+    return found if is_ours else None
 
 
 class _Renamed:

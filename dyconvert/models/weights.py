@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dyconvert.errors import ModelError, brief, some
 from dyconvert.limits import check_archive
+from dyconvert.state_versions import versions, with_versions
 
 _NESTED_UNDER = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
@@ -43,7 +45,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     others = [f"{key} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
     if others:
         raise ModelError(f"{path} isn't a state dict: {some(others)} aren't tensors; {_HOW_TO_SAVE}.")
-    state_dict = {str(key): tensor for key, tensor in loaded.items()}
+    state_dict = OrderedDict((str(key), tensor) for key, tensor in loaded.items())
+    if isinstance(beside := getattr(loaded, "_metadata", None), dict):
+        state_dict._metadata = beside
     while prefix := next((p for p in _WRAPPER_PREFIXES if all(key.startswith(p) for key in state_dict)), None):
         state_dict = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
     return state_dict
@@ -84,7 +88,15 @@ def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], pat
             f"{path} doesn't fit the model, which has {len(own)} tensors; the file has{listed}\n"
             "Name the model that the file was saved from, with its arguments (`arguments={'num_classes': 10}`)."
         )
-    model.load_state_dict(state_dict, strict=False)
+    # A file of another program's, or a part of one, has no versions; its names and shapes are today's.
+    known = versions(state_dict) if hasattr(state_dict, "_metadata") else None
+    try:
+        model.load_state_dict(with_versions(state_dict, model, known), strict=False)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{path} doesn't fit the model, whose own code rejects it: {brief(error)}. Load "
+            "it as that code wants it, and pass the model."
+        ) from error
 
 
 def _is_file(path: Path) -> bool:
