@@ -279,6 +279,40 @@ class LooksAtValues(Trunk):
         return self.head((x + x.mean()).mean((2, 3)))
 
 
+class GainConv(nn.Conv2d):
+    """A conv with a gain of its own for each filter, as timm's ScaledStdConv2d."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, self.out_channels).view(-1, 1, 1, 1))
+        self.register_buffer("offset", torch.linspace(-0.1, 0.1, self.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.gain, self.bias) + self.offset.view(-1, 1, 1)
+
+
+class Gains(Trunk):
+    """Convs with more parameters than torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = GainConv(32, 48, 3, 2, 1)
+        self.conv2 = GainConv(48, 32, 3, 1, 1)
+
+
+class HalfAffine(Trunk):
+    """Norms with a weight and no bias, or a bias and no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = nn.GroupNorm(1, 48)
+        self.bn1.bias = None
+        self.bn2 = nn.GroupNorm(1, 32)
+        self.bn2.weight = None
+        self.stem[1] = nn.BatchNorm2d(32)
+        self.stem[1].bias = None
+
+
 PROGRAMS: dict[str, Callable[[], nn.Module]] = {
     "reshape(-1, C)": Tokens,
     "contiguous": Contiguous,
@@ -299,6 +333,8 @@ PROGRAMS: dict[str, Callable[[], nn.Module]] = {
     "autocast inside": OwnAutocast,
     "called twice": Twice,
     "looks at values": LooksAtValues,
+    "gains": Gains,
+    "half affine": HalfAffine,
 }
 
 

@@ -105,8 +105,9 @@ def settled(model: nn.Module, like: Tensor | None = None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.bias, -0.5, 0.5, generator=generator)
+            for p, least in ((module.weight, 0.5), (module.bias, -0.5)):
+                if p is not None:
+                    nn.init.uniform_(p, least, least + 1, generator=generator)
     with torch.no_grad():
         model.train()(images() if like is None else like)
     return model.eval()

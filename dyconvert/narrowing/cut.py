@@ -1,6 +1,8 @@
 """Carrying a choice of channels out: fewer channels in a copy of the model, selected or merged."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from dyconvert.narrowing.graph import Graph, Group
 from dyconvert.narrowing.layers import ChannelSlice
 from dyconvert.narrowing.record import put
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass
@@ -101,12 +105,37 @@ def _cut_module(module: nn.Module, name: str, side: str, cutter: object, folds: 
     dropped = sorted(set(range(size)) - set(fold.kept.tolist()))
     merged = _merged(module, side, fold) if merge else {}
     modes = {key: p.requires_grad for key, p in module.named_parameters(recurse=False)}
-    (cutter.prune_out_channels if side == "out" else cutter.prune_in_channels)(module, dropped)
+    with _both_affine(module, size):
+        (cutter.prune_out_channels if side == "out" else cutter.prune_in_channels)(module, dropped)
+    if side == "out":
+        _cut_others(module, size, fold.kept)
     with torch.no_grad():
         for key, p in module.named_parameters(recurse=False):
             p.requires_grad_(modes[key])
         for key, value in merged.items():
             getattr(module, key).copy_(value)
+
+
+@contextmanager
+def _both_affine(module: nn.Module, size: int) -> Iterator[None]:
+    """A norm that has one of weight and bias gets the other meanwhile: torch-pruning cuts both of an affine one."""
+    missing = []
+    if isinstance(module, _NORMS) and any(p is not None for p in (module.weight, module.bias)):
+        missing = [key for key in ("weight", "bias") if module._parameters.get(key) is None]
+    for key in missing:
+        module._parameters[key] = nn.Parameter(torch.zeros(size))
+    yield
+    for key in missing:
+        module._parameters[key] = None
+
+
+def _cut_others(module: nn.Module, size: int, kept: Tensor) -> None:
+    """Parameters and buffers that a subclass added, one value or filter a channel, as timm's `ScaledStdConv2d.gain`."""
+    for tensors in (module._parameters, module._buffers):
+        for key, old in tensors.items():
+            if old is not None and old.dim() and old.shape[0] == size > len(kept) and key not in ("weight", "bias"):
+                new = old.detach().index_select(0, kept.to(old.device))
+                tensors[key] = nn.Parameter(new) if isinstance(old, nn.Parameter) else new
 
 
 def _merged(module: nn.Module, side: str, fold: Fold) -> dict[str, Tensor]:
