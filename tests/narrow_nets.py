@@ -305,12 +305,13 @@ class HalfAffine(Trunk):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bn1 = nn.GroupNorm(1, 48)
         self.bn1.bias = None
-        self.bn2 = nn.GroupNorm(1, 32)
         self.bn2.weight = None
-        self.stem[1] = nn.BatchNorm2d(32)
-        self.stem[1].bias = None
+        self.norm = nn.GroupNorm(1, 32)
+        self.norm.bias = None
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(super().features(x))
 
 
 PROGRAMS: dict[str, Callable[[], nn.Module]] = {

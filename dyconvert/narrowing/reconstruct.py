@@ -288,7 +288,9 @@ def _made_now(layer: nn.Module, norm: nn.Module | None, now: Tensor, rows: Rows)
         return made
     scale = (norm.running_var.double() + norm.eps).rsqrt().to(x.dtype)
     made = (made - norm.running_mean.to(x.dtype)) * scale
-    return made * norm.weight.to(x.dtype) + norm.bias.to(x.dtype) if norm.affine else made
+    if norm.weight is not None:
+        made = made * norm.weight.to(x.dtype)
+    return made if norm.bias is None else made + norm.bias.to(x.dtype)
 
 
 def _write(layer: nn.Module, norm: nn.Module | None, found: Solution, factor: Tensor) -> None:
@@ -304,20 +306,27 @@ def _write(layer: nn.Module, norm: nn.Module | None, found: Solution, factor: Te
     layer.weight.copy_(as_weight(layer, effective / factor.unsqueeze(1)))
     if layer.bias is not None:
         layer.bias.zero_()
-    variance = found.variance / factor.square()
-    if norm.affine:
+    if norm.weight is not None and norm.bias is not None:
+        variance = found.variance / factor.square()
         norm.running_mean.copy_(mean / factor)
         norm.running_var.copy_(variance)
         norm.weight.copy_((variance + norm.eps).sqrt() * factor)
         norm.bias.copy_(found.mean_out)
+        return
+    if norm.weight is not None:
+        norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt() * factor)
+    if norm.bias is not None:
+        norm.bias.copy_(found.mean_out)
     else:
-        size = (norm.running_var.double() + norm.eps).sqrt()
-        norm.running_mean.copy_(mean / factor - found.mean_out * size)
+        mean = mean - found.mean_out
+    norm.running_mean.copy_(mean / factor)
 
 
 def _factor(norm: nn.Module) -> Tensor:
     """What a batch norm multiplies each channel by, `[C]`; never near zero."""
-    gain = norm.weight.detach().double() if norm.affine else torch.ones_like(norm.running_var, dtype=torch.float64)
+    gain = torch.ones_like(norm.running_var, dtype=torch.float64)
+    if norm.weight is not None:
+        gain = norm.weight.detach().double()
     factor = gain / (norm.running_var.double() + norm.eps).sqrt()
     typical = factor.abs().mean().clamp(min=1e-6)
     return torch.where(factor.abs() < 1e-3 * typical, typical, factor)
@@ -326,7 +335,7 @@ def _factor(norm: nn.Module) -> Tensor:
 @torch.no_grad()
 def _restate(norm: nn.Module, x: Tensor) -> None:
     """Re-estimate a batch norm's statistics on what it now reads, without a change in what it computes."""
-    if not norm.affine or norm.running_mean is None or x.numel() <= x.shape[1]:
+    if norm.weight is None or norm.bias is None or norm.running_mean is None or x.numel() <= x.shape[1]:
         return
     dims = [d for d in range(x.dim()) if d != 1]
     variance, mean = torch.var_mean(_real(x), dims, correction=0)
