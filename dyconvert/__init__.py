@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from dyconvert.nn.tune import tune
     from dyconvert.surgery.collapse import collapse
+    from dyconvert.surgery.compress import Compression, compress
     from dyconvert.surgery.convert import convert, plan
     from dyconvert.surgery.fuse import fuse
     from dyconvert.surgery.pairing import pair_experts
@@ -86,6 +87,7 @@ _HOMES = {
     ),
     "nn.tune": ("tune",),
     "surgery.collapse": ("collapse",),
+    "surgery.compress": ("Compression", "compress"),
     "surgery.convert": ("convert", "plan"),
     "surgery.fuse": ("fuse",),
     "surgery.pairing": ("pair_experts",),
@@ -101,6 +103,7 @@ __all__ = [
     "METHODS",
     "CheckpointError",
     "CoefficientPredictor",
+    "Compression",
     "Differences",
     "DyconvertError",
     "DynamicConv",
@@ -125,6 +128,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "collapse",
+    "compress",
     "convert",
     "export_onnx",
     "export_torch",

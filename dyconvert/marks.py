@@ -10,6 +10,7 @@ from torch import nn
 if TYPE_CHECKING:
     from dyconvert.models import Source
     from dyconvert.narrowing.record import Narrowing
+    from dyconvert.surgery.compress import Compression
     from dyconvert.surgery.plan import Plan
     from dyconvert.transforms import Preprocessing
 
@@ -18,6 +19,7 @@ _SOURCE = "dyconvert_source"
 _NARROWING = "dyconvert_narrowing"
 _FUSED = "dyconvert_fused"
 _PREPROCESSING = "dyconvert_preprocessing"
+_COMPRESSION = "dyconvert_compression"
 
 
 def plan_of(model: nn.Module) -> "Plan | None":
@@ -63,6 +65,21 @@ def fused_of(model: nn.Module) -> tuple[tuple[str, str], ...] | None:
 def mark_fused(model: nn.Module, pairs: Any) -> None:
     """Note which batch norms went into which convs."""
     setattr(model, _FUSED, tuple(pairs))
+
+
+def compression_of(model: nn.Module) -> "Compression | None":
+    """How a model was compressed, or None: it wasn't."""
+    return vars(model).get(_COMPRESSION)
+
+
+def mark_compression(model: nn.Module, compression: "Compression") -> None:
+    """Note how a model was compressed."""
+    setattr(model, _COMPRESSION, compression)
+
+
+def forget_compression(model: nn.Module) -> None:
+    """Take the note off a model that is static again."""
+    vars(model).pop(_COMPRESSION, None)
 
 
 def preprocessing_of(model: nn.Module) -> "Preprocessing | None":

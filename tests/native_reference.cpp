@@ -125,9 +125,9 @@ double run(const Library& library, DyconvertType type) {
   });
   std::vector<T> out(wanted.size());
   using Conv = int(const void*, DyconvertParallelFor, const void*, const void*, const void*, const void*, const void*,
-                   void*, int, int);
-  int failed = library.function<Conv>("dyconvert_conv")(&s, in_order, x.data(), bank.data(), eta.data(), bias.data(),
-                                                        nullptr, out.data(), type, type);
+                   const void*, const void*, void*, int, int);
+  int failed = library.function<Conv>("dyconvert_conv")(&s, in_order, x.data(), bank.data(), nullptr, nullptr, eta.data(),
+                                                        bias.data(), nullptr, out.data(), type, type);
   double worst = failed ? NAN : error(out, wanted);
   if (last) return worst;  // no gradients
   const auto grad = random_values<T>(wanted.size());

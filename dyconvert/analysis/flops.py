@@ -42,3 +42,9 @@ def _counted(runner: nn.Module, arguments: tuple[Any, ...]) -> int:
 def parameters(model: nn.Module) -> int:
     """Number of parameters, shared ones counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, shared ones counted once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -144,7 +144,7 @@ def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[],
         conv = runner.get_submodule(name)
         coefficients = mixture.coefficients()
         if isinstance(conv, DynamicConvTranspose):
-            bank = conv.weight.detach().unflatten(0, (conv.g, conv.groups, -1)).transpose(2, 3).flatten(1, 2)
+            bank = conv.experts().detach().unflatten(1, (conv.groups, -1)).transpose(2, 3).flatten(1, 2)
             mixed.append((mix, bank, coefficients))
         else:
             mixed.append((mix_fast, conv.experts().detach().flatten(2), coefficients))

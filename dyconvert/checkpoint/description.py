@@ -12,6 +12,7 @@ from dyconvert.errors import CheckpointError
 from dyconvert.installation import upgrade_command
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 from dyconvert.narrowing.record import Narrowing
+from dyconvert.surgery.compress import Compression
 from dyconvert.surgery.plan import Plan, problems
 from dyconvert.transforms import Preprocessing
 from dyconvert.version import __version__
@@ -25,7 +26,7 @@ WEIGHTS = ("model.safetensors", "model-1.safetensors")
 class Description(BaseModel):
     """What `dyconvert.json` holds. `plan` is None for a static model, `narrowing` for one of the original width;
     `extra_state` has what modules' `get_extra_state` returned, by its key in the state dict; `preprocessing` what
-    images go through, and the classes' names."""
+    images go through, and the classes' names; `compression` how the experts are kept, None: as they are."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,11 +42,12 @@ class Description(BaseModel):
     narrowing: Narrowing | None = None
     extra_state: dict[str, Any] | None = None
     preprocessing: Preprocessing | None = None
+    compression: Compression | None = None
 
     def to_json(self) -> str:
         """The file's text."""
         # Versions before there were these refuse to read what they don't know.
-        unused = {name for name in ("extra_state", "preprocessing") if getattr(self, name) is None}
+        unused = {name for name in ("extra_state", "preprocessing", "compression") if getattr(self, name) is None}
         return self.model_dump_json(indent=2, exclude=unused)
 
 

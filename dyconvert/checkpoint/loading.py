@@ -16,8 +16,9 @@ from dyconvert.checkpoint.tensors import count_tensors, load_weights
 from dyconvert.copying import copied, in_eval_mode
 from dyconvert.errors import CheckpointError, PlanError
 from dyconvert.limits import WEIGHTS_BYTES, LimitError, check_ordinary
-from dyconvert.marks import mark_preprocessing, mark_source
+from dyconvert.marks import mark_compression, mark_preprocessing, mark_source
 from dyconvert.narrowing.record import rebuild_narrowed
+from dyconvert.surgery.compress import compress_in_place
 from dyconvert.surgery.convert import rebuild
 from dyconvert.surgery.old_plans import old_prefixes
 
@@ -65,6 +66,8 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
             if description.narrowing is not None:
                 static = rebuild_narrowed(static, description.narrowing)
             result = static if description.plan is None else rebuild(static, description.plan)
+            if description.compression is not None:
+                compress_in_place(result, description.compression.dtype, fill=False)
             load_weights(result, weights, description.extra_state, old_prefixes(description.plan))
         except (PlanError, RuntimeError, SafetensorError, LimitError) as error:
             raise CheckpointError(
@@ -73,6 +76,8 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
             ) from error
     if source is not None:
         mark_source(result, source)
+    if description.compression is not None:
+        mark_compression(result, description.compression)
     if description.preprocessing is not None:
         mark_preprocessing(result, description.preprocessing)
     return in_eval_mode(result)

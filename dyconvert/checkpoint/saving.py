@@ -14,7 +14,7 @@ from dyconvert.checkpoint.tensors import is_ours, write_weights
 from dyconvert.errors import CheckpointError
 from dyconvert.files import locked, private_folder, said, settle
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
-from dyconvert.marks import mark_preprocessing, mark_source, narrowing_of, preprocessing_of, source_of
+from dyconvert.marks import compression_of, mark_preprocessing, mark_source, narrowing_of, preprocessing_of, source_of
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.convert import check_converted
 from dyconvert.surgery.plan import Plan
@@ -81,6 +81,7 @@ def save(
                 narrowing=narrowing,
                 extra_state=extra,
                 preprocessing=preprocessing or preprocessing_of(model),
+                compression=compression_of(model),
             )
             if exists or not _took_its_name(made, directory, description):
                 with locked(directory):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dyconvert.cli import completing
-from dyconvert.cli.options import Mean, Std, parse_size
+from dyconvert.cli.options import Compress, Mean, Std, check_compress, parse_size
 from dyconvert.errors import ModelError
 
 _MODEL, _METHOD, _CONVS, _NARROW, _OUTPUT = "Model", "Method", "What is converted", "Narrowing", "Output"
@@ -120,6 +120,7 @@ def convert(
     ] = 1000,
     mean: Mean = None,
     std: Std = None,
+    compress: Compress = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -176,9 +177,12 @@ def convert(
 
     narrowing = Options(width, flops, data, init, static, tuple(keep or ()), round_to, calibration_images, mean, std)
     narrowing.check()
+    check_compress(compress, static)
     asked = Asked(model, weights, arguments, size, device)
     if dry_run:
         narrowing.refuse_dry_run()
         show_plan(asked, chosen, as_json)
     else:
-        convert_and_save(asked, chosen, narrowing, seed=seed, output=output, force=force, as_json=as_json)
+        convert_and_save(
+            asked, chosen, narrowing, seed=seed, compress=compress, output=output, force=force, as_json=as_json
+        )

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import nn
 
 from dyconvert import builtin, checkpoint, models
-from dyconvert.analysis.flops import macs, parameters
+from dyconvert.analysis.flops import macs, parameters, tensor_bytes
 from dyconvert.arguments import first_image
 from dyconvert.cli.common import parse_device
 from dyconvert.cli.narrowing import Options, print_narrowing
@@ -19,10 +19,11 @@ from dyconvert.cli.progress import progress
 from dyconvert.console import count, out, warn, write_json
 from dyconvert.differences import Differences, verify
 from dyconvert.errors import ModelError
-from dyconvert.marks import narrowing_of, plan_of
+from dyconvert.marks import compression_of, narrowing_of, plan_of
 from dyconvert.methods import get_method
 from dyconvert.models.preprocess import preprocessing_for
 from dyconvert.surgery.blocks import check_convertible
+from dyconvert.surgery.compress import compress as compress_model
 from dyconvert.surgery.convert import convert as convert_model
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview
@@ -79,6 +80,7 @@ def convert_and_save(
     narrowing: Options,
     *,
     seed: int,
+    compress: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -87,7 +89,7 @@ def convert_and_save(
     started = time.perf_counter()
     with progress(f"loading {asked.specifier}") as tell:
         # What can be refused without the weights is refused before they are loaded.
-        wanted = output or Path(_name(asked.specifier, chosen, narrowing))
+        wanted = output or Path(_name(asked.specifier, chosen, narrowing) + (f"-{compress}" if compress else ""))
         checkpoint.check_writable(wanted, force=force)
         static, source, example = asked.create()
         if narrowing.wanted:
@@ -102,6 +104,11 @@ def convert_and_save(
         figures = _figures(static, dynamic, example)
         if source.specifier == "builtin:digits-resnet8":
             figures["accuracy"] = [builtin.accuracy(static.cpu()), builtin.accuracy(dynamic.cpu())]
+        if compress is not None:
+            tell("compressing", 0, None)
+            size = tensor_bytes(dynamic)
+            dynamic = compress_model(dynamic, compress, example)
+            figures["bytes"] = [size, tensor_bytes(dynamic)]
         tell(f"saving to {wanted}", 0, None)
         checkpoint.save(dynamic, wanted, source=source, force=force, preprocessing=preprocessing_for(source))
     if as_json:
@@ -114,6 +121,7 @@ def convert_and_save(
                 "absolute": differences.absolute,
                 "numbers": differences.count,
             },
+            **({"compression": compression_of(dynamic).model_dump()} if compress else {}),
             "seconds": seconds,
             "output": str(wanted),
             **figures,
@@ -172,6 +180,9 @@ def _report(
         )
     else:
         out.print(f"\nlargest difference {differences.relative:.1e} relative, on random images: it needs fine-tuning")
+    if compression := compression_of(model):
+        before, after = figures["bytes"]
+        out.print(f"{compression}: {count(before)}B became {count(after)}B")
     out.print(f"loaded and {'converted' if plan else 'narrowed'} in {seconds:.1f} s")
     out.print(f"saved to {saved}", soft_wrap=True)
     # A source that is code of the user's own runs only where they say so.

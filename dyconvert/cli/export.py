@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli.options import Factory, Json, Size, Trust, check_free, parse_size
+from dyconvert.cli.options import Compress, Factory, Json, Size, Trust, check_compress, check_free, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import count, out, write_json
 from dyconvert.errors import DyconvertError
@@ -36,6 +36,7 @@ def export(
     ] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Weights and computation in float16 (ONNX).")] = False,
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold batch norms into the convs first.")] = True,
+    compress: Compress = None,
     input_size: Size = None,
     trust_code: Trust = False,
     factory: Factory = None,
@@ -46,6 +47,7 @@ def export(
     """Write a saved model as one file for a runtime, and check that it computes the same there."""
     if fp16 and to is not Format.onnx:
         raise DyconvertError("--fp16 is for ONNX. For torch, convert the loaded model: model.half().")
+    check_compress(compress)
     size = parse_size(input_size)
     name = directory.resolve().name
     file = output or Path(name + _SUFFIX[to])
@@ -53,6 +55,8 @@ def export(
 
     from dyconvert.cli.opening import loaded
     from dyconvert.exporting.export import export_onnx, export_torch
+    from dyconvert.marks import compression_of
+    from dyconvert.surgery.compress import compress as compress_model
     from dyconvert.surgery.fuse import fuse as fuse_model
 
     started = time.perf_counter()
@@ -60,6 +64,8 @@ def export(
         model, _, example = loaded(directory, trust_code, size, batch or 2, device, factory)
         if fuse:
             model = fuse_model(model)
+        if compress is not None:
+            model = compress_model(model, compress, example)
         if to is Format.onnx:
             done = export_onnx(model, file, example, batch is None, dynamic_size, fp16)
         else:
@@ -71,6 +77,7 @@ def export(
             "bytes": done.bytes,
             "opset": done.opset,
             "difference": done.difference,
+            "compression": (found := compression_of(model)) and found.model_dump(),
             "checked": done.checked,
             "seconds": seconds,
         }
@@ -81,6 +88,8 @@ def export(
     opset = f", opset {done.opset}" if done.opset else ""
     out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s", soft_wrap=True)
     out.print(f"takes {batches}, {sizes}, in {'float16' if fp16 else str(example[0].dtype).removeprefix('torch.')}")
+    if found := compression_of(model):
+        out.print(str(found))
     if done.difference is None:
         out.print(f"not checked: onnxruntime isn't installed ({install_command('onnx')})", soft_wrap=True)
     else:

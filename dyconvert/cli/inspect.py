@@ -39,6 +39,7 @@ def inspect(
 
     from dyconvert import checkpoint, models
     from dyconvert.analysis.cost import cost
+    from dyconvert.analysis.flops import tensor_bytes
     from dyconvert.analysis.passing import check_finite, pass_over
     from dyconvert.cli.opening import image_size_for, images_for, opened
     from dyconvert.marks import plan_of
@@ -73,6 +74,8 @@ def inspect(
             "method": plan.method.model_dump(),
             "convs": rows,
             "cost": costs.model_dump(mode="json"),
+            "compression": description.compression and description.compression.model_dump(),
+            "bytes": tensor_bytes(model),
             "skipped": plan.reasons(),
         }
         write_json(result)
@@ -88,6 +91,7 @@ def inspect(
         out.print(Text(plan.summary()))
     else:
         out.print(f"static: none of {len(plan.convs)} convs is dynamic")
+    out.print(f"tensors: {count(tensor_bytes(model))}B" + (f", {found}" if (found := description.compression) else ""))
     for what in ("parameters", "macs"):
         after, before = getattr(costs.after, what), getattr(costs.before, what) if costs.before else None
         name = {"parameters": "parameters", "macs": "multiply-adds, one image"}[what]

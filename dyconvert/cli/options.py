@@ -27,6 +27,25 @@ Factory = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+# A panel of its own would hold one option.
+Compress = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE", help="Keep the experts in fewer bits, for inference: int8 or bfloat16."),
+]
+
+
+def check_compress(dtype: str | None, static: bool = False) -> None:
+    """Refuse what `--compress` doesn't know.
+
+    Raises:
+        ModelError: see above.
+    """
+    if dtype not in (None, "int8", "bfloat16"):
+        raise ModelError(f"--compress takes int8 or bfloat16, not {dtype!r}.")
+    if dtype is not None and static:
+        raise ModelError("--compress is for the experts of dynamic convs, and with --static there are none.")
+
+
 def parse_size(text: str | None) -> tuple[int, ...] | None:
     """`--input-size`: "3,224,224" or "224" (twice), with x for a comma if need be."""
     if text is None:

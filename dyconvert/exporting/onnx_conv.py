@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.nn.compress import CompressedLinear
 from dyconvert.nn.handing import mixture_for
 from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
@@ -36,7 +37,8 @@ def prepared(model: nn.Module, dynamic_batch: bool) -> dict[nn.Module, nn.Module
                 f"{name or 'The model'} is a {type(module).__name__}, which ONNX has for a fixed batch only. Export "
                 "with `dynamic_batch=False`, don't convert it, or export for torch (export_torch, --to torch)."
             )
-    return {m: MixedConv(m, dynamic_batch) for m in model.modules() if type(m) in _WRITTEN}
+    convs = {m: MixedConv(m, dynamic_batch) for m in model.modules() if type(m) in _WRITTEN}
+    return convs | {m: PackedLinear(m) for m in model.modules() if isinstance(m, CompressedLinear)}
 
 
 class MixedConv(nn.Module):
@@ -62,14 +64,25 @@ class MixedConv(nn.Module):
         self.block_predictor = conv.block_predictor
         self._handed: Mixture | None = None
         self.tap_by_tap = dynamic_batch  # as patches lie
-        experts = conv.experts().detach().flatten(3)  # [g, C_out, C_in / groups, taps]
-        if self.tap_by_tap:
-            experts = experts.transpose(2, 3)
-        experts = experts.flatten(2)
-        per_channel = conv.sizes.per_channel
-        bank = experts.transpose(0, 1) if per_channel else experts.flatten(1)
-        # [C_out, g, K], or [g, C_out K]: what a MatMul with the coefficients takes.
+        self.per_channel = conv.sizes.per_channel
+
+        def rows(kernels: Tensor) -> Tensor:  # [..., C_out, C_in / groups, *kernel] -> [..., C_out, K]
+            kernels = kernels.detach().flatten(-len(self.kernel_size))  # [..., C_out, C_in / groups, taps]
+            return (kernels.transpose(-1, -2) if self.tap_by_tap else kernels).flatten(-2)
+
+        # [C_out, g, K], or [g, C_out K]: what a MatMul with the coefficients takes. Compressed, the same in rows.
+        experts = rows(conv.weight.unflatten(0, (conv.g, -1)))  # [g, C_out, K]
+        order = experts.transpose(0, 1) if self.per_channel else experts
+        compressed = conv.mean is not None
+        bank = order.flatten(0, 1) if compressed else order if self.per_channel else order.flatten(1)
         self.bank = nn.Parameter(bank.contiguous(), requires_grad=False)
+        self.register_parameter("mean", None)  # [C_out, K]
+        self.register_parameter("scale", None)  # [rows of the bank]
+        if compressed:
+            self.mean = nn.Parameter(rows(conv.mean).contiguous(), requires_grad=False)
+            if conv.scale is not None:
+                scale = conv.scale.detach().t() if self.per_channel else conv.scale.detach()
+                self.scale = nn.Parameter(scale.flatten().contiguous(), requires_grad=False)
         bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().unflatten(0, (conv.g, -1)), False)
         shift = None if conv.shift is None else nn.Parameter(conv.shift.detach().unsqueeze(0), False)
         self.register_parameter("bias", bias)  # [g, C_out]
@@ -98,6 +111,8 @@ class MixedConv(nn.Module):
             coefficients,
             factors,
             bias,
+            self.mean,
+            self.scale,
             self.out_channels,
             self.kernel_size,
             self.stride,
@@ -107,6 +122,34 @@ class MixedConv(nn.Module):
         )
 
 
+class PackedLinear(nn.Module):
+    """A predictor's compressed linear layer, whose forward is the custom operator `dyconvert::packed_linear`."""
+
+    def __init__(self, layer: CompressedLinear) -> None:
+        super().__init__()
+        self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.dyconvert.packed_linear(input, self.weight, self.scale, self.bias)
+
+
+@torch.library.custom_op("dyconvert::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
+    raise NotImplementedError("dyconvert::packed_linear stands in graphs that are being exported, and doesn't run.")
+
+
+@packed_linear.register_fake
+def _(x, weight, scale, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def packed_linear_nodes(x, weight, scale=None, bias=None):
+    """The ONNX nodes of a compressed linear layer."""
+    from onnxscript import opset20 as op
+
+    return op.Gemm(x, _widened(weight, scale, bias.dtype), bias, transB=1)
+
+
 @torch.library.custom_op("dyconvert::mixed_conv", mutates_args=())
 def mixed_conv(
     x: Tensor,
@@ -114,6 +157,8 @@ def mixed_conv(
     coefficients: Tensor,
     factors: Tensor | None,
     bias: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
     out_channels: int,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -125,7 +170,7 @@ def mixed_conv(
 
 
 @mixed_conv.register_fake
-def _(x, bank, coefficients, factors, bias, out_channels, kernel_size, stride, padding, dilation, groups):
+def _(x, bank, coefficients, factors, bias, mean, scale, out_channels, kernel_size, stride, padding, dilation, groups):
     x = F.pad(x, list(padding))
     kernel = x.new_empty(out_channels, x.shape[1] // groups, *kernel_size)
     return CONV[len(kernel_size)](x, kernel, None, stride, 0, dilation, groups)
@@ -133,7 +178,10 @@ def _(x, bank, coefficients, factors, bias, out_channels, kernel_size, stride, p
 
 def translations() -> dict:
     """What `torch.onnx.export` takes as its custom_translation_table."""
-    return {torch.ops.dyconvert.mixed_conv.default: mixed_conv_nodes}
+    return {
+        torch.ops.dyconvert.mixed_conv.default: mixed_conv_nodes,
+        torch.ops.dyconvert.packed_linear.default: packed_linear_nodes,
+    }
 
 
 def mixed_conv_nodes(
@@ -142,6 +190,8 @@ def mixed_conv_nodes(
     coefficients,
     factors=None,
     bias=None,
+    mean=None,
+    scale=None,
     out_channels: int = 0,
     kernel_size: Sequence[int] = (),
     stride: Sequence[int] = (),
@@ -151,6 +201,7 @@ def mixed_conv_nodes(
 ):
     """The ONNX nodes of one dynamic conv; the arguments are graph values and the operator's constants."""
     batch = x.shape[0]
+    bank = (bank, mean, scale)
     # ONNX pads before every dimension, first to last, and then after.
     pads = [*padding[-2::-2], *padding[::-2]]
     geometry = (list(kernel_size), list(stride), pads, list(dilation), groups)
@@ -167,15 +218,34 @@ def _mixed(bank, coefficients, factors, shape: list[int], by_group: list[int], i
     """
     from onnxscript import opset20 as op
 
-    if len(bank.shape) == 2:
+    bank, mean, scale = bank
+    g = coefficients.shape[1]
+    per_channel = coefficients.shape[2] != 1
+    if mean is not None:
+        channels, elements = mean.shape
+        bank = _widened(bank, scale, mean.dtype)  # [g C_out, K], or [C_out g, K]
+        bank = op.Reshape(bank, _ints([channels, g, elements] if per_channel else [g, channels * elements]))
+    if not per_channel:
         kernel = op.MatMul(op.Squeeze(coefficients, _ints([2])), bank)  # [N, C_out K]
     else:
         kernel = op.MatMul(op.Transpose(coefficients, perm=[2, 0, 1]), bank)  # [C_out, N, K]
         if images != 1:
             kernel = op.Transpose(kernel, perm=[1, 0, 2])
+    if mean is not None:
+        # What the experts have in common, as often as the coefficients say together.
+        shares = op.ReduceSum(coefficients, _ints([1]), keepdims=0)  # [N, 1 | C_out]
+        common = op.Mul(op.Unsqueeze(shares, _ints([2])), op.Unsqueeze(mean, _ints([0])))  # [N, C_out, K]
+        kernel = op.Add(op.Reshape(kernel, _ints(by_group)), op.Reshape(common, _ints(by_group)))
     if factors is not None:
         kernel = op.Mul(op.Reshape(kernel, _ints(by_group)), factors)
     return op.Reshape(kernel, _ints(shape))
+
+
+def _widened(rows, scale, dtype):
+    """Rows of int8 or bfloat16 in a dtype that is computed in."""
+    from onnxscript import opset20 as op
+
+    return op.Cast(rows, to=int(dtype)) if scale is None else op.DequantizeLinear(rows, scale, axis=0)
 
 
 def _with_conv(x, bank, coefficients, factors, bias, out_channels: int, batch: int, geometry: tuple):

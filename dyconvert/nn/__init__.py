@@ -5,6 +5,7 @@ from dyconvert.nn.convs import (
     DynamicConv1d,
     DynamicConv2d,
     DynamicConv3d,
+    DynamicConvTranspose,
     DynamicConvTranspose1d,
     DynamicConvTranspose2d,
     DynamicConvTranspose3d,

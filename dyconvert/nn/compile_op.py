@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dyconvert.errors import ArgumentError
 from dyconvert.nn import engines, fitting, native
+from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 from dyconvert.torch_internals import constant_result
@@ -25,6 +26,11 @@ _library.define(
     "dynamic_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor coefficients, Tensor? factors,"
     f" {_GEOMETRY}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "compressed_conv(Tensor x, Tensor mean, Tensor differences, Tensor? scale, Tensor? bias, Tensor coefficients,"
+    f" Tensor? factors, Tensor? shift, {_GEOMETRY}) -> Tensor"
+)
+_library.define("compressed_linear(Tensor x, Tensor weight, Tensor? scale, Tensor bias) -> Tensor")
 
 
 def takes(x: Tensor, weight: Tensor, training: bool) -> bool:
@@ -41,7 +47,7 @@ def takes(x: Tensor, weight: Tensor, training: bool) -> bool:
         # A single image is a plain conv, and 1 x 1 convs are matmuls, which the compiler joins with what follows; but
         # it would keep their kernels for backward, and unfold the input of others.
         return not single and (training or not pointwise)
-    if not x.is_cpu or weight.dtype not in native.BANKS.get(x.dtype, ()) or not _built():
+    if not x.is_cpu or weight.dtype not in native.BANKS.get(x.dtype, ()) or not built():
         return False
     # A single image with its channels last is a matmul for a 1 x 1 conv, which torch has; the compiled kernels would
     # turn it round.
@@ -68,7 +74,7 @@ def dynamic_conv(
 
 
 @constant_result
-def _built() -> bool:
+def built() -> bool:
     return native.library() is not None
 
 
@@ -178,3 +184,75 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("dyconvert::dynamic_conv", _differentiate, setup_context=_setup, lib=_library)
+
+
+# ---- Compressed weights: for inference alone ----
+
+
+def compressed_conv(
+    x: Tensor, bank: Compressed, bias: Tensor | None, mixing: Mixing, geometry: Geometry, shift: Tensor | None
+) -> Tensor:
+    """A dynamic conv of a compressed bank, padding as numbers."""
+    numbers = [list(values) for values in geometry[:3]]
+    return torch.ops.dyconvert.compressed_conv(x, *bank, bias, *mixing, shift, *numbers, geometry.groups)
+
+
+@torch.library.impl(_library, "compressed_conv", "CPU")
+def _compressed_forward(
+    x: Tensor,
+    mean: Tensor,
+    differences: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    factors: Tensor | None,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    # It stands above this file: it reads what this file compiles.
+    from dyconvert.nn.dispatch import mixed_compressed
+
+    bank = Compressed(mean, differences, scale)
+    geometry = Geometry(stride, padding, dilation, groups)
+    out = mixed_compressed(x, bank, bias, Mixing(coefficients, factors), geometry, shift)
+    return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out.contiguous()
+
+
+@torch.library.register_fake("dyconvert::compressed_conv", lib=_library)
+def _(
+    x: Tensor,
+    mean: Tensor,
+    differences: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    factors: Tensor | None,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = native.size_of_output(x.shape[2:], mean.shape[2:], Geometry(stride, padding, dilation, groups))
+    out = x.new_empty(x.shape[0], len(mean), *size)
+    return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out
+
+
+def compressed_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
+    """A linear layer of compressed weights."""
+    return torch.ops.dyconvert.compressed_linear(x, weight, scale, bias)
+
+
+@torch.library.impl(_library, "compressed_linear", "CPU")
+def _compressed_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
+    from dyconvert.nn.compress import linear
+
+    return linear(x, weight, scale, bias)
+
+
+@torch.library.register_fake("dyconvert::compressed_linear", lib=_library)
+def _(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], len(weight))

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from dyconvert.errors import ModelError
 from dyconvert.methods import Method, get_method
-from dyconvert.nn.dispatch import dynamic_conv
+from dyconvert.nn.compress import compressed, per_output, unpacked
+from dyconvert.nn.compressed import Compressed
+from dyconvert.nn.dispatch import compressed_conv, dynamic_conv
 from dyconvert.nn.handing import mixture_for
 from dyconvert.nn.mixing import kernels_of, mix
 from dyconvert.nn.mixture import Mixing, Mixture, sizes_for
@@ -19,6 +22,8 @@ from dyconvert.nn.predictor import CoefficientPredictor
 
 # Leaves to symbolic tracing: they depend on shapes, which a Proxy doesn't know.
 torch.fx.wrap("dynamic_conv")
+torch.fx.wrap("compressed_conv")
+torch.fx.wrap("unpacked")
 torch.fx.wrap("dynamic_conv_transpose")
 torch.fx.wrap("pad_tf_same")
 
@@ -38,7 +43,9 @@ class DynamicConv(nn.Module):
     - `weight`: the bank `[g * C_out, C_in / groups, *kernel]`, expert by expert; :meth:`experts` has one per index;
     - `bias`: `[g * C_out]`, or None;
     - `shift`: `[C_out]`, or None: added after mixing, the same for every image. Only
-      :func:`~dyconvert.surgery.fuse.fuse` sets it, for a batch norm's shift that is not to be mixed.
+      :func:`~dyconvert.surgery.fuse.fuse` sets it, for a batch norm's shift that is not to be mixed;
+    - `mean` and `scale`: None, but for a compressed conv (:func:`~dyconvert.compress`), whose `weight` are the experts'
+      differences from their mean.
 
     Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g` and
     `sizes`: what its predictor gives it (:class:`~dyconvert.nn.mixture.Sizes`).
@@ -125,6 +132,8 @@ class DynamicConv(nn.Module):
         # What a block being compiled hands over; see nn/handing.py.
         self._handed: Mixture | None = None
         self.register_parameter("shift", None)
+        self.register_parameter("mean", None)
+        self.register_parameter("scale", None)
         # Of the conv itself, reading its input; of the block, where this conv is the first that it serves.
         self.coefficient_predictor: CoefficientPredictor | None = None
         self.block_predictor: CoefficientPredictor | None = None
@@ -182,23 +191,66 @@ class DynamicConv(nn.Module):
         if coefficients is None:
             coefficients = mixture_for(self, input)
         x, padding = self.padded(input)
-        return dynamic_conv(
-            x, self.weight, self.bias, coefficients, self.stride, padding, self.dilation, self.groups, self.shift
-        )
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        if self.mean is None:
+            return dynamic_conv(x, self.weight, self.bias, coefficients, *geometry, self.shift)
+        self._refuse_training()
+        bank = Compressed(self.mean, self.weight, self.scale)
+        return compressed_conv(x, bank, self.bias, coefficients, *geometry, self.shift)
 
     def experts(self) -> Tensor:
-        """A view of the bank, expert by expert: `[g, C_out, C_in / groups, *kernel]`, transposed C_in first."""
-        return self.weight.unflatten(0, (self.g, -1))
+        """The bank, expert by expert: `[g, C_out, C_in / groups, *kernel]`, transposed C_in first.
+
+        A view, or of a compressed conv what is unpacked.
+        """
+        if self.mean is None:
+            return self.weight.unflatten(0, (self.g, -1))
+        bank = Compressed(self.mean, self.weight, self.scale)
+        return unpacked(bank, self.g, self.groups, transposed=self.transposed)
+
+    def compress(self, dtype: torch.dtype, *, fill: bool = True) -> None:
+        """Keep the experts as their mean and their differences in `dtype`, int8 or bfloat16, for inference.
+
+        Args:
+            fill: False: with no values, which will be loaded.
+        """
+        if fill:
+            bank = compressed(self.experts(), dtype, self.groups, transposed=self.transposed)
+        else:
+            mean = torch.empty_like(self.experts()[0])
+            scale = mean.new_empty(self.g, self.out_channels) if dtype is torch.int8 else None
+            bank = Compressed(mean, torch.empty_like(self.weight, dtype=dtype, requires_grad=False), scale)
+        self._set_bank(bank)
+
+    def _set_bank(self, bank: Compressed) -> None:
+        names = ("mean", "weight", "scale")
+        for name, tensor in zip(names, bank, strict=True):
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def _refuse_training(self) -> None:
+        if self.training and torch.is_grad_enabled():
+            refuse_compressed(self)
 
     def scale_outputs(self, scale: Tensor) -> None:
         """Multiply each output channel of every expert, and of its bias, by `scale`, `[C_out]`, in float64."""
         factors = self._per_output(scale.double().expand(self.g, -1))
         with torch.no_grad():
-            scaled = (self.experts().double() * factors).flatten(0, 1)
-            self.weight = nn.Parameter(scaled.to(self.weight.dtype), self.weight.requires_grad)
+            if self.mean is not None:
+                self._scale_bank(scale.double(), factors)
+            else:
+                scaled = (self.experts().double() * factors).flatten(0, 1)
+                self.weight = nn.Parameter(scaled.to(self.weight.dtype), self.weight.requires_grad)
             if self.bias is not None:
                 scaled = self.bias.double() * scale.double().repeat(self.g)
                 self.bias = nn.Parameter(scaled.to(self.bias.dtype), self.bias.requires_grad)
+
+    def _scale_bank(self, scale: Tensor, factors: Tensor) -> None:
+        mean = (self.mean.double() * factors[0]).to(self.mean.dtype)
+        if self.scale is not None:
+            self._set_bank(Compressed(mean, self.weight, (self.scale.double() * scale).to(self.scale.dtype)))
+            return
+        differences = self.weight.unflatten(0, (self.g, -1)).double() * factors
+        self._set_bank(Compressed(mean, differences.flatten(0, 1).to(self.weight.dtype), None))
 
     def mixed(self, mixture: Mixture) -> tuple[Tensor, Tensor | None]:
         """The static weight and bias (with the shift) that a fixed mixture makes, in float64.
@@ -227,8 +279,9 @@ class DynamicConv(nn.Module):
         return total, bias
 
     def _per_output(self, factors: Tensor) -> Tensor:
-        """`[g, 1 | C_out]` as what multiplies :meth:`experts`: the output channel stands first in a kernel."""
-        return factors.reshape(self.g, -1, 1, *[1] * self.spatial_dims)
+        """`[g, 1 | C_out]` as what multiplies :meth:`experts`."""
+        channels = self.in_channels if self.transposed else None
+        return per_output(factors, self.spatial_dims, self.groups, channels)
 
     def _per_element(self, factors: Tensor) -> Tensor:
         """Factors `[groups, C_in / groups, *kernel]` as what multiplies one expert."""
@@ -267,7 +320,22 @@ class DynamicConv(nn.Module):
             text += f", padding_mode={self.padding_mode}"
         if self.shift is not None:
             text += ", shift=True"
+        if self.mean is not None:
+            text += f", compressed={str(self.weight.dtype).removeprefix('torch.')}"
         return text
+
+
+def refuse_compressed(model: nn.Module) -> None:
+    """Refuse a model, or a conv, that is to be trained or changed, and is compressed.
+
+    Raises:
+        ModelError: it is.
+    """
+    if any(isinstance(module, DynamicConv) and module.mean is not None for module in model.modules()):
+        raise ModelError(
+            f"This {type(model).__name__} is compressed, for inference, and can't be trained. Train it before it is "
+            "compressed, and compress it then; to use it as it is, call model.eval()."
+        )
 
 
 class DynamicConv1d(DynamicConv):
@@ -394,9 +462,11 @@ class DynamicConvTranspose(DynamicConv):
         output_padding = _ConvTransposeNd._output_padding(
             self, input, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
         )
+        if self.mean is not None:
+            self._refuse_training()
         out = dynamic_conv_transpose(
             input,
-            self.weight,
+            self.weight if self.mean is None else self.experts().flatten(0, 1),
             self.bias,
             mixture_for(self, input) if coefficients is None else coefficients,
             self.stride,
@@ -409,14 +479,6 @@ class DynamicConvTranspose(DynamicConv):
 
     def _per_element(self, factors: Tensor) -> Tensor:
         return factors.flatten(0, 1).unsqueeze(1)
-
-    def _per_output(self, factors: Tensor) -> Tensor:
-        # The output channel stands second in each group of a kernel [C_in, C_out / groups, *kernel].
-        spatial = [1] * self.spatial_dims
-        if factors.shape[1] == 1:
-            return factors.reshape(self.g, 1, 1, *spatial)
-        by_group = factors.reshape(self.g, self.groups, 1, -1).expand(-1, -1, self.in_channels // self.groups, -1)
-        return by_group.reshape(self.g, self.in_channels, -1, *spatial)
 
 
 class DynamicConvTranspose1d(DynamicConvTranspose):

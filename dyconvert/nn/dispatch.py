@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import choice, compile_op, engines, fitting, native, recompute, strategies, tiles
 from dyconvert.nn.backward import MixedAgainConv
+from dyconvert.nn.compress import Compressed, read_as_they_are, unpacked
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
-from dyconvert.nn.trials import key, needs_backward, trial
+from dyconvert.nn.trials import key, needs_backward, observed, trial
 from dyconvert.nn.triton import engine as triton
 
 Strategy = Callable[..., Tensor]  # of x, weight, bias, mixing and geometry
@@ -122,8 +123,13 @@ def dynamic_conv(
     Raises:
         ArgumentError: they don't fit together.
     """
-    geometry = Geometry(stride, padding, dilation, groups)
     mixing = Mixing.of(coefficients, weight.shape, groups)
+    return _computed(x, weight, bias, mixing, Geometry(stride, padding, dilation, groups), shift)
+
+
+def _computed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry, shift: Tensor | None
+) -> Tensor:
     # At a batch of one each question asked here is felt, and a device's type takes longer to read than all others.
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
@@ -140,6 +146,37 @@ def dynamic_conv(
             raise DyconvertError(f"The Triton kernels can't compute this conv: {reason}. Force another strategy.")
     strategy = forced or _choose(x, weight, bias, mixing, geometry)
     return _run(strategy, x, weight, bias, mixing, geometry, shift)
+
+
+def compressed_conv(
+    x: Tensor,
+    bank: Compressed,
+    bias: Tensor | None,
+    coefficients: Tensor | Mixture,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """As :func:`dynamic_conv`, of a compressed bank, which the compiled kernels read as it is; others unpack it."""
+    mixing = Mixing.of(coefficients, bank.differences.shape, groups)
+    return mixed_compressed(x, bank, bias, mixing, Geometry(stride, padding, dilation, groups), shift)
+
+
+def mixed_compressed(
+    x: Tensor, bank: Compressed, bias: Tensor | None, mixing: Mixing, geometry: Geometry, shift: Tensor | None
+) -> Tensor:
+    """:func:`compressed_conv`, of a mixture that is folded already."""
+    if _forced.get() is None and read_as_they_are(x, bank.mean, bias, *mixing, shift):
+        like = bank.mean.flatten()[:1].expand(bank.differences.shape)  # what shows the bank's shape and type
+        laid, numbered = _number_the_padding(x, like, bias, mixing, geometry)
+        if torch.compiler.is_compiling():
+            return compile_op.compressed_conv(laid, bank, bias, mixing, numbered, shift)
+        call = native.prepare(laid, bank.differences, bias, mixing, numbered, shift, bank)
+        if call is not None:
+            return native.forward(laid, bank.differences, bias, mixing, numbered, call, shift, bank)
+    return _computed(x, unpacked(bank, mixing.g, geometry.groups).flatten(0, 1), bias, mixing, geometry, shift)
 
 
 def _run(
@@ -190,7 +227,7 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geom
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(batch, int):
         # A group count is a constant of the graph, so folding the batch into it would fix the batch.
         return "groups" if single else "unfold"
-    if x.is_meta or _observed():
+    if x.is_meta or observed():
         return recompute.by_rule(x, weight, geometry)
     choices = choice.current()
     if choices.cpu or _is_gpu(x):
@@ -262,15 +299,6 @@ def _run_on(
     name: str, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, *mixing: Tensor | None
 ) -> Tensor:
     return _run(name, x, weight, bias, Mixing(*mixing), geometry)
-
-
-def _observed() -> bool:
-    """Whether something looks at the operations, or differentiates otherwise than by backward."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -20,21 +20,30 @@ from torch import Tensor, nn
 
 from dyconvert.errors import ArgumentError, DyconvertError
 from dyconvert.nn import fitting
+from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.fitting import Looks
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as `csrc/native.cpp` numbers them
+_TYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.int8: 4,
+}  # as `csrc/native.cpp` numbers them
 # What is computed in, and the banks that are read with it.
 BANKS = {
     torch.float32: (torch.float32, torch.float16, torch.bfloat16),
     torch.float64: (torch.float64,),
 }
+# A compressed bank's differences, by its mean.
+COMPRESSED = {torch.float32: (torch.int8, torch.bfloat16)}
 # Tensors with memory of their own, unlike what a subclass may be.
 _PLAIN = (Tensor, nn.Parameter)
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 2  # as `csrc/native.cpp` has it
+_ABI = 3  # as `csrc/native.cpp` has it
 
 
 class Shape(ctypes.Structure):
@@ -122,11 +131,12 @@ def _loaded() -> ctypes.CDLL | str:
         return f"{LIBRARY} is of another version. Install dyconvert again."
     found.dyconvert_target_name.restype = ctypes.c_char_p
     for function, tensors, types in (
-        (found.dyconvert_conv, 6, 2),
+        (found.dyconvert_conv, 8, 2),
         (found.dyconvert_input_gradient, 4, 1),
         (found.dyconvert_bank_gradient, 6, 1),
     ):  # the shape, torch's threads, the tensors' addresses and their types; declared, calls are quicker
         function.argtypes = [ctypes.POINTER(Shape)] + [ctypes.c_void_p] * (1 + tensors) + [ctypes.c_int] * types
+    found.dyconvert_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     found.dyconvert_path.argtypes = [ctypes.POINTER(Shape), ctypes.c_int, ctypes.c_int]
     return found
 
@@ -208,11 +218,13 @@ def prepare(
     mixing: Mixing,
     geometry: Geometry,
     shift: Tensor | None = None,
+    compressed: Compressed | None = None,
 ) -> Call | None:
     """How :func:`forward` is to compute a dynamic conv; None if it can't.
 
-    Arguments are those of a strategy, padding as numbers. On the way it is checked that they fit together: what has
-    been answered once is looked up, so that it costs nothing beside the rest.
+    Arguments are those of a strategy, padding as numbers; of a compressed bank, `weight` are the
+    differences. On the way it is checked that they fit together: what has been answered once is looked up, so that it
+    costs nothing beside the rest.
 
     Raises:
         ArgumentError: they don't.
@@ -226,9 +238,12 @@ def prepare(
         and (shift is None or _ordinary(shift))
         and factors is None
     ):
-        fitting.check(x, weight, bias, mixing, geometry, shift)
+        if compressed is None:
+            fitting.check(x, weight, bias, mixing, geometry, shift)
         return None
     last = not weight.is_contiguous()
+    if compressed is not None and not _readable(compressed, last):
+        return None
     found = _call(
         x.shape,
         x.stride(),
@@ -243,8 +258,18 @@ def prepare(
         None if shift is None else (shift.shape, shift.stride(), shift.dtype),
         *fitting.numbered(geometry),
         torch.get_num_threads(),
+        None if compressed is None else compressed.mean.dtype,
     )
     return None if last and not weight.is_contiguous(memory_format=torch.channels_last) else found
+
+
+def _readable(bank: Compressed, last: bool) -> bool:
+    """Whether what belongs to the differences lies as they do."""
+    mean, _, scale = bank
+    form = torch.channels_last if last else torch.contiguous_format
+    if scale is not None and not (_ordinary(scale) and scale.is_contiguous() and scale.dtype == mean.dtype):
+        return False
+    return _ordinary(mean) and mean.dim() == 4 and mean.is_contiguous(memory_format=form)
 
 
 def _ordinary(tensor: Tensor) -> bool:
@@ -260,6 +285,7 @@ def forward(
     geometry: Geometry,
     call: Call,
     shift: Tensor | None = None,
+    compressed: Compressed | None = None,
 ) -> Tensor:
     """A dynamic conv without autograd, with what :func:`prepare` found for these arguments."""
     if call.channels_last:
@@ -268,11 +294,16 @@ def forward(
         out = x.new_empty(call.size)
     if shift is not None:
         shift = shift.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    mean, _, scale = (None, None, None) if compressed is None else compressed
     failed = library().dyconvert_conv(
         call.shape,
         _parallel_for(),
         _address(x),
         _address(weight),
+        None if mean is None else _address(mean),
+        None if scale is None else _address(scale),
         _address(mixing.coefficients),
         None if bias is None else _address(bias),
         None if shift is None else _address(shift),
@@ -281,6 +312,39 @@ def forward(
         _TYPES[weight.dtype],
     )
     _check(failed, call)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor | None:
+    """A linear layer of weights in int8 or bfloat16, `[outputs, inputs]`, read as they are; None if it can't.
+
+    Args:
+        x: `[N, inputs]`, of float32, as are `scale`, `[outputs]` or None, and `bias`, `[outputs]`.
+    """
+    vectors = [t for t in (x, scale, bias) if t is not None]
+    if x.dim() != 2 or weight.dtype not in (torch.int8, torch.bfloat16) or x.shape[1] != weight.shape[1]:
+        return None
+    if not (_ordinary(weight) and weight.is_contiguous() and all(map(_ordinary, vectors))):
+        return None
+    if any(t.dtype is not torch.float32 for t in vectors) or not (x.numel() and weight.numel()):
+        return None
+    x, bias = x.contiguous(), bias.contiguous()
+    images, inputs = x.shape
+    out = x.new_empty(images, len(weight))
+    failed = library().dyconvert_linear(
+        _parallel_for(),
+        _address(x),
+        _address(weight),
+        None if scale is None else _address(scale.contiguous()),
+        _address(bias),
+        _address(out),
+        images,
+        inputs,
+        len(weight),
+        _TYPES[weight.dtype],
+    )
+    if failed:
+        raise RuntimeError(_FAILURES[failed].format(images=images))
     return out
 
 
@@ -380,19 +444,21 @@ def _call(
     dilation: tuple[int, ...],
     groups: int,
     threads: int,
+    mean_dtype: torch.dtype | None,
 ) -> Call | None:
     geometry = Geometry(stride, padding, dilation, groups)
     looks = (
         Looks(shape, dtype, _CPU),
-        Looks(bank, bank_dtype, _CPU),
+        Looks(bank, mean_dtype or bank_dtype, _CPU),
         bias and Looks(bias[0], bias[2], _CPU),
         Looks(coefficients, coefficient_dtype, _CPU),
         None,
         shift and Looks(shift[0], shift[2], _CPU),
     )
     fitting.check_looks(*looks, geometry)
-    vectors = (bias is None or (bias[1] == (1,) and bias[2] == bank_dtype)) and (shift is None or shift[1] == (1,))
-    if len(shape) != 4 or bank_dtype not in BANKS.get(dtype, ()) or not vectors:
+    vectors = (bias is None or bias[1] == (1,)) and (shift is None or shift[1] == (1,))
+    banks = BANKS.get(dtype, ()) if mean_dtype is None else COMPRESSED.get(mean_dtype, ())
+    if len(shape) != 4 or bank_dtype not in banks or not vectors:
         return None
     images, in_channels, *size = shape
     g = coefficients[1]

@@ -31,14 +31,14 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
         repeats: how often each strategy is measured; the lowest counts.
 
     Returns:
-        each dynamic conv's name and its strategy; transposed ones have only one, and are left out
+        each dynamic conv's name and its strategy; transposed and compressed ones have only one, and are left out
 
     Raises:
         ModelError: the model has no dynamic conv.
     """
-    # A transposed conv has one way to be computed, and nothing to choose.
+    # A transposed conv has one way to be computed, and so has a compressed one: nothing to choose.
     kinds = (DynamicConv1d, DynamicConv2d, DynamicConv3d)
-    convs = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    convs = {name for name, module in model.named_modules() if isinstance(module, kinds) and module.mean is None}
     if not convs:
         raise ModelError(f"{type(model).__name__} has no dynamic conv to tune. Pass what dyconvert.convert returned.")
     calls = _observe(model, convs, as_arguments(example))

@@ -9,7 +9,7 @@ from torch import nn
 
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, some
-from dyconvert.marks import remove_marks
+from dyconvert.marks import forget_compression, remove_marks
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import STATIC_OF
 from dyconvert.nn.handing import sharing_blocks, unshare
@@ -68,12 +68,13 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     replacements = {}
     for name in convs:
         conv = result.get_submodule(name)
-        replacements[conv] = _static(conv, chosen[name], predictors[name].linear.weight.dtype)
+        replacements[conv] = _static(conv, chosen[name], predictors[name].linear.bias.dtype)
     for _, block, _ in list(sharing_blocks(result)):
         unshare(block)
     result = replace_everywhere(result, replacements)
     # The plan and the source speak of the dynamic model; what was narrowed stays narrow.
     remove_marks(result, but_narrowing=True)
+    forget_compression(result)
     return result
 
 
@@ -150,7 +151,7 @@ def _static(dynamic: DynamicConv, mixture: Mixture, dtype: torch.dtype) -> nn.Mo
         from timm.layers import Conv2dSame
 
         static.__class__ = Conv2dSame
-    # In float64, for the experts' differences are to cancel. Those of a fused model may be of half precision.
+    # In float64, for the experts' differences are to cancel. Those of a fused or compressed model may have fewer bits.
     weight, bias = dynamic.mixed(mixture)
     static.weight = nn.Parameter(weight.to(dtype), dynamic.weight.requires_grad)
     if bias is not None:

@@ -125,7 +125,7 @@ def convert(
         )
     if trainable is not None:
         check_trainable(trainable)
-    example = _example_of(model, plan, example) if check else None
+    example = example_of(model, plan, example) if check else None
     # Its parameters are the model's own, so that it costs nothing; in place, they are gone from the model afterwards.
     original = sharing_copy(model) if example is not None else None
     converted, undo = apply(model, plan, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
@@ -174,11 +174,11 @@ def _without_hooks(model: nn.Module) -> nn.Module:
     return copy
 
 
-def _example_of(model: nn.Module, plan: Plan, example: Any) -> Any:
-    """What to check a conversion on: an example with values, or None where there is none."""
+def example_of(model: nn.Module, plan: Plan | None, example: Any) -> Any:
+    """What to check a changed model on: an example with values, or None where there is none."""
     if any(t.is_meta for t in model.parameters()):
         return None  # a model without values computes nothing
-    if example is None:
+    if example is None and plan is not None:
         example = plan.example
     if example is None:
         try:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError
 from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.nn.convs import refuse_compressed
 from dyconvert.surgery.watch import run_over
 
 
@@ -42,12 +43,13 @@ def pair_experts(model: nn.Module, data: Iterable[Any], *, spread: float = 1.0, 
         The model.
 
     Raises:
-        ModelError: nothing in the model is dynamic, or its predictors were trained; no batch was given, or the
-            model rejects one; what the predictors read isn't finite. The model is as it was.
+        ModelError: nothing in the model is dynamic, or it is compressed, or its predictors were trained; no batch was
+            given, or the model rejects one; what the predictors read isn't finite. The model is as it was.
     """
     predictors = {name: m for name, m in model.named_modules() if isinstance(m, CoefficientPredictor)}
     if not predictors:
         raise ModelError(f"{type(model).__name__} has no dynamic conv, so there are no experts to pair.")
+    refuse_compressed(model)
     for name, predictor in predictors.items():
         if predictor.linear.weight.any() or predictor.linear.bias.any():
             raise ModelError(

@@ -6,6 +6,7 @@ from torch import nn
 
 from dyconvert.errors import PlanError
 from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.nn.convs import refuse_compressed
 
 Trainable = Literal["all", "experts", "predictors"]
 
@@ -32,8 +33,10 @@ def set_trainable(model: nn.Module, what: Trainable) -> nn.Module:
 
     Raises:
         PlanError: `what` is none of these.
+        ModelError: the model is compressed.
     """
     check_trainable(what)
+    refuse_compressed(model)
     model.requires_grad_(what == "all")
     for module in model.modules():
         if isinstance(module, CoefficientPredictor):

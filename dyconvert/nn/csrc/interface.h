@@ -7,7 +7,7 @@ using DyconvertBody = void (*)(int64_t begin, int64_t end, void* context);
 using DyconvertParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, DyconvertBody body, void* context);
 
 // Of elements, as `native.py` numbers them.
-enum DyconvertType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+enum DyconvertType { kFloat32, kFloat64, kFloat16, kBFloat16, kInt8 };
 
 // What is asked for: the output, or a gradient.
 enum DyconvertAsked { kOutput, kInputGradient, kBankGradient };
@@ -30,6 +30,16 @@ enum DyconvertEnd { kDone, kNoMemory, kThreadFailed, kUnknownFailure };
 struct DyconvertTensors {
   const void *x, *bank, *eta, *bias, *shift, *grad;
   void *out, *grad_bank, *grad_eta;
+  const void *mean, *scale;  // of a compressed bank, or null
+};
+
+// A linear layer whose weights are compressed.
+struct DyconvertLinear {
+  const float* x;       // [images, inputs]
+  const void* weights;  // [outputs, inputs]
+  const float *scale, *bias;  // [outputs], or null
+  float* out;           // [images, outputs]
+  int64_t images, inputs, outputs;
 };
 
 struct DyconvertTarget {
@@ -41,4 +51,5 @@ struct DyconvertTarget {
   void (*convolve)(const void* shape, DyconvertParallelFor, const DyconvertTensors&, DyconvertAsked asked,
                    DyconvertType type, DyconvertType bank_type);
   void (*bank_gradient)(const void* shape, DyconvertParallelFor, const DyconvertTensors&, DyconvertType type);
+  void (*linear)(const DyconvertLinear&, DyconvertParallelFor, DyconvertType weight_type);
 };

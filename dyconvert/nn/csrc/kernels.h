@@ -6,6 +6,7 @@
 #include "direct/bank_gradient.h"
 #include "direct/conv.h"
 #include "interface.h"
+#include "linear/linear.h"
 #include "winograd/conv.h"
 
 namespace DYCONVERT_TARGET {
@@ -50,10 +51,12 @@ void convolve(const Shape& s, ParallelFor parallel_for, const DyconvertTensors& 
                         static_cast<const T*>(t.x),
                         static_cast<const B*>(t.bank),
                         static_cast<const T*>(t.eta),
-                        static_cast<const B*>(t.bias),
+                        static_cast<const T*>(t.bias),
                         static_cast<const T*>(t.shift),
                         static_cast<T*>(t.out),
-                        nullptr};
+                        nullptr,
+                        static_cast<const T*>(t.mean),
+                        static_cast<const T*>(t.scale)};
   switch (path_of<T>(s, result == Result::kOutput ? kOutput : kInputGradient)) {
     case kDepthwiseLast: return DepthwiseLast<T, B>(problem).run();
     case kDepthwise: return Depthwise<T, B, result>(problem).run();
@@ -97,6 +100,8 @@ inline void convolve_any(const void* shape, ParallelFor parallel_for, const Dyco
     convolve<float, Float16, Result::kOutput>(s, parallel_for, t);
   else if (bank_type == kBFloat16)
     convolve<float, BFloat16, Result::kOutput>(s, parallel_for, t);
+  else if (bank_type == kInt8)
+    convolve<float, Int8, Result::kOutput>(s, parallel_for, t);
   else
     convolve<float, float, Result::kOutput>(s, parallel_for, t);
 }
@@ -107,9 +112,13 @@ inline void bank_gradient_any(const void* shape, ParallelFor parallel_for, const
   type == kFloat64 ? bank_gradient<double>(s, parallel_for, t) : bank_gradient<float>(s, parallel_for, t);
 }
 
+inline void linear_any(const DyconvertLinear& layer, ParallelFor parallel_for, DyconvertType weight_type) {
+  weight_type == kInt8 ? linear<Int8>(layer, parallel_for) : linear<BFloat16>(layer, parallel_for);
+}
+
 // What a target's file makes of all this.
 constexpr DyconvertTarget target_of(const char* name, int (*runs_here)()) {
-  return {name, sizeof(Shape), DYCONVERT_VECTOR, runs_here, path, convolve_any, bank_gradient_any};
+  return {name, sizeof(Shape), DYCONVERT_VECTOR, runs_here, path, convolve_any, bank_gradient_any, linear_any};
 }
 
 }  // namespace DYCONVERT_TARGET

@@ -7,7 +7,7 @@
 #define DYCONVERT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised when `Shape`, an enum or a function changes.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 // The best first; what is only for tests last.
 #if defined(__x86_64__)
@@ -55,9 +55,9 @@ DYCONVERT_EXPORT int dyconvert_path(const void* shape, int asked, int type) {
 }
 
 DYCONVERT_EXPORT int dyconvert_conv(const void* shape, DyconvertParallelFor parallel_for, const void* x,
-                                    const void* bank, const void* eta, const void* bias, const void* shift, void* out,
-                                    int type, int bank_type) {
-  const DyconvertTensors tensors{x, bank, eta, bias, shift, nullptr, out, nullptr, nullptr};
+                                    const void* bank, const void* mean, const void* scale, const void* eta,
+                                    const void* bias, const void* shift, void* out, int type, int bank_type) {
+  const DyconvertTensors tensors{x, bank, eta, bias, shift, nullptr, out, nullptr, nullptr, mean, scale};
   return ended([&] {
     used->convolve(shape, parallel_for, tensors, kOutput, static_cast<DyconvertType>(type),
                    static_cast<DyconvertType>(bank_type));
@@ -67,7 +67,7 @@ DYCONVERT_EXPORT int dyconvert_conv(const void* shape, DyconvertParallelFor para
 // The gradient of the input, from the output's; both contiguous.
 DYCONVERT_EXPORT int dyconvert_input_gradient(const void* shape, DyconvertParallelFor parallel_for, const void* grad,
                                               const void* bank, const void* eta, void* grad_x, int type) {
-  const DyconvertTensors tensors{grad, bank, eta, nullptr, nullptr, nullptr, grad_x, nullptr, nullptr};
+  const DyconvertTensors tensors{grad, bank, eta, nullptr, nullptr, nullptr, grad_x, nullptr, nullptr, nullptr, nullptr};
   return ended([&] {
     used->convolve(shape, parallel_for, tensors, kInputGradient, static_cast<DyconvertType>(type),
                    static_cast<DyconvertType>(type));
@@ -78,6 +78,14 @@ DYCONVERT_EXPORT int dyconvert_input_gradient(const void* shape, DyconvertParall
 DYCONVERT_EXPORT int dyconvert_bank_gradient(const void* shape, DyconvertParallelFor parallel_for, const void* grad,
                                              const void* x, const void* bank, const void* eta, void* grad_bank,
                                              void* grad_eta, int type) {
-  const DyconvertTensors tensors{x, bank, eta, nullptr, nullptr, grad, nullptr, grad_bank, grad_eta};
+  const DyconvertTensors tensors{x, bank, eta, nullptr, nullptr, grad, nullptr, grad_bank, grad_eta, nullptr, nullptr};
   return ended([&] { used->bank_gradient(shape, parallel_for, tensors, static_cast<DyconvertType>(type)); });
+}
+
+// A linear layer with compressed weights.
+DYCONVERT_EXPORT int dyconvert_linear(DyconvertParallelFor parallel_for, const float* x, const void* weights,
+                                      const float* scale, const float* bias, float* out, int64_t images, int64_t inputs,
+                                      int64_t outputs, int weight_type) {
+  const DyconvertLinear layer{x, weights, scale, bias, out, images, inputs, outputs};
+  return ended([&] { used->linear(layer, parallel_for, static_cast<DyconvertType>(weight_type)); });
 }

@@ -1,4 +1,4 @@
-// Elements of a bank: of the type that is computed in, or of half precision, which is half as much to read.
+// Elements of a bank: of the type that is computed in, or of fewer bits, which are less to read.
 #pragma once
 #include "base/vector.h"
 
@@ -10,6 +10,9 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+struct Int8 {
+  int8_t number;
+};
 
 template <typename T>
 inline Vector<T> load_as(const T* at) {
@@ -20,6 +23,8 @@ template <typename T>
 inline T value_of(T element) {
   return element;
 }
+
+inline float value_of(Int8 element) { return element.number; }
 
 inline float value_of(BFloat16 element) {
   uint32_t bits = static_cast<uint32_t>(element.bits) << 16;
@@ -50,12 +55,28 @@ inline float value_of(Float16 element) {
 #endif
 }
 
-// A register of float32 from as many elements of half precision.
+// A register of float32 from as many elements of fewer bits.
 template <int count>
 inline Register<float, count> widened(const BFloat16* at) {
   using Words = Register<uint32_t, count>;
   const auto halves = load_register<uint16_t, count>(&at->bits);
   return (Register<float, count>)(__builtin_convertvector(halves, Words) << 16);
+}
+
+template <int count>
+inline Register<float, count> widened(const Int8* at) {
+#if defined(DYCONVERT_AVX512)
+  if constexpr (count == 16)
+    return (Register<float, count>)_mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+#endif
+#if defined(DYCONVERT_F16C)
+  if constexpr (count == 8)
+    return (Register<float, count>)_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+#endif
+  const auto numbers = load_register<int8_t, count>(&at->number);
+  return __builtin_convertvector(__builtin_convertvector(numbers, Register<int32_t, count>), Register<float, count>);
 }
 
 template <int count>
@@ -74,8 +95,8 @@ inline Register<float, count> widened(const Float16* at) {
 }
 
 template <typename T, typename B>
-inline Vector<T> load_half(const B* at) {
-  static_assert(std::is_same_v<T, float>, "half precision is widened to float32");
+inline Vector<T> load_widened(const B* at) {
+  static_assert(std::is_same_v<T, float>, "fewer bits are widened to float32");
   if constexpr (kHalves)
     return {widened<kRegister<T>>(at), widened<kRegister<T>>(at + kRegister<T>)};
   else
@@ -84,11 +105,15 @@ inline Vector<T> load_half(const B* at) {
 
 template <typename T>
 inline Vector<T> load_as(const BFloat16* at) {
-  return load_half<T>(at);
+  return load_widened<T>(at);
 }
 template <typename T>
 inline Vector<T> load_as(const Float16* at) {
-  return load_half<T>(at);
+  return load_widened<T>(at);
+}
+template <typename T>
+inline Vector<T> load_as(const Int8* at) {
+  return load_widened<T>(at);
 }
 
 }  // namespace DYCONVERT_TARGET

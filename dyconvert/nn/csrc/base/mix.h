@@ -16,13 +16,19 @@ struct MixedRow {
   i64 length;
   const T* eta;  // [images, g]
   i64 g;
+  const T* mean;   // of a compressed bank, or null
+  const T* shares;  // [images]: how much of the mean is in the mixture
   T* a;
   i64 image;  // elements from image to image
 };
 
 template <typename T, typename B, int N, int J>
 inline void mix_vectors(const MixedRow<T, B>& row, i64 k) {
-  Vector<T> sums[N][J] = {};
+  Vector<T> sums[N][J];
+  for (int j = 0; j < J; j++) {
+    const Vector<T> mean = row.mean ? load(row.mean + k + j * kLanes<T>) : Vector<T>{};
+    for (int n = 0; n < N; n++) sums[n][j] = row.mean ? row.shares[n] * mean : mean;
+  }
   const B* bank = row.bank + k;
   for (i64 i = 0; i < row.g; i++, bank += row.expert) {
     Vector<T> vectors[J];
@@ -52,7 +58,7 @@ template <typename T, typename B, int N>
 inline void mix_row(const MixedRow<T, B>& row) {
   for (i64 k = mix_all_vectors<T, B, N, kMixed / N>(row, 0); k < row.length; k++)
     for (int n = 0; n < N; n++) {
-      T sum = 0;
+      T sum = row.mean ? row.shares[n] * row.mean[k] : T(0);
       for (i64 i = 0; i < row.g; i++)
         sum += row.eta[n * row.g + i] * static_cast<T>(value_of(row.bank[i * row.expert + k]));
       row.a[n * row.image + k] = sum;
@@ -71,22 +77,32 @@ void mix(const Problem<T, B>& problem, i64 image, i64 images, i64 channel, i64 r
   const T* eta = problem.eta + image * s.eta_image + channel * s.eta_channel;
   const B* bank = problem.bank + channel * elements + k;
   static thread_local Buffer<T> coefficients;
-  T* own = coefficients.of(images * s.g);
+  T* own = coefficients.of(images * (s.g + 1));
+  T* shares = own + images * s.g;
   auto take = [&](i64 row) {
-    for (i64 n = 0; n < images; n++)
-      for (i64 i = 0; i < s.g; i++) own[n * s.g + i] = eta[n * s.eta_image + i * s.eta_expert + row * s.eta_channel];
+    for (i64 n = 0; n < images; n++) {
+      shares[n] = 0;
+      for (i64 i = 0; i < s.g; i++) {
+        const T given = eta[n * s.eta_image + i * s.eta_expert + row * s.eta_channel];
+        shares[n] += given;
+        own[n * s.g + i] = problem.scale ? given * problem.scale[i * s.out_channels + channel + row] : given;
+      }
+    }
   };
-  if (!s.eta_channel && length == elements && lda == elements) {  // rows one behind the other, mixed alike
+  const bool alike = !s.eta_channel && !problem.scale;  // all rows
+  if (alike && length == elements && lda == elements) {  // rows one behind the other, mixed alike
     length *= rows;
     lda *= rows;
     rows = 1;
   }
   for (i64 row = 0; row < rows; row++) {
-    if (!row || s.eta_channel) take(row);
+    if (!row || !alike) take(row);
     for (i64 at = 0; at < length; at += kMixedLength)
       for (i64 n = 0; n < images;) {
         const MixedRow<T, B> part{bank + row * elements + at, expert, min(kMixedLength, length - at),
-                                  own + n * s.g, s.g, a + (n * rows + row) * lda + at, rows * lda};
+                                  own + n * s.g, s.g,
+                                  problem.mean ? problem.mean + (channel + row) * elements + k + at : nullptr,
+                                  shares + n, a + (n * rows + row) * lda + at, rows * lda};
         const i64 left = images - n;
         if (left >= kMixedImages)
           mix_row<T, B, kMixedImages>(part), n += kMixedImages;
@@ -106,7 +122,7 @@ inline T added(const Problem<T, B>& problem, i64 image, i64 channel) {
   if (problem.bias) {
     const T* eta = problem.eta + image * s.eta_image + channel * s.eta_channel;
     for (i64 i = 0; i < s.g; i++)
-      sum += eta[i * s.eta_expert] * static_cast<T>(value_of(problem.bias[i * s.out_channels + channel]));
+      sum += eta[i * s.eta_expert] * problem.bias[i * s.out_channels + channel];
   }
   return sum;
 }

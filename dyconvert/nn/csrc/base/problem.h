@@ -2,6 +2,8 @@
 //
 //   bank          the g experts' kernels, one behind the other: [g, C_out, K]
 //   eta           the coefficients that mix them, one for each expert (and output channel) of each image
+//   mean, scale   of a compressed bank: what its experts have in common, [C_out, K], and what each channel of each expert
+//                 is multiplied with, [g, C_out]; the bank has the experts' differences from the mean then
 //   mix           to make the kernel that an image is convolved with: sum_i eta[i] bank[i]
 //   tap           a place in a kernel, of kernel_height * kernel_width
 //   element       a weight of one output channel's kernel: K = C_in / groups * taps of them
@@ -49,10 +51,12 @@ struct Problem {
   const T* x;      // [N, C_in, H, W]
   const B* bank;   // [g, C_out, K]
   const T* eta;    // [N, g, 1] or [N, g, C_out]
-  const B* bias;   // [g, C_out] or null
+  const T* bias;   // [g, C_out] or null
   const T* shift;  // [C_out] or null
   T* out;          // [N, C_out, oH, oW]
   T* scratch;      // of `scratch_elements()` of what computes it
+  const T* mean;   // [C_out, K], or null
+  const T* scale;  // [g, C_out], or null
 };
 
 }  // namespace DYCONVERT_TARGET

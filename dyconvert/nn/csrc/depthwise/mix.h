@@ -29,7 +29,7 @@ template <typename T, typename B>
 void mix_taps(const Problem<T, B>& problem, i64 image, i64 channel, i64 rows, T* kernels) {
   const Shape& s = problem.shape;
   const i64 taps = s.taps();
-  if (!s.eta_channel || taps < kLanes<T>) {
+  if (!s.eta_channel || taps < kLanes<T> || problem.mean) {
     mix(problem, image, 1, channel, rows, 0, taps, taps, kernels);
     return;
   }

@@ -1,0 +1,19 @@
+"""What a compressed bank is made of."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Compressed(NamedTuple):
+    """A bank's experts as their mean and their differences from it, :mod:`dyconvert.nn.compress`.
+
+    Attributes:
+        mean: one expert's shape, such as `[C_out, C_in / groups, *kernel]`.
+        differences: the bank's, such as `[g * C_out, C_in / groups, *kernel]`, of int8 or bfloat16.
+        scale: what they are multiplied with, `[g, C_out]`; None for bfloat16.
+    """
+
+    mean: Tensor
+    differences: Tensor
+    scale: Tensor | None
