@@ -79,6 +79,13 @@ def _run(command: list[str]) -> str:
     return (run.stderr.strip() or f"exit code {run.returncode}") if run.returncode else ""
 
 
-if __name__ == "__main__":  # python hatch_build.py [FLAG...]: builds the library in the source tree
+def _up_to_date(folder: Path, library: Path) -> bool:
+    """Whether the library is newer than all that it is made of, this file among it."""
+    sources = [Path(__file__), *(path for path in folder.rglob("*") if path.suffix in (".h", ".cpp"))]
+    return library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in sources)
+
+
+if __name__ == "__main__":  # python hatch_build.py [FLAG...]: builds the library in the source tree, where it is older
     nn = Path(__file__).parent / "dyconvert" / "nn"
-    sys.exit(build(nn / "csrc", nn / "_native.so", (*FLAGS, *sys.argv[1:])) or 0)
+    if sys.argv[1:] or not _up_to_date(nn / "csrc", nn / "_native.so"):
+        sys.exit(build(nn / "csrc", nn / "_native.so", (*FLAGS, *sys.argv[1:])) or 0)
