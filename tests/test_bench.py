@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dyconvert.analysis.timing import in_turns
 from dyconvert.nn import native
 
 SMALL = ("--layer", "8,8,3,8", "--layer", "8,16,1,8,2", "--batch", "1,2", "--repeats", 2)
@@ -38,6 +39,22 @@ def test_without_mixing_feature_maps_and_for_dynets_coefficients(cli):
     assert ran.code == 0, ran.said
     assert "features / dynet" not in ran.said
     assert "timm: left out" in ran.said  # its conv has no coefficients per channel
+
+
+def test_another_device_is_waited_for_before_and_after_each_call(monkeypatch):
+    happened = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: happened.append(device))
+    device = torch.device("cuda", 1)
+    calls = {"one": lambda: happened.append("one"), "other": lambda: happened.append("other")}
+    in_turns(calls, repeats=3, device=device)
+    first = happened.index(device)
+    assert sorted(happened[:first]) == ["one", "other"]  # not timed
+    timed = [happened[at : at + 3] for at in range(first, len(happened), 3)]
+    assert len(timed) == 6
+    assert all(before == after == device and name in calls for before, name, after in timed)
+    happened.clear()
+    in_turns(calls, repeats=3, device=torch.device("cpu"))
+    assert device not in happened
 
 
 def test_peak_memory(cli):

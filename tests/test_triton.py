@@ -279,6 +279,22 @@ def test_triton_is_measured_beside_the_others(broken: bool, monkeypatch: pytest.
         torch.testing.assert_close(value, reference(tensors, PAIR))
 
 
+@pytest.mark.parametrize(("pixels", "padding"), [(2, (0, 0)), (2, "same"), (8, (0, 0))])
+def test_mixing_feature_maps_is_measured_where_they_are_smaller_than_kernels(
+    pixels: int, padding: str | tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from dyconvert.nn import dispatch
+
+    monkeypatch.setattr(dispatch, "_is_gpu", lambda x: True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 16, pixels, pixels), (12, 16, 1, 1), (2, 3, 1)
+    x, weight, eta = (torch.randn(s, generator=generator) for s in shapes)
+    with using(Choices(tmp_path)) as choices, torch.no_grad():
+        dynamic_conv(x, weight, None, eta, (1, 1), padding, (1, 1), 1)
+    (found,) = choices.items().values()
+    assert ("features" in found.seconds) == (pixels == 2)  # 3 maps of 4 pixels, and a kernel of 16 weights
+
+
 UNKNOWN = {
     "float64": (lambda: small(torch.float64), PAIR, "dtype is torch.float64"),
     "3-d": (lambda: small(dims=3), ((1,) * 3, (0,) * 3, (1,) * 3, 1), "isn't 2-d"),

@@ -80,6 +80,15 @@ class LayerResult(NamedTuple):
     kernel: str | None
 
 
+def computer(device: torch.device) -> str:
+    """What computes on a device: the GPU's name, or the processor's with the compiled kernels that it takes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type} of {processor()}"
+    return f"{processor()}; compiled kernels: {native.target() or 'none'}"
+
+
 def processor() -> str:
     """This machine's processor by its name, and by its family, of which generic names say nothing."""
     try:
@@ -118,6 +127,7 @@ def bench_layer(
     features: bool = True,
     memory: bool = False,
     cpu: bool = False,
+    device: torch.device | None = None,
 ) -> LayerResult:
     """One dynamic conv against the static one, timm's `CondConv2d` and mixing feature maps, in turns.
 
@@ -126,15 +136,16 @@ def bench_layer(
         training: time a forward and a backward.
         read: bytes a second that memory can be read at; None: it is measured.
         features: time mixing feature maps, which takes g times the static conv's time.
-        memory: measure the peak memory of each as well, in a process for each.
+        memory: measure the peak memory of each as well, in a process for each; on a CPU only.
         cpu: count CPU time, see :func:`~dyconvert.analysis.timing.in_turns`.
+        device: where they compute; None is the CPU.
     """
     method = get_method(method, g=g)
-    read = read or bandwidth(cpu)
-    calls = layer_calls(layer, batch, method, training)
+    read = read or bandwidth(cpu, device)
+    calls = layer_calls(layer, batch, method, training, device=device or "cpu")
     if not features:
         del calls["features"]
-    found = in_turns(calls, repeats, cpu=cpu)
+    found = in_turns(calls, repeats, cpu=cpu, device=device)
     bank = g * layer.c_out * layer.c_in // layer.groups * layer.kernel**2 * 4
     peaks = {}
     if memory:
@@ -157,7 +168,7 @@ def bench_layer(
         found.get("features"),
         found["static"].median + bank * (3 if training else 1) / read,
         peaks,
-        compiled_kernel(layer, batch, method),
+        compiled_kernel(layer, batch, method) if device is None or device.type == "cpu" else None,
     )
 
 
@@ -276,11 +287,12 @@ def bench_model(
         cpu: count CPU time, see :func:`~dyconvert.analysis.timing.in_turns`.
     """
     arguments = as_arguments(example)
-    read = read or bandwidth(cpu)
+    place = next(a.device for a in arguments if isinstance(a, Tensor))
+    read = read or bandwidth(cpu, place)
     calls = {"static": model_call(static, arguments, training), "dynamic": model_call(dynamic, arguments, training)}
     if other is not None:
         calls["other"] = model_call(other, arguments, training)
-    found = in_turns(calls, repeats, seconds=12, cpu=cpu)
+    found = in_turns(calls, repeats, seconds=12, cpu=cpu, device=place)
     added = sum(p.numel() * p.element_size() for p in dynamic.parameters())
     added -= sum(p.numel() * p.element_size() for p in static.parameters())
     batch = next(a.shape[0] for a in arguments if isinstance(a, Tensor))

@@ -122,7 +122,8 @@ def _one(models: dict[str, nn.Module], size: int, repeats: int, seconds: float, 
     calls = {name: _inference(model, example) for name, model in models.items()}
     if "dynamic" in models and any(isinstance(m, DynamicConv) for m in models["dynamic"].modules()):
         calls |= _parts(models["dynamic"], example)
-    timings = in_turns(calls, repeats, seconds, cpu)
+    place = next((a.device for a in example if isinstance(a, Tensor)), None)
+    timings = in_turns(calls, repeats, seconds, cpu, place)
     return SizeResult(size=size, seconds=timings, macs={name: macs(model, example) for name, model in models.items()})
 
 

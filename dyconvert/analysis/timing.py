@@ -3,12 +3,12 @@
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,11 @@ class Timing(NamedTuple):
 
 
 def in_turns(
-    calls: dict[str, Callable[[], object]], repeats: int = 15, seconds: float = 4.0, cpu: bool = False
+    calls: dict[str, Callable[[], object]],
+    repeats: int = 15,
+    seconds: float = 4.0,
+    cpu: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Timing]:
     """Time the calls in turns, so that what slows the machine down meets all of them.
 
@@ -42,7 +46,9 @@ def in_turns(
         seconds: no further round starts after so long, but there are at least 3.
         cpu: count this process's CPU time, which others on the machine disturb less. With one thread it is what
             the wall clock would show on a machine of one's own; with more, it is the sum over them.
+        device: where the calls compute; None is the CPU. Other devices are waited for: a call only hands them work.
     """
+    wait = partial(torch.accelerator.synchronize, device) if device and device.type != "cpu" else _go_on
     for call in calls.values():
         call()
     clock = time.process_time if cpu else time.perf_counter
@@ -59,12 +65,18 @@ def in_turns(
             order.reverse()
         for name in order:
             call = calls[name]
+            wait()
             switches = _interruptions()
             start = clock()
             call()
+            wait()
             took = clock() - start
             runs[name].append((took, not cpu and _interruptions() > switches))
     return {name: _summary(found) for name, found in runs.items()}
+
+
+def _go_on() -> None:
+    """Wait for nothing."""
 
 
 def _summary(runs: list[tuple[float, bool]]) -> Timing:
@@ -77,13 +89,18 @@ def _summary(runs: list[tuple[float, bool]]) -> Timing:
 
 
 def _interruptions() -> int:
+    """How often the system gave this process's core to another; where it doesn't say, as on Windows, never."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def bandwidth(cpu: bool = False) -> float:
-    """Bytes a second at which memory that is in no cache is read, by all of torch's threads; `cpu` as above."""
-    data = torch.ones(64 * 2**20)  # 256 MiB
-    timing = in_turns({"sum": data.sum}, repeats=9, cpu=cpu)["sum"]
+def bandwidth(cpu: bool = False, device: torch.device | None = None) -> float:
+    """Bytes a second at which memory that is in no cache is read, by all of torch's threads; arguments as above."""
+    data = torch.ones(64 * 2**20, device=device)  # 256 MiB
+    timing = in_turns({"sum": data.sum}, repeats=9, cpu=cpu, device=device)["sum"]
     return data.numel() * data.element_size() / timing.median
 
 

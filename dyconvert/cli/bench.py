@@ -49,6 +49,7 @@ def layers(
     repeats: Repeats = 15,
     cpu_time: Cpu = False,
     as_json: Json = False,
+    device: str | None = None,
 ) -> None:
     """Single convs: time over the static conv's, beside timm's CondConv2d and mixing feature maps."""
     sizes = _batches(batch)
@@ -56,11 +57,14 @@ def layers(
     from dyconvert.analysis import bench
 
     shapes = [_layer(text) for text in layer] if layer else list(bench.LAYERS)
+    place = _place(device, cpu_time)
+    if memory and place.type != "cpu":
+        raise ModelError("--memory measures the memory of processes on a CPU. Leave --device out, or --memory.")
     _set_threads(threads)
     cases = [(size, shape) for size in sizes for shape in shapes]
     results = []
     with progress("measuring the memory's speed") as tell:
-        read = bench.bandwidth(cpu_time)
+        read = bench.bandwidth(cpu_time, place)
         for done, (size, shape) in enumerate(cases):
             tell(f"batch {size}: {shape.label}", done, len(cases))
             results.append(
@@ -75,10 +79,11 @@ def layers(
                     read=read,
                     features=features,
                     memory=memory,
+                    device=place,
                 )
             )
     if as_json:
-        _print_json(results, train, read, cpu_time)
+        _print_json(results, train, read, cpu_time, place)
         return
     columns = ["layer", "batch", "static ms", method, "+-", "timm", "features", "limit"]
     table = _table(*columns)
@@ -88,7 +93,7 @@ def layers(
         cells += [_ratio(other, base)[0] for other in (r.timm, r.features)] + [f"{r.limit / base:.2f}"]
         table.add_row(*cells)
     out.print(table)
-    out.print(f"Times over the static conv's; {_conditions(train, read, cpu_time)}")
+    out.print(f"Times over the static conv's; {_conditions(train, read, cpu_time, place)}")
     for kernel in sorted({r.kernel for r in results if r.kernel}):
         layers = dict.fromkeys(r.layer for r in results if r.kernel == kernel)
         out.print(f"{kernel}: {'; '.join(layers)}")
@@ -154,7 +159,7 @@ def model(
     fuse = fuse or half is not None
     if fuse and train:
         raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
-    place = parse_device(device)
+    place = _place(device, cpu_time)
     _set_threads(threads)
     static, source = models.create(model, "none", {})
     static.to(place)
@@ -166,7 +171,7 @@ def model(
     examples = [example_for(static, batch=count, size=wanted) for count in sizes]
     networks = [network for network in (static, dynamic, other) if network is not None]
     examples = bench.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
-    read = bench.bandwidth(cpu_time)
+    read = bench.bandwidth(cpu_time, place)
     try:
         results = [
             bench.bench_model(
@@ -187,7 +192,7 @@ def model(
             f"torch.compile failed: {reason}\nOn a CPU it needs a C++ compiler, g++ or clang++. Leave out --compile."
         ) from None
     if as_json:
-        _print_json(results, train, read, cpu_time)
+        _print_json(results, train, read, cpu_time, place)
         return
     table = _table("batch", "static ms", method, "+-", "limit", *([against] if against else []))
     for r in results:
@@ -195,11 +200,18 @@ def model(
         cells = [str(r.batch), f"{base * 1e3:.1f}", *_ratio(r.dynamic, base), f"{r.limit / base:.2f}"]
         table.add_row(*cells, *([f"{r.other.median / base:.2f}"] if r.other else []))
     out.print(table)
-    out.print(f"Times over the static model's; {_conditions(train, read, cpu_time)}")
+    out.print(f"Times over the static model's; {_conditions(train, read, cpu_time, place)}")
 
 
-app.command()(with_common(layers))
+app.command()(with_common(layers, device=True))
 app.command()(with_common(model, device=True))
+
+
+def _place(device: str | None, cpu_time: bool) -> "torch.device":
+    place = parse_device(device)
+    if cpu_time and place.type != "cpu":
+        raise ModelError(f"--cpu-time with --device {device}: what a GPU takes is no CPU time. Leave one of them out.")
+    return place
 
 
 def _batches(text: str) -> list[int]:
@@ -251,24 +263,24 @@ def _ratio(timing: "Timing | None", base: float) -> tuple[str, str]:
     return f"{timing.median / base:.2f}", f"{(timing.high - timing.low) / 2 / base:.2f}"
 
 
-def _conditions(train: bool, read: float, cpu: bool) -> str:
+def _conditions(train: bool, read: float, cpu: bool, place: "torch.device") -> str:
     import torch
 
-    from dyconvert.analysis.bench import processor
-    from dyconvert.nn import native
+    from dyconvert.analysis.bench import computer
 
     mode = "a forward and a backward" if train else "inference"
+    threads = f", {torch.get_num_threads()} threads" if place.type == "cpu" else ""
     return (
-        f"{mode}, {torch.get_num_threads()} threads, {'CPU' if cpu else 'wall'} time, medians in turns.\n"
+        f"{mode}{threads}, {'CPU' if cpu else 'wall'} time, medians in turns.\n"
         f"+-: half the distance of the quartiles. limit: static, and the bank at {read / 1e9:.1f} GB/s.\n"
-        f"On {processor()}; compiled kernels: {native.target() or 'none'}."
+        f"On {computer(place)}."
     )
 
 
-def _print_json(results: list[Any], train: bool, read: float, cpu: bool) -> None:
+def _print_json(results: list[Any], train: bool, read: float, cpu: bool, place: "torch.device") -> None:
     import torch
 
-    from dyconvert.analysis.bench import processor
+    from dyconvert.analysis.bench import computer, processor
     from dyconvert.nn import native
 
     def plain(value: Any) -> Any:
@@ -276,6 +288,8 @@ def _print_json(results: list[Any], train: bool, read: float, cpu: bool) -> None
 
     figures = {
         "processor": processor(),
+        "device": str(place),
+        "computer": computer(place),
         "kernels": native.target(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -1,5 +1,6 @@
 """dynamic_conv: which strategy computes a dynamic conv, and running it."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ from dyconvert.nn.compress import Compressed, read_as_they_are, unpacked
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.mixture import Mixing, Mixture
+from dyconvert.nn.native import size_of_output
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key, needs_backward, observed, trial
@@ -277,8 +279,8 @@ def trials(
 ) -> dict[str, Callable[[], None]]:
     """What is to be timed to find the fastest strategy: each that can serve a call like this one.
 
-    Mixing feature maps takes g times the work, and is never tried. In training, strategies that keep every image's
-    kernel are tried where those are small.
+    In training, strategies that keep every image's kernel are tried where those are small. Mixing feature maps takes
+    g times the work, and is tried on GPUs, where the maps are small beside the kernels (`docs/kernels.md`).
     """
     training = needs_backward(x, weight, bias, *mixing)
     if not _is_gpu(x):
@@ -291,6 +293,8 @@ def trials(
             names.remove("recompute_unfold")
         if training and _kernels_are_small(x, weight, mixing):
             names.append(recompute.by_rule(x, weight, geometry))
+        if mixing.factors is None and _maps_are_small(x, weight, bias, mixing, geometry):
+            names.append("features")
     tensors = (x, weight, bias, *mixing)
     return {name: trial(partial(_run_on, name, geometry), tensors) for name in names}
 
@@ -311,6 +315,13 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 def _kernels_are_small(x: Tensor, weight: Tensor, mixing: Mixing) -> bool:
     """Whether keeping the kernels for backward costs little beside the input, which is kept anyway."""
     return not mixing.per_channel and 4 * mixing.images * weight.numel() <= mixing.g * x.numel()
+
+
+def _maps_are_small(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> bool:
+    """Whether an image's outputs, of all experts, take no more memory than its kernel."""
+    x, geometry = _number_the_padding(x, weight, bias, mixing, geometry)
+    pixels = math.prod(size_of_output(x.shape[2:], weight.shape[2:], geometry))
+    return mixing.g * pixels <= weight[0].numel()
 
 
 def _differentiable(

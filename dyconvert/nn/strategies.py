@@ -78,8 +78,12 @@ def unfolded(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple
 
 
 def features(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
-    """Mix feature maps instead of kernels: how DyNet's paper trains (eq. 5), at g times the work and memory."""
+    """Mix feature maps instead of kernels: how DyNet's paper trains (eq. 5), at g times the work and memory.
+
+    Maps of half precision are added up in float32, so that their sum is rounded once.
+    """
     g = mixing.g
+    coefficients = mixing.coefficients.to(torch.promote_types(x.dtype, torch.float32))
     experts = weight.chunk(g)
     biases = [None] * g if bias is None else bias.chunk(g)
     rows = spatial = out = None
@@ -92,9 +96,9 @@ def features(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geo
         else:
             y = (expert.flatten(1).unflatten(0, (geometry.groups, -1)) @ rows).flatten(1, 2).unflatten(2, spatial)
             y = y if own_bias is None else y + own_bias.view(-1, *[1] * len(spatial))
-        eta = mixing.coefficients[:, index].reshape(x.shape[0], -1, *[1] * (x.dim() - 2))
+        eta = coefficients[:, index].reshape(x.shape[0], -1, *[1] * (x.dim() - 2))
         out = eta * y if out is None else out + eta * y
-    return out
+    return out.to(x.dtype)
 
 
 def shifted(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> list[Tensor]:
