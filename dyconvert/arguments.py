@@ -1,11 +1,36 @@
 """An example, as users give it, as the arguments of a model's forward."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from dyconvert.errors import ModelError
+
+
+def check_module(model: Any, name: str = "model") -> None:
+    """Refuse what is no module.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} has to be a torch.nn.Module, not a {type(model).__name__}. Pass the model itself.")
+
+
+def check_iterable(data: Any) -> None:
+    """Refuse what holds no batches.
+
+    Raises:
+        ModelError: it can't be gone through.
+    """
+    if not isinstance(data, Iterable):
+        raise ModelError(
+            f"The data has to be a DataLoader or another iterable of batches, not a {type(data).__name__}. "
+            "Give a list of batches: `data=[...]`."
+        )
 
 
 def as_arguments(example: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
-from dyconvert.arguments import as_call
+from dyconvert.arguments import as_call, check_module
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import DynamicConv
 from dyconvert.outputs import tensors_in
@@ -89,6 +89,8 @@ def verify(model: nn.Module, dynamic: nn.Module, example: Any, *, gradients: boo
         ModelError: a model rejects the example, or the two return different things; there is no number to compare, or
             not one that is finite.
     """
+    check_module(model)
+    check_module(dynamic, "dynamic")
     found = compare(model, dynamic, example, gradients=gradients)
     if found.count:
         return found

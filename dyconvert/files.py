@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -357,6 +358,19 @@ def said(place: Path, error: Error) -> Iterator[None]:
         raise error(
             f"{place} can't be written: {reason}. Free some space or choose another place; what was there is unchanged."
         ) from problem
+
+
+def as_path(place: Any, error: Error) -> Path:
+    """A path that the user passed.
+
+    Raises:
+        error: it is none.
+    """
+    if not isinstance(place, str | os.PathLike) or isinstance(os.fspath(place), bytes):
+        raise error(
+            f"A path has to be text or a pathlib.Path, not a {type(place).__name__}. Give one, such as 'saved'."
+        )
+    return Path(place)
 
 
 def shown(name: str) -> str:

@@ -42,6 +42,10 @@ IMAGE_PIXELS = 89_478_485
 INPUT_SIDE = 4_096
 # Experts of a conv: the papers have up to 32. A ResNet-50 of 256 has 6 billion parameters.
 EXPERTS = 256
+# How far experts may differ at first, in root mean squares of a channel's weights: beyond, float32's rounding shows.
+DIVERSITY = 1_000.0
+# Standard deviation of paired experts' logits: beyond, every coefficient is 0 or 1.
+SPREAD = 1_000.0
 # Seeds of torch's and numpy's generators.
 SEED = 2**63 - 1
 # Images at a time: an ImageNet epoch.

@@ -112,8 +112,12 @@ def get_method(method: "str | Method" = "dynet", **changes: object) -> Method:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise PlanError(f"There is no method {method!r}.{hint} The methods are {', '.join(METHODS)}.")
         method = METHODS[method]
+    elif not isinstance(method, Method):
+        raise PlanError(
+            f"A method is one of {', '.join(METHODS)}, or a dyconvert.Method, and not a {type(method).__name__}."
+        )
     given = {key: value for key, value in changes.items() if value is not None}
-    if given.get("reduction") == 0:
+    if type(given.get("reduction")) is int and given["reduction"] == 0:
         given["reduction"] = None
     try:
         return Method.model_validate(method.model_dump() | given)

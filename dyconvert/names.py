@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterable
+from typing import Any
 
 from dyconvert.errors import PlanError
 
@@ -25,13 +26,29 @@ def matching(patterns: Iterable[str], names: list[str]) -> list[str]:
     """The names that match a shell pattern, or stand inside of a module that matches.
 
     Raises:
-        PlanError: a pattern matches nothing.
+        PlanError: a pattern matches nothing, or is none.
     """
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in checked_patterns(patterns):
         hits = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")}
         if not hits:
             examples = ", ".join(names[:3])
             raise PlanError(f"No conv's name matches {pattern!r}. Names look like {examples}; try '*{pattern}*'.")
         found |= hits
     return [name for name in names if name in found]
+
+
+def checked_patterns(patterns: Any) -> list[str]:
+    """Shell patterns as a list; one alone is a list of one.
+
+    Raises:
+        PlanError: they are none.
+    """
+    if isinstance(patterns, str):
+        return [patterns]
+    if not isinstance(patterns, Iterable) or isinstance(patterns, bytes):
+        raise PlanError(f"Patterns of names are needed, such as ['layer4.*'], not a {type(patterns).__name__}.")
+    found = list(patterns)
+    if odd := [each for each in found if not isinstance(each, str)]:
+        raise PlanError(f"A pattern of names is text, such as 'layer4.*', not a {type(odd[0]).__name__}.")
+    return found

@@ -318,3 +318,30 @@ def test_state_dicts_of_a_module_around_the_model(prefix, extra, warned, tmp_pat
         loaded, _ = dyconvert.models.create(f"{models_file}:net", str(tmp_path / "last.ckpt"))
     assert equal(model.state_dict(), loaded.state_dict())
     assert any("criterion.weight" in str(each.message) for each in caught) is warned
+
+
+def test_a_guess_of_the_input_size_is_said(cli, models_file):
+    ran = cli(f"{models_file}:net", "--dry-run")
+    assert "3x224x224 is assumed. Say it with --input-size" in " ".join(ran.said.split())
+    ran = cli(f"{models_file}:net", "--input-size", 16, "-o", "sized")
+    assert "assumed" not in ran.said
+    # Afterwards the plan knows it.
+    ran = cli("inspect", "sized", "--trust-code")
+    assert "one image of 3x16x16" in ran.said
+    assert "assumed" not in ran.said
+    assert "assumed" not in cli("digits-resnet8", "--dry-run").said
+
+
+def test_half_precision_says_what_the_inputs_are(cli):
+    pytest.importorskip("onnxruntime")
+    assert cli("digits-resnet8", "-o", "digits", "-q").code == 0
+    said = " ".join(cli("export", "digits", "--fp16").said.split())
+    assert "in float32, and computes in float16" in said
+
+
+def test_a_directory_that_is_a_link_to_itself(cli, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for command in ("export", "inspect", "report"):
+        ran = cli(command, "loop")
+        assert ran.code == 2, ran.said
+        assert "Error:" in ran.said

@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dyconvert import models
+from dyconvert.arguments import check_module
 from dyconvert.checkpoint.description import DESCRIPTION, Description, described, read_description, source_in
 from dyconvert.checkpoint.tensors import count_tensors, load_weights
 from dyconvert.copying import copied, in_eval_mode
 from dyconvert.errors import CheckpointError, PlanError
+from dyconvert.files import as_path
 from dyconvert.limits import WEIGHTS_BYTES, LimitError, check_ordinary
 from dyconvert.marks import mark_compression, mark_preprocessing, mark_source
 from dyconvert.narrowing.record import rebuild_narrowed
@@ -44,7 +46,9 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         CheckpointError: nothing was saved there; the files were altered or truncated, or are of a newer version;
             the architecture doesn't fit, or is needed.
     """
-    directory = Path(directory)
+    directory = as_path(directory, CheckpointError)
+    if model is not None:
+        check_module(model)
     text = read_description(directory)
     for attempt in itertools.count(1):
         description = described(text, directory)

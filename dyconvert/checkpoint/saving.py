@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert import models
+from dyconvert.arguments import check_module
 from dyconvert.checkpoint.description import DESCRIPTION, WEIGHTS, Description, json_sha256
 from dyconvert.checkpoint.tensors import is_ours, write_weights
 from dyconvert.errors import CheckpointError
-from dyconvert.files import locked, private_folder, said, settle
+from dyconvert.files import as_path, locked, private_folder, said, settle
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 from dyconvert.marks import compression_of, mark_preprocessing, mark_source, narrowing_of, preprocessing_of, source_of
 from dyconvert.nn import DynamicConv
@@ -52,10 +53,17 @@ def save(
         ModelError: the model wasn't converted or narrowed, and isn't said to be static; or its state can't be saved.
         CheckpointError: the directory holds something else, or can't be written. What was there is still there.
     """
+    check_module(model)
+    if source is not None and not isinstance(source, models.Source):
+        raise CheckpointError(f"source has to be what models.create returned, not a {type(source).__name__}.")
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        raise CheckpointError(
+            f"preprocessing has to be a dyconvert.Preprocessing, not a {type(preprocessing).__name__}."
+        )
     narrowing = narrowing_of(model)
     plan = _plan_of(model, static or narrowing is not None)
     source = source or source_of(model)
-    directory = Path(directory)
+    directory = as_path(directory, CheckpointError)
     check_writable(directory, replace=True, force=force)
     if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
         raise CheckpointError("The model is on the meta device and has no values to save.")

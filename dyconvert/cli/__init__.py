@@ -14,24 +14,47 @@ def main() -> None:
     """Run the command in `sys.argv`: errors end with exit code 2, Ctrl-C with 130."""
     with interrupts.TakenOver():
         code = _code()
+    if code:
+        _forget_unwritten()
     sys.exit(code)
 
 
 def _code() -> int:
     try:
         code = _run()
-        sys.stdout.flush()
+        code = code or _flushed()
         return _stopped() if code == interrupts.CODE else code
     except KeyboardInterrupt:
         return _stopped()
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing more to say, and nowhere to say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BaseException:
         if not interrupts.seen():
             raise
         return _stopped()
+
+
+def _flushed() -> int:
+    """Write what is left for stdout; 0, or the exit code of an error, such as a full disk."""
+    try:
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from dyconvert.console import fail
+
+        fail(f"The output can't be written: {error.strerror}. Free some space, or send it to another place.")
+        return 2
+
+
+def _forget_unwritten() -> None:
+    """What can't be written to stdout goes nowhere; Python itself tries at the end, and would print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run() -> int:

@@ -151,6 +151,7 @@ def model(
     import torch
 
     from dyconvert.analysis import bench
+    from dyconvert.cli.opening import example_of
     from dyconvert.surgery.convert import convert
     from dyconvert.surgery.fuse import fuse as fuse_model
     from dyconvert.surgery.observe import example_for
@@ -168,7 +169,8 @@ def model(
         dynamic, static = fuse_model(dynamic.eval(), bank_dtype=half), fuse_model(static.eval())
     other = models.create(against, "none", {})[0].to(place) if against else None
     wanted = (size, size) if size else source.input_size
-    examples = [example_for(static, batch=count, size=wanted) for count in sizes]
+    examples = [example_of(static, source, wanted, sizes[0])]
+    examples += [example_for(static, batch=count, size=wanted) for count in sizes[1:]]
     networks = [network for network in (static, dynamic, other) if network is not None]
     examples = bench.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
     read = bench.bandwidth(cpu_time, place)

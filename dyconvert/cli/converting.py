@@ -15,6 +15,7 @@ from dyconvert.analysis.flops import macs, parameters, tensor_bytes
 from dyconvert.arguments import first_image
 from dyconvert.cli.common import parse_device
 from dyconvert.cli.narrowing import Options, print_narrowing
+from dyconvert.cli.opening import example_of
 from dyconvert.cli.progress import progress
 from dyconvert.console import count, out, warn, write_json
 from dyconvert.differences import Differences, verify
@@ -27,7 +28,6 @@ from dyconvert.surgery.compress import compress as compress_model
 from dyconvert.surgery.convert import convert as convert_model
 from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview
-from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.plan import Plan
 
 # float32's rounding, through the deepest models, stays well below.
@@ -56,7 +56,7 @@ class Asked:
         model, source = models.create(self.specifier, weights or self.weights, self.arguments)
         check_convertible(model)
         model.to(device)
-        return model, source, example_for(model, batch=2, size=self.size or source.input_size)
+        return model, source, example_of(model, source, self.size, 2)
 
 
 def show_plan(asked: Asked, chosen: dict[str, Any], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dyconvert.cli.options import Compress, Factory, Json, Size, Trust, check_compress, check_free, parse_size
+from dyconvert.cli.options import Compress, Factory, Json, Size, Trust, check_compress, check_free, name_of, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import count, out, write_json
 from dyconvert.errors import DyconvertError
@@ -49,8 +49,7 @@ def export(
         raise DyconvertError("--fp16 is for ONNX. For torch, convert the loaded model: model.half().")
     check_compress(compress)
     size = parse_size(input_size)
-    name = directory.resolve().name
-    file = output or Path(name + _SUFFIX[to])
+    file = output or Path(name_of(directory) + _SUFFIX[to])
     check_free(file, force)
 
     from dyconvert.cli.opening import loaded
@@ -87,7 +86,9 @@ def export(
     sizes = "any size" if dynamic_size else "x".join(map(str, example[0].shape[1:]))
     opset = f", opset {done.opset}" if done.opset else ""
     out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s", soft_wrap=True)
-    out.print(f"takes {batches}, {sizes}, in {'float16' if fp16 else str(example[0].dtype).removeprefix('torch.')}")
+    computes = ", and computes in float16" if fp16 else ""
+    dtype = str(example[0].dtype).removeprefix("torch.")
+    out.print(f"takes {batches}, {sizes}, in {dtype}{computes}")
     if found := compression_of(model):
         out.print(str(found))
     if done.difference is None:

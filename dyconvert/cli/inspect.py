@@ -41,18 +41,17 @@ def inspect(
     from dyconvert.analysis.cost import cost
     from dyconvert.analysis.flops import tensor_bytes
     from dyconvert.analysis.passing import check_finite, pass_over
-    from dyconvert.cli.opening import image_size_for, images_for, opened
+    from dyconvert.cli.opening import example_of, image_size_for, images_for, opened
     from dyconvert.marks import plan_of
     from dyconvert.nn import DynamicConv
     from dyconvert.surgery.convert import plan as plan_model
-    from dyconvert.surgery.observe import example_for
 
     with progress(f"reading {directory}"):
         description = checkpoint.describe(directory)
         found = opened(str(directory), "default", trust_code, device, factory)
         model = found.model
         check_finite(model, str(directory))
-        example = example_for(model, batch=1, size=size or image_size_for(found, data))
+        example = example_of(model, None, size or image_size_for(found, data), 1)
         # Of a static model, saved as a control, what would become of it.
         plan = plan_of(model) or plan_model(model, example=example)
         static = models.build(found.source) if found.source is not None else None
@@ -92,9 +91,10 @@ def inspect(
     else:
         out.print(f"static: none of {len(plan.convs)} convs is dynamic")
     out.print(f"tensors: {count(tensor_bytes(model))}B" + (f", {found}" if (found := description.compression) else ""))
+    taken = "x".join(map(str, getattr(example[0], "shape", ())[1:]))
     for what in ("parameters", "macs"):
         after, before = getattr(costs.after, what), getattr(costs.before, what) if costs.before else None
-        name = {"parameters": "parameters", "macs": "multiply-adds, one image"}[what]
+        name = {"parameters": "parameters", "macs": f"multiply-adds, one image of {taken}"}[what]
         was = f"{count(before)} became " if before else ""
         if after is not None:
             out.print(f"{name}: {was}{count(after)}")

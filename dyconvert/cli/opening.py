@@ -9,7 +9,7 @@ from torch import nn
 from dyconvert import checkpoint, models
 from dyconvert.analysis.images import ImageSet, image_files, image_size, read_images
 from dyconvert.cli.common import parse_device
-from dyconvert.cli.options import parse_numbers
+from dyconvert.cli.options import name_of, parse_numbers
 from dyconvert.console import warn
 from dyconvert.errors import ModelError
 from dyconvert.marks import mark_source, plan_of, preprocessing_of, source_of
@@ -53,7 +53,7 @@ def opened(text: str, weights: str, trust_code: bool, device: str | None = None,
         model = restored(directory, trust_code, factory).to(place)
         source = source_of(model)
         size = source.input_size if source else None
-        return Opened(model, directory.resolve().name, source, True, size or _size_in_plan(model))
+        return Opened(model, name_of(directory), source, True, size or _size_in_plan(model))
     model, source = models.create(text, weights, {})
     return Opened(model.to(place), source.specifier.rpartition(":")[2], source, False, source.input_size)
 
@@ -64,11 +64,25 @@ def original_of(main: Opened, device: str | None = None) -> Opened | None:
         return None
     source = main.source
     try:
+        if source.weights is None and not source.runs_user_code:
+            raise ModelError("Its weights were random, and they weren't kept.")
         model, _ = models.create(source.specifier, source.weights or "default", source.arguments)
     except ModelError as error:
         warn(f"without the original: {error} Name it with --against.")
         return None
     return Opened(model.to(parse_device(device)), source.specifier.rpartition(":")[2], source, False, source.input_size)
+
+
+def example_of(
+    model: nn.Module, source: models.Source | None, size: tuple[int, ...] | None, batch: int
+) -> tuple[Any, ...]:
+    """An input for a model: of `size`, or of its source's, or of its conversion's; that it is a guess is said."""
+    known = size or (source.input_size if source is not None else None) or _size_in_plan(model)
+    example = example_for(model, batch=batch, size=known)
+    if known is None:
+        taken = "x".join(map(str, getattr(example[0], "shape", ())[1:]))
+        warn(f"The model doesn't say what its input is: {taken} is assumed. Say it with --input-size.")
+    return example
 
 
 def _size_in_plan(model: nn.Module) -> tuple[int, ...] | None:
@@ -101,7 +115,7 @@ def loaded(
     """A saved model, where it came from, and an input for it: of `size`, or of its source's."""
     model = restored(directory, trust_code, factory).to(parse_device(device))
     source = source_of(model)
-    return model, source, example_for(model, batch=batch, size=size or (source.input_size if source else None))
+    return model, source, example_of(model, source, size, batch)
 
 
 def images_for(

@@ -1,5 +1,6 @@
 """What several commands take."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +72,11 @@ def parse_numbers(text: str) -> list[float]:
         return numbers
     except ValueError:
         raise ModelError(f"{text!r} is no list of numbers such as 0.485,0.456,0.406.") from None
+
+
+def name_of(directory: Path) -> str:
+    """What a directory is called, be it given as "." or through links."""
+    return os.path.basename(os.path.realpath(directory))
 
 
 def check_free(file: Path, force: bool) -> None:

@@ -67,11 +67,10 @@ def report(
 
     from dyconvert.analysis.ablation import read_run, read_sweep
     from dyconvert.analysis.study import analyse
-    from dyconvert.cli.opening import image_size_for, images_for, opened, original_of
+    from dyconvert.cli.opening import example_of, image_size_for, images_for, opened, original_of
     from dyconvert.nn import DynamicConv
     from dyconvert.report.write import check_directory, check_extra, write_report
     from dyconvert.surgery.blocks import check_convertible
-    from dyconvert.surgery.observe import example_for
 
     check_extra()
     check_directory(output, force)
@@ -87,7 +86,7 @@ def report(
             check_convertible(main.model)
         original = opened(against, against_weights, trust_code, device) if against else original_of(main, device)
         static = opened(narrow, "default", trust_code, device) if narrow else None
-        example = example_for(main.model, batch=1, size=size or image_size_for(main, data))
+        example = example_of(main.model, None, size or image_size_for(main, data), 1)
         images = images_for(data, main.model, example, mean, std, limit) if data is not None else None
         result = analyse(
             main.model,

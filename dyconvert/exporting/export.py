@@ -1,6 +1,7 @@
 """Export to ONNX and to torch.export's `.pt2`, checked against torch before the file is put in its place."""
 
 import inspect
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dyconvert.arguments import as_arguments
+from dyconvert.arguments import as_arguments, check_module
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ExportError
 from dyconvert.exporting.exported import (
@@ -20,6 +21,7 @@ from dyconvert.exporting.exported import (
     quiet,
     written,
 )
+from dyconvert.files import as_path
 from dyconvert.installation import install_command
 from dyconvert.surgery.apply import replace_everywhere
 
@@ -57,6 +59,7 @@ def export_onnx(
         ExportError: onnx and onnxscript aren't installed; the model can't be exported, and which operator
             or node prevents it; the file can't be written, or computes something else.
     """
+    file = as_path(file, ExportError)
     _require("onnx", "onnxscript")
     from dyconvert.exporting.onnx_conv import prepared, translations
 
@@ -83,13 +86,13 @@ def export_onnx(
         )
         _tidy(onnx_program.model)
     weights = sum(value.const_value.nbytes for value in onnx_program.model.graph.initializers.values())
-    with written(Path(file)) as part:
+    with written(file) as part:
         onnx_program.save(part, external_data=weights > LARGEST_FILE)
         inputs = check_inputs(reference, arguments, axes)
         difference = difference_of_onnx(reference, part, inputs, fp16)
         size = sum(each.stat().st_size for each in part.parent.iterdir())
     shapes = tuple(tuple(each[0].shape) for each in inputs) if difference is not None else ()
-    return Exported(Path(file), size, onnx_program.model.opset_imports[""], difference, shapes)
+    return Exported(file, size, onnx_program.model.opset_imports[""], difference, shapes)
 
 
 def export_torch(
@@ -104,17 +107,22 @@ def export_torch(
         ExportError: the model can't be exported, and which node prevents it; the file can't be written, or
             computes something else once it is loaded again.
     """
+    file = as_path(file, ExportError)
     arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
     reference = _on_cpu(model)
     program = _program(reference, arguments, axes)
-    with written(Path(file)) as part:
+    with written(file) as part:
         with quiet():
-            torch.export.save(program, part)
+            # Where the disk is full, torch's own writer of files ends the process.
+            content = io.BytesIO()
+            torch.export.save(program, content)
+            part.write_bytes(content.getbuffer())
+            del content
             loaded = torch.export.load(part).module()
         inputs = check_inputs(reference, arguments, axes)
         difference = difference_of_torch(reference, loaded, inputs)
         size = part.stat().st_size
-    return Exported(Path(file), size, None, difference, tuple(tuple(each[0].shape) for each in inputs))
+    return Exported(file, size, None, difference, tuple(tuple(each[0].shape) for each in inputs))
 
 
 class _Half(nn.Module):
@@ -151,6 +159,7 @@ def _arguments(
     model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bool
 ) -> tuple[tuple[Any, ...], tuple[dict[int, str], ...]]:
     """The example on the CPU, with two images or more where their number is dynamic, and the dynamic axes."""
+    check_module(model)
     arguments = as_arguments(example)
     if not arguments or not all(isinstance(a, Tensor) and a.dim() > 2 for a in arguments):
         raise ExportError(

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from dyconvert.arguments import check_module
 from dyconvert.errors import ModelError
 from dyconvert.marks import preprocessing_of, source_of
 from dyconvert.models.source import Source
@@ -26,6 +27,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     Raises:
         ModelError: neither is known.
     """
+    check_module(model)
     found = preprocessing_of(model)
     if found is None and (source := source_of(model)) is not None:
         found = preprocessing_for(source)

@@ -12,6 +12,7 @@ from dyconvert.copying import clear_hooks, in_eval_mode, skeleton
 from dyconvert.errors import ModelError, PlanError, brief
 from dyconvert.marks import narrowing_of
 from dyconvert.narrowing.images import Images
+from dyconvert.numbers import share, whole
 from dyconvert.outputs import tensors_in
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.observe import example_for
@@ -42,8 +43,8 @@ def checked_init(
     if (width is None) == (flops is None):
         raise PlanError("narrow() takes a width or a share of the multiply-adds (flops). Give one of the two.")
     for name, value in (("width", width), ("flops", flops)):
-        if value is not None and not 0 < value <= 1:
-            raise PlanError(f"{name}={value:g} is out of range. It is a share of the original's: 0 < {name} <= 1.")
+        if value is not None:
+            share(name, value)
     if init is None:
         init = "merge" if data is None else "least-squares"
     if init not in get_args(Init):
@@ -54,8 +55,7 @@ def checked_init(
             "`init='merge'`."
         )
     for name, value in (("round_to", round_to), ("calibration_images", calibration_images)):
-        if value < 1:
-            raise PlanError(f"{name}={value} is out of range. It is at least 1.")
+        whole(name, value, least=1)
     if static and choices:
         raise PlanError(f"static=True converts nothing, so {', '.join(choices)} would do nothing. Give one of them.")
     return init

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyconvert.arguments import check_iterable
 from dyconvert.errors import ModelError
 from dyconvert.surgery.adapters import is_conv
 from dyconvert.surgery.observe import example_for
@@ -69,6 +70,7 @@ def collect_images(data: Iterable[Any], count: int, model: nn.Module, example: A
     template = example if isinstance(example, tuple) else () if example is None else (example,)
     takes = [at for at, value in enumerate(template) if _is_images(value)] or [0]
     dims = _dims(model, template[takes[0]] if template else None)
+    check_iterable(data)
     found: list[list[Tensor]] = [[] for _ in takes]
     listed = False
     for batch in [data] if isinstance(data, Tensor) else data:

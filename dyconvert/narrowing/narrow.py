@@ -11,8 +11,10 @@ from torch import nn
 from dyconvert.analysis.flops import macs
 from dyconvert.arguments import as_arguments, first_image
 from dyconvert.copying import copied
+from dyconvert.limits import DIVERSITY
 from dyconvert.marks import mark_narrowing
 from dyconvert.methods import Method
+from dyconvert.names import checked_patterns
 from dyconvert.narrowing.calibrate import Samples, images_that_fit, sample
 from dyconvert.narrowing.channels import Chooser, Chosen, cut_channels
 from dyconvert.narrowing.checks import Init, bare, check_runs, check_takes, checked_init, example_of
@@ -22,6 +24,7 @@ from dyconvert.narrowing.images import Images, collect_images
 from dyconvert.narrowing.positions import Positions, held_out, positions_for
 from dyconvert.narrowing.record import NarrowedGroup, Narrowing, NarrowingWarning, changes, rebuild_narrowed
 from dyconvert.narrowing.weights import give_weights, warn_of_width
+from dyconvert.numbers import real, seed_of
 from dyconvert.surgery.convert import convert, plan, preview
 
 Progress = Callable[[str, int, int], None]
@@ -89,8 +92,9 @@ def narrow(
         PlanError: an unknown init, a pattern that matches nothing, or a conversion that can't be planned.
     """
     init = checked_init(model, width, flops, data, init, round_to, calibration_images, static, choices)
+    seed, diversity = seed_of(seed), real("diversity", diversity, 0, DIVERSITY)
     tell = progress or (lambda what, done, total: None)
-    keep = (keep,) if isinstance(keep, str) else keep
+    keep = checked_patterns(keep)
     with _undisturbed(model):
         images = None if data is None else collect_images(data, calibration_images, model, _given(example))
         example = example_of(model, example, images)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyconvert.arguments import as_arguments
+from dyconvert.arguments import as_arguments, check_module
 from dyconvert.errors import ModelError
 from dyconvert.nn import choice
 from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
@@ -36,6 +36,7 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     Raises:
         ModelError: the model has no dynamic conv.
     """
+    check_module(model)
     # A transposed conv has one way to be computed, and so has a compressed one: nothing to choose.
     kinds = (DynamicConv1d, DynamicConv2d, DynamicConv3d)
     convs = {name for name, module in model.named_modules() if isinstance(module, kinds) and module.mean is None}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dyconvert.arguments import check_module
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, some
 from dyconvert.marks import forget_compression, remove_marks
@@ -51,6 +52,7 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
         UserWarning: the data never reached some convs (an auxiliary head that runs in training only, say). They
             are collapsed at the initial coefficients.
     """
+    check_module(model)
     convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
     if not convs:
         raise ModelError(f"{type(model).__name__} has no dynamic conv, so there is nothing to collapse.")

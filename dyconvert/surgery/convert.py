@@ -11,8 +11,11 @@ from dyconvert.arguments import as_arguments, in_dtype
 from dyconvert.copying import clear_hooks, on_meta, sharing_copy
 from dyconvert.differences import verify
 from dyconvert.errors import ModelError, PlanError
+from dyconvert.limits import DIVERSITY
 from dyconvert.marks import fused_of, plan_of
 from dyconvert.methods import Method, get_method
+from dyconvert.names import checked_patterns
+from dyconvert.numbers import real, seed_of
 from dyconvert.randomness import kept_random_state, random_state, set_random_state
 from dyconvert.surgery.apply import apply
 from dyconvert.surgery.blocks import check_convertible
@@ -62,16 +65,12 @@ def plan(
         PlanError: unknown method, g < 1, a pattern that matches nothing, ...
     """
     chosen = get_method(method, g=g, scope=scope, reduction=reduction, temperature=temperature)
-    patterns = {"include": _sequence(include), "exclude": _sequence(exclude)}
+    patterns = {"include": checked_patterns(include), "exclude": checked_patterns(exclude)}
     with kept_random_state():
         return make_plan(model, chosen, **patterns, include_stem=include_stem, strict=strict, example=example)
 
 
 _plan = plan  # convert() has a parameter of that name
-
-
-def _sequence(patterns: str | Sequence[str]) -> Sequence[str]:
-    return (patterns,) if isinstance(patterns, str) else patterns
 
 
 def convert(
@@ -108,14 +107,17 @@ def convert(
 
     Raises:
         ModelError: the model can't be converted, or the result doesn't compute what it does.
-        PlanError: the plan doesn't fit the model.
+        PlanError: the plan doesn't fit the model; the seed or the diversity is out of range.
     """
+    seed, diversity = seed_of(seed), real("diversity", diversity, 0, DIVERSITY)
     if plan is not None and choices:
         raise PlanError(f"convert() got a plan and {', '.join(choices)}: the plan has decided that. Give one of them.")
+    check_convertible(model)
     if plan is None:
         plan = _plan(model, example=example, **choices)
     else:
-        check_convertible(model)
+        if not isinstance(plan, Plan):
+            raise PlanError(f"A Plan is needed, not {type(plan).__name__}. Make one by dyconvert.plan(model, ...).")
         plan = up_to_date(plan, model)
     if not plan.converted:
         reasons = "; ".join(f"{count} {reason}" for reason, count in plan.reasons().items())

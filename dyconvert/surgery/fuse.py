@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from dyconvert.arguments import check_module
 from dyconvert.copying import clear_hooks, copied, in_eval_mode, on_meta
 from dyconvert.errors import ModelError
 from dyconvert.marks import mark_fused, remove_marks
@@ -86,6 +87,7 @@ def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | Non
 
 
 def _check_eval(model: nn.Module) -> None:
+    check_module(model)
     for name, module in model.named_modules():
         if module.training and (module is model or isinstance(module, _BatchNorm)):
             what = f"its batch norm {name}" if name else type(model).__name__

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyconvert.arguments import check_module
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError
+from dyconvert.limits import SPREAD
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import refuse_compressed
+from dyconvert.numbers import real, seed_of
 from dyconvert.surgery.watch import run_over
 
 
@@ -45,7 +48,10 @@ def pair_experts(model: nn.Module, data: Iterable[Any], *, spread: float = 1.0, 
     Raises:
         ModelError: nothing in the model is dynamic, or it is compressed, or its predictors were trained; no batch was
             given, or the model rejects one; what the predictors read isn't finite. The model is as it was.
+        PlanError: the seed or the spread is out of range.
     """
+    seed, spread = seed_of(seed), real("spread", spread, 0, SPREAD)
+    check_module(model)
     predictors = {name: m for name, m in model.named_modules() if isinstance(m, CoefficientPredictor)}
     if not predictors:
         raise ModelError(f"{type(model).__name__} has no dynamic conv, so there are no experts to pair.")

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from dyconvert.arguments import check_module
 from dyconvert.errors import PlanError
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import refuse_compressed
@@ -32,9 +33,11 @@ def set_trainable(model: nn.Module, what: Trainable) -> nn.Module:
         The model itself.
 
     Raises:
+        ModelError: the model is no module.
         PlanError: `what` is none of these.
         ModelError: the model is compressed.
     """
+    check_module(model)
     check_trainable(what)
     refuse_compressed(model)
     model.requires_grad_(what == "all")

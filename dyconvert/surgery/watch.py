@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from dyconvert.arguments import check_iterable
 from dyconvert.errors import ModelError
 from dyconvert.names import joined
 from dyconvert.nn import CoefficientPredictor, DynamicConv
@@ -59,6 +60,7 @@ def run_over(model: nn.Module, batches: Iterable[Any]) -> None:
     Raises:
         ModelError: there is no batch, or the model rejects one.
     """
+    check_iterable(batches)
     number = -1
     with torch.no_grad():
         for number, batch in enumerate(batches):

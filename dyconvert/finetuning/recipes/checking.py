@@ -3,7 +3,7 @@
 import difflib
 import json
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -35,7 +35,7 @@ def validated(model: type[M], source: Source) -> M:
     lines = [_line(source, {}, key, message) for key, message in source.document.problems]
     problems: list[tuple[Key, str]] = []
     overridden: dict[Key, str] = {}
-    for override in source.overrides:
+    for override in overrides_of(source.overrides):
         try:
             overridden[_override(data, override)] = override
         except ValueError as error:
@@ -56,6 +56,18 @@ def validated(model: type[M], source: Source) -> M:
     count = f"{len(lines)} errors" if len(lines) > 1 else "an error"
     listed = "".join(f"\n  {line}" for line in lines)
     raise RecipeError(f"{source.path} has {count}:{listed}")
+
+
+def overrides_of(given: Any) -> list[str]:
+    """Overrides, such as "train.lr=0.01", as a list.
+
+    Raises:
+        RecipeError: they are no texts.
+    """
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
+    if isinstance(given, bytes) or not all(isinstance(each, str) for each in listed):
+        raise RecipeError(f"Overrides are texts such as 'train.lr=0.01', in a list, and not {given!r:.60}.")
+    return listed
 
 
 def _override(data: dict, override: str) -> Key:

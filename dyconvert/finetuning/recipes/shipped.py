@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dyconvert.errors import RecipeError
+from dyconvert.files import as_path
 from dyconvert.finetuning.recipes.yaml_file import read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -48,6 +49,7 @@ def find_recipe(recipe: str | os.PathLike) -> Path:
     Raises:
         RecipeError: there is none.
     """
+    as_path(recipe, RecipeError)
     text = os.fspath(recipe)
     path = Path(os.path.expanduser(text))
     if isinstance(recipe, os.PathLike) or path.suffix in (".yaml", ".yml") or os.sep in text or "/" in text:
