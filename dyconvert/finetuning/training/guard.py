@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from dyconvert.errors import TrainingError, some
 from dyconvert.finetuning.training.module import FineTuner, guess_loss
+from dyconvert.nn.mixture import Mixture
 from dyconvert.run_files import CHECKPOINT
 
 # A network that guesses has a loss of log(classes); one so many times worse isn't coming back.
@@ -77,19 +77,18 @@ def _where(pl_module: FineTuner) -> str:
     broken: list[str] = []
 
     def look(name: str, activation: str) -> Any:
-        def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-            values = torch.cat([each.flatten() for each in output]).float()
-            if not torch.isfinite(values).all():
+        def hook(module: Any, inputs: Any, output: tuple[Mixture, ...]) -> None:
+            experts = [mixture.experts.float() for mixture in output]
+            factors = [axis.float() for mixture in output for axis in mixture[1:] if axis is not None]
+            if not all(values.isfinite().all() for values in experts + factors):
                 broken.append(name)
                 return
-            extreme = values > 1 - _SATURATED
-            if activation == "sigmoid":
-                extreme |= values < _SATURATED
-                found[name] = extreme.float().mean().item()
-            else:
-                found[name] = (
-                    torch.cat([each.amax(1).flatten() for each in output]).gt(1 - _SATURATED).float().mean().item()
-                )
+            # Factors are doubled sigmoids.
+            sigmoids = [values / 2 for values in factors] + (experts if activation == "sigmoid" else [])
+            extreme = [(values < _SATURATED) | (values > 1 - _SATURATED) for values in sigmoids]
+            if activation == "softmax":
+                extreme += [each.amax(1) > 1 - _SATURATED for each in experts if each.shape[1] > 1]
+            found[name] = torch.cat([each.flatten() for each in extreme]).float().mean().item()
 
         return hook
 
