@@ -1,17 +1,20 @@
 """What differs between the published dynamic convolutions, as data.
 
 Every one of them keeps g weight sets ("experts") per conv and mixes them per image by predicted
-coefficients. They differ in four things, the four choices of a :class:`Method`. One conv module and one
-predictor serve all of them, and any other mixture that you write down yourself.
+coefficients. They differ in the choices of a :class:`Method`. One conv module and one predictor serve all of
+them, and any other mixture that you write down yourself.
 """
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dyconvert.errors import PlanError
 from dyconvert.limits import EXPERTS
+
+Axis = Literal["experts", "outputs", "inputs", "positions"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 
 
 class Method(BaseModel):
@@ -25,6 +28,12 @@ class Method(BaseModel):
         temperature: divides the logits: softmax(z / T), sigmoid(z / T). Saved with the model.
         reduction: None for one linear; r for two with a ReLU between them and C_in / r hidden units.
         reduce_from: two linears only where the predictor reads at least this many channels.
+        least_hidden: hidden units that there are at least.
+        normalised: whether the hidden units are normalised before the ReLU, by a layer norm, which unlike a batch norm
+            can train with one image.
+        axes: along what the predictor says something: "experts", which mix by coefficients; and "outputs", "inputs" and
+            "positions", the output channels, input channels and kernel positions, by factors of 0..2 that start at 1
+            (2 sigmoid(z / T)). Without "experts" there is one.
         scope: one predictor per `layer`, or per `block`, reading the block's input.
     """
 
@@ -37,26 +46,38 @@ class Method(BaseModel):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     reduction: Annotated[int, Field(ge=1, le=2**31)] | None = 4
     reduce_from: Annotated[int, Field(ge=1, le=2**31)] = 1
+    least_hidden: Annotated[int, Field(ge=1, le=2**31)] = 4
+    normalised: bool = False
+    axes: tuple[Axis, ...] = ("experts",)
     scope: Literal["layer", "block"] = "block"
     title: str = ""
     paper: str = ""
 
     @model_validator(mode="after")
     def _something_is_dynamic(self) -> "Method":
-        if self.g == 1 and self.activation == "softmax":
+        if len(set(self.axes)) < len(self.axes) or not self.axes:
+            raise ValueError(f"axes are some of {', '.join(AXES)}, each once")
+        if self.g > 1 and "experts" not in self.axes:
+            raise ValueError(f"{self.g} experts need the axis 'experts', which mixes them; take g = 1")
+        if self.axes == ("experts",) and not self.mixes_experts:
             raise ValueError("softmax over one expert is always 1, nothing would be dynamic; take g >= 2")
         return self
 
     @property
+    def mixes_experts(self) -> bool:
+        """Whether the experts' coefficients are predicted: a softmax over one expert is always 1."""
+        return "experts" in self.axes and (self.g > 1 or self.activation == "sigmoid")
+
+    @property
     def initial_coefficient(self) -> float:
-        """What every coefficient is while the predictor's logits are zero."""
-        return 0.5 if self.activation == "sigmoid" else 1.0 / self.g
+        """What every expert's coefficient is while the predictor's logits are zero."""
+        return 0.5 if self.activation == "sigmoid" and self.mixes_experts else 1.0 / self.g
 
     def hidden_features(self, in_features: int) -> int | None:
         """Hidden units of a predictor that reads `in_features` channels; None for a single linear."""
         if self.reduction is None or in_features < self.reduce_from:
             return None
-        return max(in_features // self.reduction, 4)
+        return max(in_features // self.reduction, self.least_hidden)
 
 
 METHODS: dict[str, Method] = {
@@ -95,6 +116,20 @@ METHODS: dict[str, Method] = {
             scope="layer",
             title="Dynamic Convolution: one predictor per conv, softmax over the experts",
             paper="Chen et al. 2020, arXiv:1912.03458",
+        ),
+        Method(
+            name="odconv",
+            g=4,
+            per="layer",
+            activation="softmax",
+            temperature=30.0,
+            reduction=16,
+            least_hidden=16,
+            normalised=True,
+            axes=("experts", "outputs", "inputs", "positions"),
+            scope="layer",
+            title="ODConv: one predictor per conv, for experts, output channels, input channels and kernel positions",
+            paper="Li, Zhou, Yao 2022, arXiv:2209.07947",
         ),
     )
 }

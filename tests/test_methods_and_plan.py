@@ -34,6 +34,7 @@ def planned(name: str, **choices) -> tuple[nn.Module, Plan]:
         ("dynet", 6, "channel", "sigmoid", 1.0, "block", (64, None)),
         ("condconv", 8, "layer", "sigmoid", 1.0, "layer", (None, None)),
         ("dyconv", 4, "layer", "softmax", 30.0, "layer", (64, 8)),
+        ("odconv", 4, "layer", "softmax", 30.0, "layer", (16, 16)),
     ],
 )
 def test_the_papers_methods(name, g, per, activation, temperature, scope, hidden):
@@ -81,7 +82,7 @@ def test_one_expert_is_channel_attention():
     ("choices", "says"),
     [
         ({"method": "dynt"}, "Did you mean 'dynet'?"),
-        ({"method": "conv"}, "dynet, condconv, dyconv"),
+        ({"method": "conv"}, "dynet, condconv, dyconv, odconv"),
         ({"g": 0}, "g: .*greater than or equal to 1"),
         ({"g": -3}, "g: "),
         ({"method": "dyconv", "g": 1}, "one expert.*g >= 2"),

@@ -109,7 +109,7 @@ def compiled_kernel(layer: Layer, batch: int, method: Method) -> str | None:
         torch.empty(method.g * layer.c_out, channels, layer.kernel, layer.kernel),
         None,
     )
-    mixing = Mixing.of(mixture_of(layer, batch, method, torch.empty), tensors[1].shape, layer.groups)
+    mixing = Mixing.of(mixture_of(layer, batch, method, torch.empty), tensors[1].shape, layer.groups, bias=False)
     geometry = Geometry((layer.stride,) * 2, (layer.kernel // 2,) * 2, (1, 1), layer.groups)
     call = native.prepare(*tensors, mixing, geometry)
     return None if call is None else call.kernel(native.Asked.OUTPUT, torch.float32).name.lower()

@@ -13,8 +13,8 @@ from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.convs import DynamicConvTranspose
-from dyconvert.nn.mixing import mix, mix_fast
-from dyconvert.nn.mixture import Mixture
+from dyconvert.nn.mixing import fast_kernels_of, kernels_of
+from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.watch import watch_mixtures
 
@@ -139,16 +139,18 @@ def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[],
     """What the dynamic model adds, alone: all its predictors on what they read, and all its kernels mixed."""
     runner = skeleton(model, lambda t: t)
     read: list[tuple[nn.Module, Tensor]] = []
-    mixed: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = []
+    mixed: list[tuple[Callable[[Tensor, Mixing], Tensor], Tensor, Mixing]] = []
 
     def see(name: str, mixture: Mixture) -> None:
         conv = runner.get_submodule(name)
-        coefficients = mixture.coefficients()
+        mixing = conv.fold(mixture)
         if isinstance(conv, DynamicConvTranspose):
             bank = conv.experts().detach().unflatten(1, (conv.groups, -1)).transpose(2, 3).flatten(1, 2)
-            mixed.append((mix, bank, coefficients))
+            mixed.append((kernels_of, bank, mixing))
         else:
-            mixed.append((mix_fast, conv.experts().detach().flatten(2), coefficients))
+            if mixing.factors is not None:
+                mixing = mixing._replace(factors=mixing.factors.flatten(2))
+            mixed.append((fast_kernels_of, conv.experts().detach().flatten(2), mixing))
 
     for module in runner.modules():
         if isinstance(module, CoefficientPredictor):
@@ -165,7 +167,7 @@ def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[],
 
     def mixing() -> None:
         with torch.inference_mode():
-            for how, bank, coefficients in mixed:
-                how(bank, coefficients)
+            for how, bank, by in mixed:
+                how(bank, by)
 
     return {"predicting": predicting, "mixing": mixing}

@@ -94,7 +94,7 @@ class MixedConv(nn.Module):
         if coefficients is None:
             coefficients = mixture_for(self, x)
         coefficients, factors = Mixing.of(coefficients, self.bank_shape, self.groups)
-        if factors is not None:  # [N, groups, 1, K], in the order of the bank's elements
+        if factors is not None:  # [N, groups or 1, 1, K], in the order of the bank's elements
             factors = factors.flatten(3)
             factors = (factors.transpose(2, 3) if self.tap_by_tap else factors).flatten(2).unsqueeze(2)
         padding = self.padding
@@ -214,7 +214,8 @@ def _mixed(bank, coefficients, factors, shape: list[int], by_group: list[int], i
     """Each image's kernel, image by image, in this shape.
 
     Args:
-        by_group: the kernels' shape as factors `[N, groups, 1, K]` multiply them, `[N, groups, C_out / groups, K]`.
+        factors: `[N, groups or 1, 1, K]`.
+        by_group: the kernels' shape as factors multiply them, `[N, groups, C_out / groups, K]`.
     """
     from onnxscript import opset20 as op
 

@@ -252,6 +252,11 @@ class DynamicConv(nn.Module):
         differences = self.weight.unflatten(0, (self.g, -1)).double() * factors
         self._set_bank(Compressed(mean, differences.flatten(0, 1).to(self.weight.dtype), None))
 
+    def fold(self, mixture: Mixture) -> Mixing:
+        """A mixture as engines compute with it; a transposed conv's kernels have their output channels first there."""
+        shape = (self.g * self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return Mixing.of(mixture, shape, self.groups, self.bias is not None)
+
     def mixed(self, mixture: Mixture) -> tuple[Tensor, Tensor | None]:
         """The static weight and bias (with the shift) that a fixed mixture makes, in float64.
 
@@ -284,8 +289,8 @@ class DynamicConv(nn.Module):
         return per_output(factors, self.spatial_dims, self.groups, channels)
 
     def _per_element(self, factors: Tensor) -> Tensor:
-        """Factors `[groups, C_in / groups, *kernel]` as what multiplies one expert."""
-        return factors.repeat_interleave(self.out_channels // self.groups, 0)
+        """Factors `[groups or 1, C_in / groups, *kernel]` as what multiplies one expert."""
+        return factors if len(factors) == 1 else factors.repeat_interleave(self.out_channels // self.groups, 0)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Sequence[int] | str]:
         """The input with what :func:`dynamic_conv` can't pad by put onto it, and the padding that is left to it."""
@@ -478,7 +483,7 @@ class DynamicConvTranspose(DynamicConv):
         return out if self.shift is None else out + self.shift.view(-1, *[1] * self.spatial_dims)
 
     def _per_element(self, factors: Tensor) -> Tensor:
-        return factors.flatten(0, 1).unsqueeze(1)
+        return factors.expand(self.groups, *factors.shape[1:]).flatten(0, 1).unsqueeze(1)
 
 
 class DynamicConvTranspose1d(DynamicConvTranspose):

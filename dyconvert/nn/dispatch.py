@@ -125,7 +125,7 @@ def dynamic_conv(
     Raises:
         ArgumentError: they don't fit together.
     """
-    mixing = Mixing.of(coefficients, weight.shape, groups)
+    mixing = Mixing.of(coefficients, weight.shape, groups, bias is not None)
     return _computed(x, weight, bias, mixing, Geometry(stride, padding, dilation, groups), shift)
 
 

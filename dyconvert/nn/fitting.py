@@ -79,11 +79,13 @@ def check_looks(
     ):
         if vector is not None and vector.shape != (length,):
             raise ArgumentError(f"{name} has the shape {_text(vector)}. It must be [{meaning}], here [{length}].")
-    if factors is not None and factors.shape != (wanted := (x.shape[0], geometry.groups, *weight.shape[1:])):
-        raise ArgumentError(
-            f"The kernels' factors have the shape {_text(factors)}. They must be [N, groups, C_in / groups, *kernel], "
-            f"here {list(wanted)}."
-        )
+    if factors is not None:
+        shapes = [(x.shape[0], groups, *weight.shape[1:]) for groups in (geometry.groups, 1)]
+        if factors.shape not in shapes:
+            raise ArgumentError(
+                f"The kernels' factors have the shape {_text(factors)}. They must be [N, groups or 1, C_in / groups, "
+                f"*kernel], here {list(shapes[0])}."
+            )
     _check_geometry(x.shape, weight.shape, geometry)
     mixed_by = (("coefficients", coefficients), ("factors", factors))
     for name, tensor in (("the input", x), ("weight", weight), ("bias", bias), *mixed_by, ("shift", shift)):

@@ -147,7 +147,7 @@ def kernels_of(bank: Tensor, mixing: Mixing) -> Tensor:
 
 
 def by_factors(kernels: Tensor, factors: Tensor) -> Tensor:
-    """Kernels `[N, C_out, ...]` times factors `[N, groups, ...]`, the same for all output channels of a group."""
+    """Kernels `[N, C_out, ...]` times factors `[N, groups or 1, ...]`, the same for all output channels of a group."""
     groups = factors.shape[1]
     if groups == 1:
         return kernels * factors
@@ -155,7 +155,7 @@ def by_factors(kernels: Tensor, factors: Tensor) -> Tensor:
 
 
 def factor_gradient(kernels: Tensor, kernel_grad: Tensor, groups: int) -> Tensor:
-    """The factors' gradient, `[N, groups, ...]`, from kernels that were mixed without them, `[N, C_out, ...]`."""
+    """The factors' gradient, `[N, groups or 1, ...]`, from kernels that were mixed without them, `[N, C_out, ...]`."""
     return (kernels * kernel_grad).unflatten(1, (groups, -1)).sum(2)
 
 

@@ -6,6 +6,7 @@ for output channel t, input channel c and kernel position k. DyNet, CondConv and
 :math:`\eta` alone; ODConv (Li et al. 2022, eq. 3) has all four. The method's data say which of them a predictor gives.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         g: experts.
-        per: coefficients of an expert: 1, or C_out.
+        per: coefficients of an expert: 1, or C_out; 0: none, its one expert is taken as it is.
         outputs, inputs, positions: factors; 0: none.
     """
 
@@ -41,13 +42,31 @@ class Sizes(NamedTuple):
         return f"coefficients_per={'channel' if self.per > 1 else 'layer'}" + "".join(f", {axis}" for axis in axes)
 
     @property
+    def factors(self) -> tuple[int, int, int] | tuple[()]:
+        """Of outputs, inputs and positions; empty where there are none."""
+        factors = self.outputs, self.inputs, self.positions
+        return factors if any(factors) else ()
+
+    @property
     def total(self) -> int:
-        return self.g * self.per + self.outputs + self.inputs + self.positions
+        return self.g * self.per + sum(self.factors)
 
 
 def sizes_for(method: Method, in_channels: int, out_channels: int, kernel_size: Sequence[int], groups: int) -> Sizes:
-    """What `method` predicts for a conv."""
-    return Sizes(method.g, out_channels if method.per == "channel" else 1)
+    """What `method` predicts for a conv.
+
+    As in ODConv's own code, a depthwise conv's output channels have no factors, which would be those of its input
+    channels again, nor has the one position of a 1 x 1 kernel.
+    """
+    depthwise = groups == in_channels == out_channels
+    taps = math.prod(kernel_size)
+    return Sizes(
+        method.g,
+        0 if not method.mixes_experts else out_channels if method.per == "channel" else 1,
+        out_channels if "outputs" in method.axes and not (depthwise and "inputs" in method.axes) else 0,
+        in_channels if "inputs" in method.axes else 0,
+        taps if "positions" in method.axes and taps > 1 else 0,
+    )
 
 
 class Mixture(NamedTuple):
@@ -78,20 +97,23 @@ class Mixture(NamedTuple):
         return self.experts if self.outputs is None else self.experts * self.outputs.unsqueeze(1)
 
     def factors(self, groups: int, per_group: int, kernel_size: Sequence[int]) -> Tensor | None:
-        """What the elements of a mixed kernel are multiplied by: `[N, groups, C_in / groups, *kernel]`; None: 1.
+        """What the elements of a mixed kernel are multiplied by: `[N, groups or 1, C_in / groups, *kernel]`; None: 1.
 
         Args:
             per_group: C_in / groups.
         """
-        size = (-1, groups, per_group, *kernel_size)
-        if self.positions is None:
-            if self.inputs is None:
-                return None
-            return self.inputs.unflatten(1, (groups, per_group, *[1] * len(kernel_size))).expand(size)
-        positions = self.positions.unflatten(1, (1, 1, *kernel_size))
+        positions = None if self.positions is None else self.positions.reshape(-1, 1, 1, *kernel_size)
         if self.inputs is None:
-            return positions.expand(size)
-        return self.inputs.unflatten(1, (groups, per_group, *[1] * len(kernel_size))) * positions
+            return positions if positions is None else positions.expand(-1, -1, per_group, *kernel_size)
+        inputs = self.inputs.reshape(-1, groups, per_group, *[1] * len(kernel_size))
+        return inputs.expand(-1, -1, -1, *kernel_size) if positions is None else inputs * positions
+
+    def with_inputs_as_outputs(self, groups: int, out_channels: int) -> "Mixture":
+        """The same for a conv without bias each of whose output channels reads one input channel."""
+        inputs = self.inputs
+        if out_channels != groups:
+            inputs = inputs.repeat_interleave(out_channels // groups, 1)
+        return self._replace(outputs=inputs if self.outputs is None else self.outputs * inputs, inputs=None)
 
 
 class Mixing(NamedTuple):
@@ -100,15 +122,19 @@ class Mixing(NamedTuple):
 
     Attributes:
         coefficients: `[N, g, 1]` or `[N, g, C_out]`.
-        factors: `[N, groups, C_in / groups, *kernel]`, what the elements of a mixed kernel are multiplied by; None: 1.
+        factors: `[N, groups, C_in / groups, *kernel]`, what the elements of a mixed kernel are multiplied by, or
+            `[N, 1, C_in / groups, *kernel]`, where that is the same in all groups; None: 1.
     """
 
     coefficients: Tensor
     factors: Tensor | None = None
 
     @classmethod
-    def of(cls, mixture: "Mixture | Tensor", bank: Sequence[int], groups: int) -> "Mixing":
+    def of(cls, mixture: "Mixture | Tensor", bank: Sequence[int], groups: int, bias: bool = True) -> "Mixing":
         """Fold a mixture for a bank of the shape `[g * C_out, C_in / groups, *kernel]`; a tensor is the experts'.
+
+        Args:
+            bias: whether the experts have biases, which coefficients mix as well.
 
         Raises:
             ArgumentError: a factor is of another size than what it is for.
@@ -119,7 +145,10 @@ class Mixing(NamedTuple):
         if outputs is inputs is positions is None:
             return cls(experts)
         rows, per_group, *kernel_size = bank
-        check_factors(mixture, rows // experts.shape[1], per_group * groups, kernel_size)
+        out_channels = rows // experts.shape[1]
+        check_factors(mixture, out_channels, per_group * groups, kernel_size)
+        if per_group == 1 and inputs is not None and not bias:
+            mixture = mixture.with_inputs_as_outputs(groups, out_channels)
         return cls(mixture.coefficients(), mixture.factors(groups, per_group, kernel_size))
 
     @property
@@ -149,16 +178,10 @@ def check_factors(mixture: Mixture, out_channels: int, in_channels: int, kernel_
     Raises:
         ArgumentError: which axis doesn't fit, and what would.
     """
-    taps = 1
-    for length in kernel_size:
-        taps *= length
-    sizes = {"outputs": (out_channels, "C_out"), "inputs": (in_channels, "C_in"), "positions": (taps, "taps")}
     images = mixture.experts.shape[0]
-    for name, axis in mixture.axes().items():
-        if name == "experts":
-            continue
-        length, meaning = sizes[name]
-        if tuple(axis.shape) != (images, length):
+    sizes = (out_channels, "C_out"), (in_channels, "C_in"), (math.prod(kernel_size), "taps")
+    for name, axis, (length, meaning) in zip(mixture._fields[1:], mixture[1:], sizes, strict=True):
+        if axis is not None and axis.shape != (images, length):
             raise ArgumentError(
                 f"The mixture's {name} have the shape {list(axis.shape)}. They must be [N, {meaning}], here "
                 f"[{images}, {length}]."

@@ -1,4 +1,4 @@
-"""The coefficient predictor: pool -> linear(s) -> sigmoid | softmax(z / T)."""
+"""The coefficient predictor: pool -> linear(s) -> sigmoid(z / T) | softmax(z / T)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,15 +18,17 @@ class CoefficientPredictor(nn.Module):
     .. math:: \eta = \sigma(W_2\, \mathrm{ReLU}(W_1\, \mathrm{GAP}(x)) / T)
 
     with :math:`\sigma` the sigmoid (DyNet, eq. 3 and 4; CondConv, eq. 2) or the softmax over the experts
-    (Dynamic Convolution, eq. 3 and section 3.3), and a single linear where the method has no reduction.
+    (Dynamic Convolution, eq. 3 and section 3.3), and a single linear where the method has no reduction. Factors of
+    channels and positions are :math:`2 \sigma(z / T)` (ODConv, section 3.2, whose sigmoid is not doubled: the two would
+    be in the experts).
 
-    The last linear starts at zero, so that all coefficients start equal. There is no batch norm here: it
-    could not train with one image per device.
+    The last linear starts at zero, so that all coefficients start equal, and all factors at 1. There is no batch norm
+    here: it could not train with one image per device. Where ODConv has one, this has a layer norm.
 
     Args:
         in_channels: channels of the feature map that is read.
         sizes: for each conv, how many numbers it is given along each axis.
-        method: activation, temperature, reduction and g.
+        method: activation, temperature, the hidden layer and g.
 
     Shape:
         - Input: `[N, in_channels, *spatial]`, or a list or dict of maps with `in_channels` channels in all
@@ -59,6 +61,7 @@ class CoefficientPredictor(nn.Module):
             with torch.no_grad():
                 self.hidden.weight.uniform_(-bound, bound, generator=generator)
                 self.hidden.bias.uniform_(-bound, bound, generator=generator)
+        self.norm = nn.LayerNorm(hidden, dtype=dtype) if hidden is not None and method.normalised else None
         self.linear = nn.Linear(hidden or in_channels, total, device="meta", dtype=dtype)
         # Stored with the inputs outermost: for few images a matmul reads it twice as fast so.
         self.linear.weight = nn.Parameter(_zeros(self.linear.weight.t()).t())
@@ -68,17 +71,33 @@ class CoefficientPredictor(nn.Module):
     def forward(self, x: Tensor | Any) -> tuple[Mixture, ...]:
         z = _pooled(x)  # [N, C]
         if self.hidden is not None:
-            z = self.hidden(z).relu()
+            z = self.hidden(z)
+            z = (z if self.norm is None else self.norm(z)).relu()
         z = self.linear(z) / self.temperature  # [N, sum of all sizes]
-        if self.activation == "sigmoid":
-            z = z.sigmoid()
+        factors = any(size.factors for size in self.sizes)
+        sigmoids = z.sigmoid() if factors or self.activation == "sigmoid" else z
         mixtures = []
         start = 0
         for size in self.sizes:
-            experts = z.narrow(1, start, size.g * size.per).unflatten(1, (size.g, size.per))
-            mixtures.append(Mixture(experts if self.activation == "sigmoid" else experts.softmax(1)))
+            mixtures.append(self._mixture(size, z, sigmoids, start))
             start += size.total
         return tuple(mixtures)
+
+    def _mixture(self, size: Sizes, z: Tensor, sigmoids: Tensor, start: int) -> Mixture:
+        """What the logits from `start` on say of one conv."""
+        count = size.g * size.per
+        if not count:
+            experts = z.new_ones(z.shape[0], 1, 1)
+        elif self.activation == "sigmoid":
+            experts = sigmoids.narrow(1, start, count).unflatten(1, (size.g, size.per))
+        else:
+            experts = z.narrow(1, start, count).unflatten(1, (size.g, size.per)).softmax(1)
+        start += count
+        factors = []
+        for length in size.factors:
+            factors.append(2 * sigmoids.narrow(1, start, length) if length else None)
+            start += length
+        return Mixture(experts, *factors)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {len(self.sizes)} convs, g={self.g}, activation={self.activation}"

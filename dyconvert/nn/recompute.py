@@ -78,7 +78,7 @@ def backward(
             grad[part], x[part], kernels, geometry, needs_x=needs_x, needs_kernels=any(needs[1:])
         )
         if needs_factors:
-            parts_factors.append(factor_gradient(plain, grad_kernels, geometry.groups))
+            parts_factors.append(factor_gradient(plain, grad_kernels, factors.shape[1]))
         if factors is not None and grad_kernels is not None:
             grad_kernels = by_factors(grad_kernels, factors)
         if needs_x:

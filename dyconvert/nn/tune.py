@@ -67,7 +67,7 @@ def _observe(
     def note(name: str) -> Callable[..., None]:
         def hook(conv: DynamicConv, given: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
             x = given[0] if given else options["input"]
-            mixing = Mixing.of(mixture_for(conv, x), conv.weight.shape, conv.groups)
+            mixing = conv.fold(mixture_for(conv, x))
             x, padding = conv.padded(x)
 
             def leaf(tensor: Tensor) -> Tensor:

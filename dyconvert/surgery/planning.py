@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dyconvert.errors import PlanError, some
 from dyconvert.methods import Method
 from dyconvert.names import matching
+from dyconvert.nn.mixture import Sizes, sizes_for
 from dyconvert.surgery.adapters import is_conv, unsupported
 from dyconvert.surgery.blocks import candidates, check_convertible, find_stems
 from dyconvert.surgery.observe import Call, Observation, observe
@@ -101,10 +102,16 @@ def _skip(
             entry.skip("not among those included by a pattern")
         elif entry.name in stems:
             entry.skip(STEM)
+        elif not _sizes(plan, entry).total:
+            entry.skip(f"none of the method's axes says anything about it: {', '.join(plan.method.axes)}")
         elif sizes and all(max(size) == 1 for size in sizes):
             entry.skip(SEES_1X1)
         elif any(value.dim() == dims + 1 for value in inputs):
             entry.skip("it is given a single image without a batch dimension")
+
+
+def _sizes(plan: Plan, entry: PlannedConv) -> Sizes:
+    return sizes_for(plan.method, entry.in_channels, entry.out_channels, entry.kernel_size, entry.groups)
 
 
 def _tied(model: nn.Module) -> dict[int, str]:
