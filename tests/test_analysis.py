@@ -52,7 +52,13 @@ def seen_at_once(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "choices", [{"method": "dynet", "g": 3}, {"method": "condconv", "g": 4}, {"method": "dyconv", "temperature": 2.0}]
+    "choices",
+    [
+        {"method": "dynet", "g": 3},
+        {"method": "condconv", "g": 4},
+        {"method": "dyconv", "temperature": 2.0},
+        {"method": "odconv", "temperature": 2.0},
+    ],
 )
 def test_coefficients_equal_numpy(net, choices):
     model = trained(net, **choices)
@@ -85,6 +91,28 @@ def test_coefficients_equal_numpy(net, choices):
             driven = share[:, i].mean(1)
             tops = [top.image for top in expert.top]
             np.testing.assert_allclose(driven[tops], np.sort(driven)[::-1][: len(tops)], **CLOSE)
+
+
+def test_factors_equal_numpy(net):
+    model = trained(net, method="odconv", temperature=2.0)
+    images, labels = data()
+    found = {}
+    runner = copy.deepcopy(model)
+    watch_mixtures(runner, lambda name, seen: found.update({name: seen.map(lambda axis: axis.double())}))
+    outputs(runner, images)
+    for conv in measured(model).coefficients.convs:
+        axes = found[conv.name].axes()
+        assert list(conv.axes) == [axis for axis in axes if axis != "experts"]
+        for axis, use in conv.axes.items():
+            values = axes[axis].numpy()  # [N, count]
+            assert use.count == values.shape[1]
+            np.testing.assert_allclose(use.spread, np.sqrt(values.var(0).mean()), **CLOSE)
+            np.testing.assert_allclose(use.mean, values.mean(), **CLOSE)
+            np.testing.assert_allclose([use.smallest, use.largest], [values.min(), values.max()], **CLOSE)
+            np.testing.assert_allclose(use.means, values.mean(0)[: len(use.means)], **CLOSE)
+            means = np.stack([values[labels == k].mean(0) for k in range(3)])
+            between = (np.bincount(labels).reshape(-1, 1) * (means - values.mean(0)) ** 2).sum()
+            np.testing.assert_allclose(use.between_classes, between / ((values - values.mean(0)) ** 2).sum(), rtol=1e-2)
 
 
 def test_correlation_equals_numpy(net):

@@ -67,6 +67,28 @@ class ExpertUse(BaseModel):
         return self.largest >= UNUSED
 
 
+class AxisUse(BaseModel):
+    """The factors of one conv along one axis over all images: from 0 to 2, and 1 where a conversion starts.
+
+    Attributes:
+        count: factors that each image has.
+        mean, smallest, largest: over images and factors.
+        means: each one's mean over the images; of more than `SIGNATURE` has, so many, evenly spread.
+        spread, between_classes, saturated, constant: as of the experts' coefficients; within 0.02 of 0 or 2 is
+            saturated.
+    """
+
+    count: int
+    mean: float
+    smallest: float
+    largest: float
+    means: list[float]
+    spread: float
+    between_classes: float | None
+    saturated: float
+    constant: float
+
+
 class ConvCoefficients(BaseModel):
     """The coefficients of one conv over all images.
 
@@ -83,6 +105,7 @@ class ConvCoefficients(BaseModel):
         constant: share of coefficients that don't vary from image to image.
         effective: how many experts share the mixture: exp of the entropy of eta_i / sum(eta), the mean over images
             and channels; from 1 to g.
+        axes: of the outputs, inputs and positions, those that the conv has factors for.
         signature: by class, how far the mean of each coefficient is from its mean over all images, in standard
             deviations over the images: `[g * channels]`, expert by expert. At most `SIGNATURE` classes and channels.
     """
@@ -104,14 +127,20 @@ class ConvCoefficients(BaseModel):
     effective: float
     experts: list[ExpertUse]
     signature: dict[int, list[float]]
+    axes: dict[str, AxisUse] = {}
 
     @property
     def is_saturated(self) -> bool:
-        return self.saturated >= MOSTLY
+        return any(share >= MOSTLY for share in (self.saturated, *(axis.saturated for axis in self.axes.values())))
 
     @property
     def is_constant(self) -> bool:
-        return self.constant == 1.0
+        return all(share == 1.0 for share in (self.constant, *(axis.constant for axis in self.axes.values())))
+
+    @property
+    def varies(self) -> float:
+        """The spread along the axis where it is the largest."""
+        return max((self.spread, *(axis.spread for axis in self.axes.values())))
 
     @property
     def unused(self) -> list[int]:
@@ -147,7 +176,7 @@ class CoefficientStatistics:
         self.classes = list(classes)
         self._model = model
         self._convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, dict[str, _Stream]] = {}  # of each axis
         self._labels: Tensor | None = None
         self._first = 0
 
@@ -157,15 +186,18 @@ class CoefficientStatistics:
 
     def see(self, name: str, mixture: Mixture) -> None:
         """The mixture of a call of one conv."""
-        coefficients = mixture.experts
-        if name not in self._streams:
-            self._streams[name] = _Stream(*coefficients.shape[1:], len(self.classes))
-        seen = coefficients.detach().double().cpu()
-        if not seen.isfinite().all():
-            raise ModelError(f"The coefficients of {name} over the data aren't finite. Look for NaN in the images.")
-        # A head that is called for every box or frame has its own batch, whose rows are no images.
-        labels = self._labels if self._labels is not None and len(self._labels) == len(seen) else None
-        self._streams[name].add(seen, labels, self._first)
+        for axis, values in mixture.axes().items():
+            seen = values.detach().double().cpu()
+            if axis != "experts":
+                seen = seen.unsqueeze(1) / 2  # [N, 1, count], from 0 to 1 as coefficients are
+            if not seen.isfinite().all():
+                raise ModelError(f"The {axis} of {name} over the data aren't finite. Look for NaN in the images.")
+            streams = self._streams.setdefault(name, {})
+            if axis not in streams:
+                streams[axis] = _Stream(*seen.shape[1:], len(self.classes))
+            # A head that is called for every box or frame has its own batch, whose rows are no images.
+            labels = self._labels if self._labels is not None and len(self._labels) == len(seen) else None
+            streams[axis].add(seen, labels, self._first)
 
     def result(self) -> Coefficients:
         """What was collected so far."""
@@ -182,7 +214,8 @@ class CoefficientStatistics:
             sampled=sampled,
         )
 
-    def _conv(self, name: str, stream: "_Stream") -> ConvCoefficients:
+    def _conv(self, name: str, streams: "dict[str, _Stream]") -> ConvCoefficients:
+        stream = streams["experts"]
         conv, predictor = self._convs[name], predictor_of(self._model, name)
         own = conv.coefficient_predictor is not None
         block = None if own else block_of(self._model, name)[0]
@@ -194,7 +227,8 @@ class CoefficientStatistics:
             channels=stream.channels,
             activation=predictor.activation,
             temperature=float(predictor.temperature),
-            **stream.summary(),
+            **stream.summary() | ({} if conv.sizes.per else {"saturated": 0.0}),  # one expert, as it is
+            axes={axis: other.axis() for axis, other in streams.items() if axis != "experts"},
         )
 
 
@@ -249,6 +283,23 @@ class _Stream:
             self.class_count += torch.bincount(labels, minlength=self.classes)
             self.class_sums.index_add_(0, labels, eta[known][:, :, self.sampled])
             self.class_means.index_add_(0, labels, eta[known].mean(2))
+
+    def axis(self) -> AxisUse:
+        """Of factors, which came halved."""
+        found = self.summary()
+        (use,) = found["experts"]
+        shown = _spread(self.channels, SIGNATURE[1])
+        return AxisUse(
+            count=self.channels,
+            mean=2 * use.mean,
+            smallest=2 * use.smallest,
+            largest=2 * use.largest,
+            means=(2 * self.mean[0, shown]).tolist(),
+            spread=2 * found["spread"],
+            between_classes=found["between_classes"],
+            saturated=found["saturated"],
+            constant=found["constant"],
+        )
 
     def summary(self) -> dict:
         deviation = (self.m2 / self.count).sqrt()

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from dyconvert.analysis.coefficients import CONSTANT, UNUSED, Coefficients, ConvCoefficients
+from dyconvert.analysis.coefficients import CONSTANT, MOSTLY, UNUSED, Coefficients, ConvCoefficients
 from dyconvert.analysis.correlation import SAME, LayerCorrelation
 from dyconvert.errors import some
 
@@ -23,7 +23,7 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
     """Experts that are never used, predictors that are saturated or predict a constant."""
     findings = []
     constant = [conv for conv in found.convs if conv.is_constant]
-    most = max((conv.spread for conv in found.convs), default=0.0)
+    most = max((conv.varies for conv in found.convs), default=0.0)
     if found.convs and most < UNTRAINED:
         text = (
             "Every coefficient is the same for all images: the model computes a static network. So it is after a "
@@ -56,7 +56,7 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
     saturated = [conv for conv in found.convs if conv.is_saturated]
     if saturated:
         text = (
-            f"The predictor of {_listed(saturated)} is saturated: {min(c.saturated for c in saturated):.0%} or more of "
+            f"The predictor of {_listed(saturated)} is saturated: {MOSTLY:.0%} or more of "
             "the coefficients are within 0.01 of 0 or 1, where it learns next to nothing. Train it at a higher "
             "temperature or a lower learning rate."
         )

@@ -64,7 +64,7 @@ def inspect(
     varying = {conv.name: conv for conv in coefficients.convs} if coefficients is not None else {}
     for row in rows:
         if row["conv"] in varying:
-            row["spread"] = varying[row["conv"]].spread
+            row["spread"] = varying[row["conv"]].varies
             row["unused"] = [i + 1 for i in varying[row["conv"]].unused]
     if as_json:
         result = {

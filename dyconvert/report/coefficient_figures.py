@@ -3,6 +3,7 @@
 from typing import Any
 
 from dyconvert.analysis.coefficients import BINS, Coefficients, ConvCoefficients
+from dyconvert.methods import AXES
 from dyconvert.report.figures import _short, new, spread_rows
 from dyconvert.report.style import COLOUR
 
@@ -83,6 +84,28 @@ def usage(found: Coefficients) -> Any:
     axes.set_yticks(range(len(shown)), [_short(conv.name) for conv in shown], fontsize=7.5)
     axes.grid(visible=False)
     axes.set_xlabel("expert; ✕: never used")
+    return figure
+
+
+def axes(found: Coefficients) -> Any:
+    """How far what is given along each axis of each conv varies: experts, outputs, inputs and positions."""
+    import numpy as np
+
+    shown = spread_rows(found.convs)
+    figure, plot = new(0.95 + 0.2 * len(shown))
+    values = np.full((len(shown), len(AXES)), np.nan)
+    for row, conv in enumerate(shown):
+        spreads = {"experts": conv.spread} | {axis: use.spread for axis, use in conv.axes.items()}
+        for column, axis in enumerate(AXES):
+            if axis in spreads:
+                values[row, column] = spreads[axis]
+            text = f"{spreads[axis]:.3f}".removeprefix("0") if axis in spreads else "–"
+            plot.annotate(text, (column, row), ha="center", va="center", fontsize=7.5, color=COLOUR["ink"])
+    plot.imshow(_painted(np.nan_to_num(values) / max(np.nanmax(values), 1e-6)), aspect="auto", interpolation="nearest")
+    plot.set_xticks(range(len(AXES)), AXES)
+    plot.set_yticks(range(len(shown)), [_short(conv.name) for conv in shown], fontsize=7.5)
+    plot.grid(visible=False)
+    plot.set_xlabel("standard deviation over the images; –: none is given")
     return figure
 
 

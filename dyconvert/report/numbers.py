@@ -18,6 +18,7 @@ def tables(analysis: Analysis) -> dict[str, str]:
         "plan": [conv.model_dump(exclude={"note"}) | {"note": conv.note} for conv in analysis.plan.convs],
         "correlation": list(_correlation(analysis)),
         "coefficients": list(_coefficients(analysis)),
+        "factors": list(_factors(analysis)),
         "coefficient_histograms": list(_histograms(analysis)),
         "classes": list(_classes(analysis)),
         "resolution": list(_resolution(analysis)),
@@ -48,10 +49,17 @@ def _correlation(analysis: Analysis) -> Iterable[dict[str, Any]]:
 
 def _coefficients(analysis: Analysis) -> Iterable[dict[str, Any]]:
     for conv in analysis.coefficients.convs if analysis.coefficients else ():
-        whole = conv.model_dump(exclude={"experts", "signature"})
+        whole = conv.model_dump(exclude={"experts", "signature", "axes"})
         for number, expert in enumerate(conv.experts, 1):
             own = {"mean": expert.mean, "smallest": expert.smallest, "largest": expert.largest, "used": expert.used}
             yield {"name": conv.name, "expert": number, **own, **whole}
+
+
+def _factors(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    for conv in analysis.coefficients.convs if analysis.coefficients else ():
+        for axis, use in conv.axes.items():
+            means = {f"mean {number + 1}": round(mean, 6) for number, mean in enumerate(use.means)}
+            yield {"name": conv.name, "axis": axis, **use.model_dump(exclude={"means"}), **means}
 
 
 def _histograms(analysis: Analysis) -> Iterable[dict[str, Any]]:

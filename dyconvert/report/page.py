@@ -91,7 +91,7 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
             for title, figure in figures.courses(analysis.run)
         ]
     rows = {"coefficients": len(analysis.coefficients.convs) if analysis.coefficients else 0}
-    rows |= {"variation": rows["coefficients"], "usage": rows["coefficients"], "experts": len(analysis.experts)}
+    rows |= {name: rows["coefficients"] for name in ("variation", "usage", "axes")} | {"experts": len(analysis.experts)}
     rows |= {f"cost_{name}": len(analysis.cost.blocks) for name in ("macs", "parameters", "seconds") if analysis.cost}
     rows["classes"] = len(analysis.classes)
     for section in found.values():
@@ -119,7 +119,13 @@ def _coefficients(analysis: Analysis) -> list[Drawing]:
         ),
         Drawing("usage", "Which experts are used", coefficient_figures.usage(found), USAGE),
     ]
-    if all(conv.spread < UNTRAINED for conv in found.convs):
+    if any(conv.axes for conv in found.convs):
+        caption = (
+            "Standard deviation over the images of what a predictor gives along each axis: the experts' coefficients, "
+            "and the factors of output channels, input channels and kernel positions, which start at 1."
+        )
+        drawn.append(Drawing("axes", "Four kinds of attention", coefficient_figures.axes(found), caption))
+    if all(conv.varies < UNTRAINED for conv in found.convs):
         # As converted: there is nothing that varies to be shown.
         drawn = [drawing for drawing in drawn if drawing.name != "variation"]
     conv = most_by_class(analysis)
