@@ -49,6 +49,7 @@ class Row:
         compared: "outputs", or "backbone and heads" where the outputs of a detection model aren't steady.
         seconds: of a processor.
         problems: what should not be.
+        method: what it was converted by.
     """
 
     case: str
@@ -67,6 +68,7 @@ class Row:
     compared: str = "outputs"
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+    method: str = "dynet"
 
     @property
     def counted(self) -> int:
@@ -82,9 +84,9 @@ def share(rows: list[Row]) -> float:
     return sum(row.converted for row in rows) / sum(row.counted for row in rows)
 
 
-def examine(case: str, training: bool = True) -> Row:
+def examine(case: str, training: bool = True, method: str = "dynet") -> Row:
     """Plan, convert and compare one model."""
-    row = Row(case)
+    row = Row(case, method=method)
     started = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -141,7 +143,7 @@ def _compare(case: str, row: Row, dtype: torch.dtype, training: bool) -> None:
 
 def _plan(case: str, model: nn.Module, row: Row, dtype: torch.dtype) -> dyconvert.Plan:
     experts = 6 if row.parameters < coverage_zoo.LARGE else 3
-    return dyconvert.plan(model, "dynet", g=experts, example=coverage_zoo.example(case, dtype))
+    return dyconvert.plan(model, row.method, g=experts, example=coverage_zoo.example(case, dtype))
 
 
 def _plan_only(case: str, row: Row) -> None:

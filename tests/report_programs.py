@@ -16,7 +16,9 @@ from program_checks import Outcome, examine
 from program_patterns import PATTERNS, STYLES
 from random_programs import Program, alone, programs
 
-METHODS = ("dynet", "condconv", "dyconv")
+import dyconvert
+
+METHODS = tuple(dyconvert.METHODS)
 
 
 def kinds() -> list[str]:

@@ -16,7 +16,7 @@ from varied import randomised
 import dyconvert
 from dyconvert.surgery.collapse import collapse
 
-METHODS = ("dynet", "condconv", "dyconv")
+METHODS = tuple(dyconvert.METHODS)
 
 # The weights are the sum of g experts that were rounded to float32, each by 6e-8 of about twice their size.
 EXPERTS_ROUNDING = 1e-6

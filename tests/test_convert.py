@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import dyconvert
 
-METHODS = ("dynet", "condconv", "dyconv")
+METHODS = tuple(dyconvert.METHODS)
 
 # float64: rounding alone, 1e-15 in eval; batch statistics over small maps amplify it by up to a million.
 # float32: nine digits fewer.

@@ -10,6 +10,8 @@ from coverage_zoo import timm_families
 from covering import Row, examine, share
 from make_coverage import SWEEP
 
+from dyconvert import METHODS
+
 # Of the convs on maps larger than 1x1 that aren't the stem; see `Row.counted`.
 SHARE = 0.95
 
@@ -52,9 +54,9 @@ def needs_library(case: str) -> None:
         pytest.skip(f"{coverage_zoo.NEEDS[library]} isn't installed")
 
 
-def check(case: str) -> Row:
+def check(case: str, method: str = "dynet") -> Row:
     needs_library(case)
-    row = examine(case)
+    row = examine(case, method=method)
     assert not row.problems, row
     assert row.converted + sum(row.skipped.values()) == row.convs
     return row
@@ -100,6 +102,7 @@ def everything() -> list[str]:
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", everything())
-def test_all(case: str) -> None:
-    check(case)
+def test_all(case: str, method: str) -> None:
+    check(case, method)

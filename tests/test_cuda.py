@@ -188,7 +188,7 @@ def model(**options: object) -> nn.Module:
     return net.to(DEVICE)
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize("method", dyconvert.METHODS)
 def test_what_a_gpu_computes_is_what_a_cpu_computes(method: str, exact: None) -> None:
     net = model(method=method).eval()
     x = image(3)

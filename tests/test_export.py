@@ -26,7 +26,7 @@ onnx = pytest.importorskip("onnx", reason="needs dyconvert[onnx]")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs dyconvert[onnx]")
 pytest.importorskip("onnxscript", reason="needs dyconvert[onnx]")
 
-METHODS = ("dynet", "condconv", "dyconv")
+METHODS = tuple(dyconvert.METHODS)
 # Where one method shows it, the others are checked in the sweep: an export takes seconds.
 DYNET_FIRST = ("dynet", *(pytest.param(m, marks=pytest.mark.sweep) for m in METHODS[1:]))
 
@@ -83,7 +83,7 @@ class _Kinds(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("method", "batch"), [("dynet", None), ("condconv", None), ("dyconv", None), ("dynet", 1), ("condconv", 3)]
+    ("method", "batch"), [*((method, None) for method in METHODS), ("dynet", 1), ("condconv", 3), ("odconv", 3)]
 )
 def test_every_kind_of_conv(method, batch, tmp_path):
     model = randomised(dyconvert.convert(seeded(_Kinds), method=method, scope="layer"))
@@ -96,7 +96,7 @@ def test_every_kind_of_conv(method, batch, tmp_path):
     assert done.opset == 20
 
 
-@pytest.mark.parametrize(("method", "fused"), [("dynet", False), ("dynet", True), ("condconv", True), ("dyconv", True)])
+@pytest.mark.parametrize(("method", "fused"), [("dynet", False), *((method, True) for method in METHODS)])
 def test_any_batch_and_any_size(method, fused, tmp_path):
     model = with_statistics(randomised(dyconvert.convert(seeded(ResidualNet), method=method)))
     if fused:

@@ -40,7 +40,7 @@ def test_a_schedule_reaches_both_and_a_checkpoint_restores_both():
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize("method", dyconvert.METHODS)
 def test_while_the_coefficients_stay_sgd_trains_the_mixture_as_the_static_network(method):
     static = seeded(ResidualNet).double()
     dynamic = dyconvert.convert(static, method=method, diversity=0.5)

@@ -17,7 +17,7 @@ from dyconvert.nn import dispatch as kernels
 from dyconvert.surgery.collapse import collapse
 from dyconvert.surgery.fuse import fuse
 
-METHODS = ("dynet", "condconv", "dyconv")
+METHODS = tuple(dyconvert.METHODS)
 
 # Model: how many of its batch norms directly follow a conv. The other DenseNet ones come before the convs.
 FUSED = {
@@ -310,7 +310,7 @@ def test_an_example_is_guessed_for_a_model_whose_stem_is_dynamic():
     assert fuse(dynamic).dyconvert_fused == (("body.0", "body.1"),)
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize("method", dyconvert.METHODS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_experts_in_half_precision(net, method, dtype, tolerance):
     """A weight has 11 or 8 bits then; rounding is random, so a few convs in a row add up to no more than that."""

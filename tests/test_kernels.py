@@ -186,7 +186,7 @@ class Net(nn.Module):
         return self.c(self.b(self.a(x).relu()) + x)
 
 
-@pytest.fixture(params=["dynet", "condconv", "dyconv"])
+@pytest.fixture(params=dyconvert.METHODS)
 def net(request):
     torch.manual_seed(0)
     model = dyconvert.convert(Net().eval(), method=request.param, g=3)

@@ -10,7 +10,7 @@ from torch.nn.utils.weight_norm import weight_norm
 
 import dyconvert
 
-METHODS = ("dynet", "condconv", "dyconv")
+METHODS = tuple(dyconvert.METHODS)
 
 
 class Decoder(nn.Module):

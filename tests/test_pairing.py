@@ -26,14 +26,19 @@ def logits(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     watched = copy.deepcopy(model)
     for module in watched.modules():
         if isinstance(module, CoefficientPredictor):
-            module.linear.register_forward_hook(lambda _, args, out, t=module.temperature: seen.append(out / t))
+            of_experts = torch.cat([torch.arange(size.total) < size.g * size.per for size in module.sizes])
+            module.linear.register_forward_hook(
+                lambda _, args, out, t=module.temperature, rows=of_experts: seen.append(out[:, rows] / t)
+            )
     with torch.no_grad():
         watched(x)
     return seen
 
 
 @pytest.mark.parametrize("net", [FlatNet, ResidualNet])
-@pytest.mark.parametrize(("method", "g"), [("dynet", 6), ("dynet", 3), ("condconv", 8), ("dyconv", 4), ("dyconv", 3)])
+@pytest.mark.parametrize(
+    ("method", "g"), [("dynet", 6), ("dynet", 3), ("condconv", 8), ("dyconv", 4), ("dyconv", 3), ("odconv", 4)]
+)
 def test_the_outputs_stay_while_the_coefficients_vary(net, method, g):
     static = seeded(net).double().eval()
     dynamic = dyconvert.convert(static, method=method, g=g)
@@ -44,7 +49,7 @@ def test_the_outputs_stay_while_the_coefficients_vary(net, method, g):
         moving = z.std(0, unbiased=False)
         moving = moving[moving > 0]
         # All but the last of an odd number of sigmoid experts.
-        assert len(moving) == z.shape[1] * (1 if method == "dyconv" else g // 2 * 2 / g)
+        assert len(moving) == z.shape[1] * (1 if dyconvert.METHODS[method].activation == "softmax" else g // 2 * 2 / g)
         torch.testing.assert_close(moving, torch.ones_like(moving))
         torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=1e-9, rtol=0)
 

@@ -7,11 +7,13 @@ from program_checks import examine
 from program_patterns import PATTERNS, STYLES
 from random_programs import Program, alone, programs
 
-METHODS = ("dynet", "condconv", "dyconv")
+import dyconvert
+
+METHODS = tuple(dyconvert.METHODS)
 KINDS = [*PATTERNS, *(f"style: {style}" for style in STYLES)]
 
 # How many random programs for each method: sharing a predictor is what most can go wrong with.
-COUNTS = {"dynet": 300, "condconv": 120, "dyconv": 100}
+COUNTS = {"dynet": 300, "condconv": 120}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -24,7 +26,7 @@ def test_each_kind_by_itself(kind: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_random_programs(method: str) -> None:
     @settings(
-        max_examples=COUNTS[method],
+        max_examples=COUNTS.get(method, 100),
         deadline=None,
         derandomize=True,
         database=None,

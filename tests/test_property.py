@@ -17,7 +17,7 @@ EVAL = 1e-9
 # Batch norm over a few pixels divides by variances that may be small.
 TRAINING = 1e-6
 
-METHODS = ("dynet", "condconv", "dyconv")
+METHODS = tuple(dyconvert.METHODS)
 REPEATABLE = settings(
     max_examples=500,
     deadline=None,
@@ -104,14 +104,14 @@ def check_mixing(net: Net, model: nn.Module, dynamic: nn.Module) -> None:
 
 
 def record(dynamic: nn.Module, images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
-    """For each dynamic conv and each of its calls, the conv and the coefficients `[N, g, 1 or C_out]`."""
+    """For each dynamic conv and each of its calls, the conv and the mixture."""
     used: dict[str, list[Any]] = {}
     handles = []
     for name, module in dynamic.named_modules():
         if isinstance(module, dyconvert.DynamicConv):
 
             def hook(conv: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                used.setdefault(name, []).append((conv, mixture_for(conv, args[0]).experts))
+                used.setdefault(name, []).append((conv, mixture_for(conv, args[0])))
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     output = dynamic(images)
@@ -127,13 +127,21 @@ def static_output(model: nn.Module, image: Tensor, used: dict[str, list[Any]], i
         left = iter(calls)
 
         def hook(conv: nn.Module, args: Any, output: Tensor, left: Any = left) -> Tensor:
-            dynamic, coefficients = next(left)
+            dynamic, mixture = next(left)
+            coefficients = mixture.coefficients()
             weights = {}
             for key, bank in (("weight", dynamic.weight), ("bias", dynamic.bias)):
                 if bank is not None:
                     experts = bank.unflatten(0, (dynamic.g, -1))
                     eta = coefficients[index].view(*coefficients.shape[1:], *[1] * (bank.dim() - 1))
                     weights[key] = (eta * experts).sum(0)
+            if mixture.inputs is not None:
+                inputs = (
+                    mixture.inputs[index].view(conv.groups, -1).repeat_interleave(conv.out_channels // conv.groups, 0)
+                )
+                weights["weight"] *= inputs.view(*inputs.shape, *[1] * len(conv.kernel_size))
+            if mixture.positions is not None:
+                weights["weight"] *= mixture.positions[index].view(conv.kernel_size)
             return conv._conv_forward(args[0], weights["weight"], weights.get("bias"))
 
         handles.append(model.get_submodule(name).register_forward_hook(hook))

@@ -40,7 +40,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-CASES = [(name, method) for name in CIFAR for method in ("dynet", "condconv", "dyconv")]
+CASES = [(name, method) for name in CIFAR for method in dyconvert.METHODS]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_cifar_resnets_score_the_same(
     assert top1(dynamic, *cifar10_test) == pytest.approx(expected, abs=0.015)
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize("method", dyconvert.METHODS)
 def test_efficientnet_lite0_logits(method: str, data_dir: Path) -> None:
     pytest.importorskip("timm")
     weights = data_dir / "efficientnet_lite0" / "tf_efficientnet_lite0.pt"

@@ -377,7 +377,7 @@ def test_keyword_only_and_dict_examples() -> None:
 
 
 def test_an_empty_batch() -> None:
-    for method in ("dynet", "condconv", "dyconv"):
+    for method in dyconvert.METHODS:
         _, dynamic = convert(net(Two()), method)
         assert dynamic(X[:0]).shape == (0, 8, 12, 12)
         dynamic(X[:0]).sum().backward()
@@ -394,7 +394,7 @@ def test_a_default_device_around_the_call() -> None:
 # ---- By hand ----
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize("method", dyconvert.METHODS)
 def test_a_dynamic_conv_by_hand(method: str) -> None:
     torch.manual_seed(0)
     conv = DynamicConv2d(16, 32, 3, stride=2, padding=1, groups=2, g=4, method=method)

@@ -280,7 +280,7 @@ class Reverse(torch.autograd.Function):
         return -gradient
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize("method", dyconvert.METHODS)
 def test_gradients_of_parameters_and_input(method):
     model = seeded(ResidualNet).double()
     model.head.bias.requires_grad_(False)

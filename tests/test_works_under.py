@@ -19,7 +19,7 @@ import dyconvert
 
 # float64: rounding, with strategies that add up in another order.
 EXACT = 1e-10
-METHODS = ("dynet", "condconv", "dyconv")
+METHODS = tuple(dyconvert.METHODS)
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from dyconvert.cli import completing
 from dyconvert.cli.common import parse_device, with_common
-from dyconvert.cli.options import Json
+from dyconvert.cli.options import METHOD, Json
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
@@ -32,9 +32,7 @@ Cpu = Annotated[
 
 def layers(
     batch: Batches = "1,8,32",
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.", autocompletion=completing.methods)
-    ] = "condconv",
+    method: Annotated[str, typer.Option("--method", "-m", help=METHOD, autocompletion=completing.methods)] = "condconv",
     g: Annotated[int, typer.Option("--g", help="Experts, the same for all.")] = 6,
     layer: Annotated[
         list[str] | None,
@@ -115,9 +113,7 @@ def layers(
 def model(
     model: Annotated[str, typer.Argument(help="As `dyconvert convert` takes it.", autocompletion=completing.models)],
     batch: Batches = "1,32",
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="dynet, condconv or dyconv.", autocompletion=completing.methods)
-    ] = "dynet",
+    method: Annotated[str, typer.Option("--method", "-m", help=METHOD, autocompletion=completing.methods)] = "dynet",
     g: Annotated[int | None, typer.Option("--g", help="Experts; by default the method's own number.")] = None,
     size: Annotated[int | None, typer.Option("--input-size", help="Height and width of the images.")] = None,
     scope: Annotated[str | None, typer.Option(help="What one predictor serves: block or layer.")] = None,

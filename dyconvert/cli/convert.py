@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dyconvert.cli import completing
-from dyconvert.cli.options import Compress, Mean, Std, check_compress, parse_size
+from dyconvert.cli.options import METHOD, Compress, Mean, Std, check_compress, parse_size
 from dyconvert.errors import ModelError
 
 _MODEL, _METHOD, _CONVS, _NARROW, _OUTPUT = "Model", "Method", "What is converted", "Narrowing", "Output"
@@ -39,7 +39,7 @@ def convert(
         typer.Option(
             "--method",
             "-m",
-            help="dynet, condconv or dyconv.",
+            help=METHOD,
             rich_help_panel=_METHOD,
             autocompletion=completing.methods,
         ),

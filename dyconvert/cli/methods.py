@@ -36,12 +36,17 @@ def methods(as_json: Json = False) -> None:
 def _coefficients(method: "Method") -> str:
     per = "output channel" if method.per == "channel" else "conv"
     if method.activation == "sigmoid":
-        return f"g per {per}, sigmoid"
-    return f"g per {per}, softmax(z / T) from T = {method.temperature:g}"
+        text = f"g per {per}, sigmoid"
+    else:
+        text = f"g per {per}, softmax(z / T) from T = {method.temperature:g}"
+    others = [axis for axis in method.axes if axis != "experts"]
+    return text + (f"; factors 2 sigmoid(z / T) of {', '.join(others)}" if others else "")
 
 
 def _predictor(method: "Method") -> str:
     if method.reduction is None:
         return f"one per {method.scope}: pool, linear"
     wide = f" (one linear below {method.reduce_from} channels)" if method.reduce_from > 1 else ""
-    return f"one per {method.scope}: pool, linear to C_in/{method.reduction}, ReLU, linear{wide}"
+    least = f", at least {method.least_hidden}" if method.least_hidden > 4 else ""
+    norm = " layer norm," if method.normalised else ""
+    return f"one per {method.scope}: pool, linear to C_in/{method.reduction}{least},{norm} ReLU, linear{wide}"

@@ -10,6 +10,8 @@ from dyconvert import files
 from dyconvert.errors import ModelError
 from dyconvert.limits import INPUT_SIDE
 
+# Of `--method`: the names stand in one place, which costs too much to import for a help text.
+METHOD = "A method's name: `dyconvert methods` lists them."
 # Of images that a command reads.
 IMAGES = "Images"
 Mean = Annotated[

@@ -48,8 +48,8 @@ def plan(
 
     Args:
         model: any module with convs.
-        method: `"dynet"`, `"condconv"`, `"dyconv"`, or a :class:`~dyconvert.methods.Method` of your own.
-        g: number of experts per conv. None: the method's own, 6, 8 or 4.
+        method: a name out of `dyconvert.METHODS`, or a :class:`~dyconvert.methods.Method` of your own.
+        g: number of experts per conv. None: the method's own.
         scope: `"block"` or `"layer"`: what one predictor serves. None: the method's own.
         reduction: the predictor's two linears have C_in / reduction hidden units; 0 for a single linear.
         temperature: divides the predictor's logits.

@@ -69,7 +69,7 @@ class Convert(Section):
     """Static convs to dynamic ones. `convert: null` trains the static network: the control."""
 
     method: str = "dynet"
-    """dynet, condconv or dyconv."""
+    """A method's name: `dyconvert methods` lists them."""
 
     g: Annotated[int, Field(ge=1, le=EXPERTS)] | None = None
     """Experts (weight sets) per conv; null takes the method's own."""
