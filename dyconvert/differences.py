@@ -1,5 +1,6 @@
 """Does the converted model compute what the original does?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,9 +215,10 @@ def _compare_gradients(model: nn.Module, dynamic: nn.Module, example: Any) -> tu
     largest = max((g.abs().max().item() for _, g, _ in pairs if g is not None and g.numel()), default=0.0)
     found = []
     for name, a, b in pairs:
-        if a is None and b is None:
-            continue
-        a = torch.zeros_like(b) if a is None else a
+        if a is None:
+            if b is None:
+                continue
+            a = torch.zeros_like(b)
         b = torch.zeros_like(a) if b is None else b
         if a.shape == b.shape:
             found.append(_difference(name, a, b, least=NEGLIGIBLE * largest))
@@ -232,7 +234,7 @@ def _of_kernel(conv: DynamicConv, gradient: Tensor, model: nn.Module) -> Tensor:
 def _gradients(model: nn.Module, example: Any) -> dict[str, Tensor | None]:
     """Gradients by the parameters' names, and the inputs' by their number; None where there is none."""
     with kept(model), torch.enable_grad():
-        leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        leaves: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = len(leaves)
 
         def tracked(t: Tensor) -> Tensor:
@@ -246,12 +248,13 @@ def _gradients(model: nn.Module, example: Any) -> dict[str, Tensor | None]:
         if total is None:
             return dict.fromkeys(leaves)
         try:
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            found: Sequence[Tensor | None] = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise ModelError(f"{type(model).__name__} has no gradients: {brief(error)}.") from error
             # Reentrant checkpointing knows only backward().
-            found = _by_backward(_weighted_sum(_outputs(model, example)), list(leaves.values()))
+            again = _weighted_sum(_outputs(model, example))
+            found = [None] * len(leaves) if again is None else _by_backward(again, list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
 
 

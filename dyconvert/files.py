@@ -25,7 +25,7 @@ from dyconvert.errors import DyconvertError, some
 try:
     import fcntl
 except ImportError:  # Windows; there, writers to one place aren't kept apart
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # Of the private folders. So long a name isn't met by chance.
 _PRIVATE = ".dyconvert-part-"

@@ -7,6 +7,7 @@ import shlex
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,7 +51,7 @@ def _folder(path: Path) -> str:
     return "." if path == Path.cwd() else str(path)
 
 
-def _origin() -> dict | None:
+def _origin() -> dict[str, Any] | None:
     """What pip wrote down of where this copy came from (PEP 610); None where it came from an index."""
     try:
         text = importlib.metadata.distribution("dyconvert").read_text("direct_url.json")

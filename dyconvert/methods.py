@@ -8,7 +8,7 @@ them, and any other mixture that you write down yourself.
 import difflib
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dyconvert.errors import PlanError
 from dyconvert.limits import EXPERTS
@@ -156,7 +156,7 @@ def get_method(method: "str | Method" = "dynet", **changes: object) -> Method:
         given["reduction"] = None
     try:
         return Method.model_validate(method.model_dump() | given)
-    except ValueError as error:
+    except ValidationError as error:
         problems = "; ".join(
             ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
         )

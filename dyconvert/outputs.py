@@ -59,7 +59,7 @@ def _parts_of_tensor(tensor: Tensor, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _children(value: Any) -> Iterable[tuple[str, Any]]:
     """What stands directly in a container or an object, with the step that leads to it."""
-    if hasattr(value, "_fields") and isinstance(value, tuple):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
         return [(f".{name}", getattr(value, name)) for name in value._fields]
     inner: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):

@@ -45,7 +45,7 @@ def _is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def check_picture(file: str | os.PathLike) -> tuple[int, int]:
+def check_picture(file: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) of an image in pixels, from the file's first bytes.
 
     Raises:
@@ -55,7 +55,7 @@ def check_picture(file: str | os.PathLike) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_picture(file: str | os.PathLike, mode: str) -> Image.Image:
+def read_picture(file: str | os.PathLike[str], mode: str) -> Image.Image:
     """An image as "RGB" or "L", 8 bits a channel.
 
     Raises:
@@ -84,7 +84,7 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _opened(file: str | os.PathLike) -> Image.Image:
+def _opened(file: str | os.PathLike[str]) -> Image.Image:
     # PIL's plugins raise errors of many kinds for files that are damaged or made to damage.
     try:
         check_ordinary(Path(file))

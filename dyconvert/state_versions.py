@@ -7,7 +7,7 @@ for them.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -24,9 +24,10 @@ def with_versions(state: Mapping[str, Any], model: nn.Module, saved: Mapping[str
     Args:
         saved: what :func:`versions` returned when it was saved. None: it isn't known, and taken for the model's own.
     """
-    result = OrderedDict(state)
-    own = model.state_dict(keep_vars=True)._metadata
+    result: Any = OrderedDict(state)
+    kept: Any = model.state_dict(keep_vars=True)
+    own = kept._metadata
     if saved is not None:
         own = OrderedDict((name, {**each, "version": saved.get(name, 1)}) for name, each in own.items())
     result._metadata = own
-    return result
+    return cast(dict[str, Any], result)

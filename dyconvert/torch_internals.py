@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _python_dispatch
 
-F = TypeVar("F", bound=Callable)
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Sees every operator that a model runs, in eager mode; torch documents it in a note, and has no public name for it.
 DispatchMode = _python_dispatch.TorchDispatchMode
@@ -127,5 +127,5 @@ def constant_result(function: F) -> F:
 
     That one imports the compiler, which takes two to three seconds and which most processes never use.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -53,7 +53,7 @@ class Preprocessing(BaseModel):
             raise ValueError("std has to be above 0")
         return self
 
-    def __call__(self, image: Union["Image", str, os.PathLike]) -> "Tensor":
+    def __call__(self, image: Union["Image", str, os.PathLike[str]]) -> "Tensor":
         """The image, a PIL image or a file, as the model takes it: `[C, H, W]`, float32.
 
         Raises:
@@ -88,7 +88,7 @@ class Preprocessing(BaseModel):
         return self.classes[index] if self.classes is not None and index < len(self.classes) else str(index)
 
 
-def read_image(file: str | os.PathLike) -> "Image":
+def read_image(file: str | os.PathLike[str]) -> "Image":
     """Decode an image file.
 
     Raises:

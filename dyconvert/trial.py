@@ -56,7 +56,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
 
 
 # How a generator of random numbers tells its state and takes it back.
-_GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], None]], ...] = (
+_GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (
     (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
     (random.Random, random.Random.getstate, random.Random.setstate),
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),

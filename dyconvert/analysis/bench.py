@@ -207,7 +207,7 @@ def layer_calls(
     static = nn.Conv2d(
         layer.c_in, layer.c_out, layer.kernel, layer.stride, padding, groups=layer.groups, bias=False
     ).requires_grad_(training)
-    static.to(device, dtype, memory_format=form)
+    static.to(device, dtype).to(memory_format=form)
     with torch.no_grad():
         grad = placed(torch.rand(static(x).shape, generator=generator))
 
@@ -246,10 +246,10 @@ def layer_calls(
 
 def _timm_conv(layer: Layer, weight: Tensor, g: int) -> nn.Module | None:
     try:
-        from timm.layers import CondConv2d
+        import timm.layers as layers
     except ImportError:
         return None
-    conv = CondConv2d(
+    conv = layers.CondConv2d(  # type: ignore[attr-defined]
         layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.kernel // 2, groups=layer.groups, num_experts=g
     )
     conv.weight = nn.Parameter(weight.detach().reshape(g, -1), requires_grad=weight.requires_grad)

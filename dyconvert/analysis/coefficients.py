@@ -5,6 +5,7 @@ All statistics are streamed: memory depends on the model and on the number of cl
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -194,7 +195,7 @@ class CoefficientStatistics:
                 raise ModelError(f"The {axis} of {name} over the data aren't finite. Look for NaN in the images.")
             streams = self._streams.setdefault(name, {})
             if axis not in streams:
-                streams[axis] = _Stream(*seen.shape[1:], len(self.classes))
+                streams[axis] = _Stream(seen.shape[1], seen.shape[2], len(self.classes))
             # A head that is called for every box or frame has its own batch, whose rows are no images.
             labels = self._labels if self._labels is not None and len(self._labels) == len(seen) else None
             streams[axis].add(seen, labels, self._first)
@@ -301,7 +302,7 @@ class _Stream:
             constant=found["constant"],
         )
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         deviation = (self.m2 / self.count).sqrt()
         kinds = int((self.class_count > 0).sum())
         labelled = int(self.class_count.sum())

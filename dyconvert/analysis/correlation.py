@@ -6,6 +6,7 @@ C x C numbers a layer, however many images are seen.
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -130,7 +131,7 @@ def check_layer(model: nn.Module, layer: str) -> None:
         raise ModelError(f"{layer!r} is no layer of {type(model).__name__}. Names look like {', '.join(near)}.")
 
 
-def summarise(r: Tensor, **more: object) -> Correlation:
+def summarise(r: Tensor, **more: Any) -> Correlation:
     """The distribution of correlations `r`, `[pairs]`, those that are not NaN."""
     r = r[~r.isnan()].clamp(-1, 1)
     size = r.abs()

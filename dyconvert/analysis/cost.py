@@ -163,7 +163,7 @@ def time_blocks(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str | None, float]]:
     """Median seconds of each named block in each model, the models in turns; None is the whole model."""
-    runners, runs = {}, {}
+    runners, runs = dict[str, Any](), dict[str, Any]()
     for key, model in models.items():
         runner = in_eval_mode(skeleton(model, lambda t: t.detach()))
         clear_hooks(runner)

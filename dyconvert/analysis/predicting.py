@@ -14,14 +14,14 @@ from dyconvert.transforms import Preprocessing
 class Classified(NamedTuple):
     """A class of an image: the output's number, its name, and its probability."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own `index` isn't needed here
     name: str
     probability: float
 
 
 @torch.inference_mode()
 def classified(
-    model: nn.Module, prepare: Preprocessing, images: Sequence[Any | str | os.PathLike], top: int = 5
+    model: nn.Module, prepare: Preprocessing, images: Sequence[Any | str | os.PathLike[str]], top: int = 5
 ) -> list[list[Classified]]:
     """The `top` likeliest classes of each image, the likeliest first.
 

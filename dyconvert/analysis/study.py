@@ -178,7 +178,7 @@ def _look(
     tell: Progress,
 ) -> None:
     count = None
-    batches: Iterable[Any] = images
+    batches: Any = images
     if isinstance(images, ImageSet):
         height, width = images.shape[1:]
         size = batch_size or min(max(2**20 // (height * width), 8), 100)

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 
 
 def in_turns(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     repeats: int = 15,
     seconds: float = 4.0,
     cpu: bool = False,

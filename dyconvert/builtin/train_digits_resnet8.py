@@ -24,7 +24,8 @@ def split_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     digits = load_digits()
     parts = train_test_split(digits.images, digits.target, test_size=0.2, random_state=SEED, stratify=digits.target)
-    return tuple(torch.from_numpy(part).to(torch.uint8) for part in parts)
+    a, b, c, d = (torch.from_numpy(part).to(torch.uint8) for part in parts)
+    return a, b, c, d
 
 
 def shift(images: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
             before, text = text, read_description(directory)
             if text == before and not (isinstance(error, _Replaced) and attempt < _ATTEMPTS):
                 raise
+    raise AssertionError("the loop has no end of its own")
 
 
 def _load(directory: Path, description: Description, model: nn.Module | None, trust_code: bool) -> nn.Module:

@@ -197,7 +197,7 @@ def _read(opened: Any, name: str, like: Tensor | None) -> Tensor:
 
 def _origins(own: dict[str, Any], names: list[str], extra: dict[str, Any]) -> dict[str, str]:
     """The name in the file of each of the model's tensors: its own, or another that it has."""
-    known, first = set(names), {}
+    known, first = set(names), dict[int, str]()
     for name, value in own.items():
         if name in known:
             first.setdefault(id(value), name)

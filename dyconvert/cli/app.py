@@ -103,7 +103,7 @@ class Commands(TyperGroup):
         return ["convert", *args]
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        command = self.get_command(ctx, "convert")
+        command = self.commands["convert"]
         inner = command.make_context("convert", [], parent=ctx, resilient_parsing=True)
         model = next(param for param in command.get_params(inner) if param.name == "model")
         return [*super().shell_complete(ctx, incomplete), *model.shell_complete(inner, incomplete)]
@@ -191,15 +191,16 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _failed(f"{where}{error.strerror or error}. Check the path, the space and the permissions there.")
-    except Exception as error:
+    except Exception as problem:
         # typer's own, of what was typed; their types are not public.
-        if not hasattr(error, "format_message"):
+        typed: Any = problem
+        if not hasattr(typed, "format_message"):
             raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            error.show()
+        if type(typed).__name__ == "NoArgsIsHelpError":
+            typed.show()
             return 2
-        command = getattr(error.ctx, "command_path", "dyconvert") if getattr(error, "ctx", None) else "dyconvert"
-        return _failed(f"{error.format_message().rstrip('.')}.\nAll options: {command} --help")
+        command = getattr(typed.ctx, "command_path", "dyconvert") if getattr(typed, "ctx", None) else "dyconvert"
+        return _failed(f"{typed.format_message().rstrip('.')}.\nAll options: {command} --help")
 
 
 def _failed(message: str) -> int:

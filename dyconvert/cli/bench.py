@@ -52,7 +52,7 @@ def layers(
     """Single convs: time over the static conv's, beside timm's CondConv2d and mixing feature maps."""
     sizes = _batches(batch)
 
-    from dyconvert.analysis import bench
+    from dyconvert.analysis import bench, timing
 
     shapes = [_layer(text) for text in layer] if layer else list(bench.LAYERS)
     place = _place(device, cpu_time)
@@ -62,7 +62,7 @@ def layers(
     cases = [(size, shape) for size in sizes for shape in shapes]
     results = []
     with progress("measuring the memory's speed") as tell:
-        read = bench.bandwidth(cpu_time, place)
+        read = timing.bandwidth(cpu_time, place)
         for done, (size, shape) in enumerate(cases):
             tell(f"batch {size}: {shape.label}", done, len(cases))
             results.append(
@@ -146,7 +146,7 @@ def model(
 
     import torch
 
-    from dyconvert.analysis import bench
+    from dyconvert.analysis import bench, timing
     from dyconvert.cli.opening import example_of
     from dyconvert.surgery.convert import convert
     from dyconvert.surgery.fuse import fuse as fuse_model
@@ -169,7 +169,7 @@ def model(
     examples += [example_for(static, batch=count, size=wanted) for count in sizes[1:]]
     networks = [network for network in (static, dynamic, other) if network is not None]
     examples = bench.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
-    read = bench.bandwidth(cpu_time, place)
+    read = timing.bandwidth(cpu_time, place)
     try:
         results = [
             bench.bench_model(

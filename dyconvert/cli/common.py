@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -69,7 +69,7 @@ def with_common(function: Callable[..., None], *, silent: bool = False, device: 
         finally:
             console.err.quiet, console.out.quiet = said
 
-    command.__signature__ = own.replace(parameters=parameters)
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
@@ -109,7 +109,7 @@ def _speak(quiet: bool, loud: bool, silent: bool) -> None:
     if loud:
         return
     # A library's warnings about its own insides are nothing that a user of ours can act on.
-    warnings.showwarning = _show_warning
+    warnings.showwarning = cast(Any, _show_warning)
     logging.captureWarnings(False)
     for name in ("lightning", "torch", "torch.onnx", "onnxscript", "onnx_ir", "timm", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -121,7 +121,7 @@ def convert_and_save(
                 "absolute": differences.absolute,
                 "numbers": differences.count,
             },
-            **({"compression": compression_of(dynamic).model_dump()} if compress else {}),
+            **({"compression": packed.model_dump()} if compress and (packed := compression_of(dynamic)) else {}),
             "seconds": seconds,
             "output": str(wanted),
             **figures,
@@ -161,7 +161,7 @@ def _report(
     model: nn.Module,
     plan: Plan | None,
     differences: Differences,
-    figures: dict,
+    figures: dict[str, Any],
     seconds: float,
     saved: Path,
 ) -> None:

@@ -90,7 +90,7 @@ def inspect(
         out.print(Text(plan.summary()))
     else:
         out.print(f"static: none of {len(plan.convs)} convs is dynamic")
-    out.print(f"tensors: {count(tensor_bytes(model))}B" + (f", {found}" if (found := description.compression) else ""))
+    out.print(f"tensors: {count(tensor_bytes(model))}B" + (f", {how}" if (how := description.compression) else ""))
     taken = "x".join(map(str, getattr(example[0], "shape", ())[1:]))
     for what in ("parameters", "macs"):
         after, before = getattr(costs.after, what), getattr(costs.before, what) if costs.before else None

@@ -20,7 +20,7 @@ def in_options(message: str, command: inspect.Signature) -> str:
     return _ARGUMENT.sub(lambda found: _option(found, command), message)
 
 
-def _option(found: re.Match, command: inspect.Signature) -> str:
+def _option(found: re.Match[str], command: inspect.Signature) -> str:
     name, value = found[1], found[2].strip("'\"")
     if name in _OTHER_NAMES and _OTHER_NAMES[name][0] in command.parameters:
         return _OTHER_NAMES[name][1]

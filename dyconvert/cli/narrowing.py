@@ -23,7 +23,7 @@ class Options:
     width: float | None
     flops: float | None
     data: str | None
-    init: str | None
+    init: Any
     static: bool
     keep: tuple[str, ...]
     round_to: int

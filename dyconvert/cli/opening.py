@@ -40,8 +40,9 @@ def restored(directory: Path, trust_code: bool, factory: str | None) -> nn.Modul
     numbers = {name: value for name, value in arguments.items() if isinstance(value, int | float | type(None))}
     static, source = models.create(factory, "none", numbers)
     model = checkpoint.load(directory, static)
-    known = {} if saved is None else {"weights": saved.weights, "input_size": saved.input_size}
-    mark_source(model, replace(source, **known))
+    if saved is not None:
+        source = replace(source, weights=saved.weights, input_size=saved.input_size)
+    mark_source(model, source)
     return model
 
 
@@ -130,8 +131,8 @@ def images_for(
     known = preprocessing_of(model) or (preprocessing_for(source) if source is not None else None)
     known = None if data == "digits" else known
     numbers = (
-        parse_numbers(mean) if mean else known and known.mean,
-        parse_numbers(std) if std else known and known.std,
+        parse_numbers(mean) if mean else (known.mean if known else None),
+        parse_numbers(std) if std else (known.std if known else None),
     )
     shape = getattr(example[0], "shape", (0,))[1:]
     return read_images(data, shape, *numbers, limit=limit)

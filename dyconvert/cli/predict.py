@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
@@ -87,7 +88,7 @@ def _preprocessing(model: Any, size: tuple[int, ...] | None, mean: str | None, s
         known["std"] = parse_numbers(std)
     try:
         return Preprocessing.model_validate(known)
-    except ValueError as error:
+    except ValidationError as error:
         reason = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors()).rstrip(".")
         raise ModelError(
             f"Images can't be prepared like that: {reason}. Check --input-size, --mean and --std."

@@ -111,10 +111,10 @@ def validate(
     problems, fine = [], []
     for file in files:
         try:
-            sweep = is_sweep(find_recipe(file))
-            checked = load_sweep(file) if sweep else load_recipe(file)
-            if sweep:
-                checked.recipes()
+            if is_sweep(find_recipe(file)):
+                load_sweep(file).recipes()
+            else:
+                load_recipe(file)
         except RecipeError as error:
             problems.append(str(error))
         else:

@@ -7,6 +7,7 @@ that transposes its bank at every run. Here it is one custom operator in torch's
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ def prepared(model: nn.Module, dynamic_batch: bool) -> dict[nn.Module, nn.Module
                 f"{name or 'The model'} is a {type(module).__name__}, which ONNX has for a fixed batch only. Export "
                 "with `dynamic_batch=False`, don't convert it, or export for torch (export_torch, --to torch)."
             )
-    convs = {m: MixedConv(m, dynamic_batch) for m in model.modules() if type(m) in _WRITTEN}
+    found = (m for m in model.modules() if isinstance(m, DynamicConv) and type(m) in _WRITTEN)
+    convs: dict[nn.Module, nn.Module] = {m: MixedConv(m, dynamic_batch) for m in found}
     return convs | {m: PackedLinear(m) for m in model.modules() if isinstance(m, CompressedLinear)}
 
 
@@ -92,7 +94,7 @@ class MixedConv(nn.Module):
     def forward(self, input: Tensor, coefficients: Tensor | Mixture | None = None) -> Tensor:
         x = input
         if coefficients is None:
-            coefficients = mixture_for(self, x)
+            coefficients = mixture_for(cast(DynamicConv, self), x)
         coefficients, factors = Mixing.of(coefficients, self.bank_shape, self.groups)
         if factors is not None:  # [N, groups or 1, 1, K], in the order of the bank's elements
             factors = factors.flatten(3)

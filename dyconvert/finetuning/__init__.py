@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
-    from dyconvert.finetuning.run import Summary
+    from dyconvert.finetuning.summary import Summary
 
 __all__ = ["Recipe", "finetune", "load_recipe"]
 
 
 def finetune(
-    recipe: "Recipe | str | os.PathLike",
+    recipe: "Recipe | str | os.PathLike[str]",
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,

@@ -16,7 +16,7 @@ from dyconvert.limits import JSON_BYTES, parse_json, read_text
 from dyconvert.run_files import BEFORE, LOCK, RECIPE, RUN_FILES
 
 # What may change between two tries of a run: the result doesn't depend on it.
-_FREE = {
+_FREE: dict[str, Any] = {
     "name": True,
     "description": True,
     "output": True,
@@ -173,7 +173,7 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict) and value:
             found |= _flat(value, f"{prefix}{key}.")

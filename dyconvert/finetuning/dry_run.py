@@ -79,7 +79,7 @@ class DryRun:
                 "epoch": step / per,
                 "step": step if self.steps is not None else None,
                 "lr": train.lr * factor(step),
-                "temperature": temperature and temperature.at(step / per),
+                "temperature": temperature.at(step / per) if temperature else None,
                 "experts_frozen": step / per < dynamic.freeze_experts_epochs,
             }
             for step in sorted(steps)

@@ -59,7 +59,7 @@ def transform(
         calibration: makes batches of normalised training images, for narrowing and pairing; None: neither is done.
     """
     example = torch.zeros(2, *recipe.input_size)
-    ours = {"seed": recipe.train.seed, "diversity": recipe.dynamic.diversity, "example": example}
+    ours: dict[str, Any] = {"seed": recipe.train.seed, "diversity": recipe.dynamic.diversity, "example": example}
     conversion = None if recipe.convert is None else _conversion(recipe, recipe.convert.model_dump())
     if recipe.narrow is not None and calibration is not None:
         from dyconvert import narrow

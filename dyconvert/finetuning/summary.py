@@ -67,8 +67,9 @@ class Summary:
     def read(cls, directory: Path) -> "Summary | None":
         """The summary of a finished run in `directory`, if there is one."""
         try:
-            found = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
-            read = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+            found: dict[str, Any] = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
+            known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+            read = cls(**known)
         except (OSError, ValueError, TypeError, AttributeError):
             return None
         return read if read.is_whole() else None

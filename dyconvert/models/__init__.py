@@ -124,7 +124,7 @@ def names_code(specifier: str) -> bool:
 
 
 def _make(
-    specifier: str, weights: str, arguments: dict, num_classes: int | None, load: bool
+    specifier: str, weights: str, arguments: dict[str, Any], num_classes: int | None, load: bool
 ) -> "tuple[nn.Module, Source]":
     chosen: str | Path = weights
     if names_file(weights):
@@ -178,14 +178,20 @@ def split(specifier: str) -> tuple[str | None, str]:
 def _builder(library: str | None) -> Callable[..., "tuple[nn.Module, Source]"]:
     # Each of them imports its library, which takes from half a second to two.
     if library == "torchvision":
-        from dyconvert.models.from_torchvision import torchvision_model as builder
-    elif library == "timm":
-        from dyconvert.models.from_timm import timm_model as builder
-    elif library == "builtin":
-        from dyconvert.models.from_builtin import builtin_model as builder
-    else:
-        from dyconvert.models.from_factory import factory_model as builder
-    return builder
+        from dyconvert.models.from_torchvision import torchvision_model
+
+        return torchvision_model
+    if library == "timm":
+        from dyconvert.models.from_timm import timm_model
+
+        return timm_model
+    if library == "builtin":
+        from dyconvert.models.from_builtin import builtin_model
+
+        return builtin_model
+    from dyconvert.models.from_factory import factory_model
+
+    return factory_model
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ def bounded(tensors: int, values: bool) -> Iterator[None]:
             count()
 
     handles = [
-        hooks.register_module_parameter_registration_hook(parameter),
+        # torch takes what such a hook returns; its annotation says None.
+        hooks.register_module_parameter_registration_hook(cast(Any, parameter)),
         hooks.register_module_module_registration_hook(child),
     ]
     try:

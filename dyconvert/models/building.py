@@ -16,7 +16,7 @@ _OTHER_WEIGHTS = "Give a file with `weights=FILE`, or ask for random weights wit
 
 
 def call(
-    specifier: str, builder: Callable[..., Any], arguments: Mapping, url: str | None = None, **ours: Any
+    specifier: str, builder: Callable[..., Any], arguments: Mapping[str, Any], url: str | None = None, **ours: Any
 ) -> nn.Module:
     """Call a builder, which may download from `url`, with the user's arguments and ours."""
     try:

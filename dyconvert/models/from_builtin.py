@@ -1,6 +1,7 @@
 """This package's own models, with the weights that come with it, or those of a file of the user's."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from dyconvert.models.source import Source
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
 
 
-def builtin_model(name: str, weights: str | Path, arguments: dict, load: bool) -> tuple[nn.Module, Source]:
+def builtin_model(name: str, weights: str | Path, arguments: dict[str, Any], load: bool) -> tuple[nn.Module, Source]:
     """Make a model of this package; give it `weights`, a name or a Path, unless `load` is False."""
     if name not in builtin.MODELS:
         raise unknown_model(name)
@@ -22,7 +23,8 @@ def builtin_model(name: str, weights: str | Path, arguments: dict, load: bool) -
     model = call(specifier, entry.factory, arguments)
     if load and chosen != "none":
         path = chosen if isinstance(chosen, Path) else entry.weights_path
-        load_state_dict_into(model, read_state_dict(path), path)
+        if path is not None:
+            load_state_dict_into(model, read_state_dict(path), path)
     return model, Source(specifier, arguments, None if chosen == "none" else str(chosen), entry.input_size)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,9 @@ from dyconvert.models.source import LIBRARIES, Source, absolute
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
 
 
-def factory_model(specifier: str, weights: str | Path, arguments: dict, load: bool) -> tuple[nn.Module, Source]:
+def factory_model(
+    specifier: str, weights: str | Path, arguments: dict[str, Any], load: bool
+) -> tuple[nn.Module, Source]:
     """Make what a factory returns; give it `weights`, a name or a Path, unless `load` is False."""
     if isinstance(weights, str) and weights not in ("default", "none"):
         raise ModelError(
@@ -84,6 +87,8 @@ def _run_file(path: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path} isn't a Python file. Name one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -13,7 +13,7 @@ from dyconvert.models.source import Source
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
 
 
-def timm_model(name: str, weights: str | Path, arguments: dict, load: bool) -> tuple[nn.Module, Source]:
+def timm_model(name: str, weights: str | Path, arguments: dict[str, Any], load: bool) -> tuple[nn.Module, Source]:
     """Make a model of timm; give it `weights`, a name or a Path, unless `load` is False."""
     timm = import_timm()
     base, _, tag = name.partition(".")
@@ -24,7 +24,7 @@ def timm_model(name: str, weights: str | Path, arguments: dict, load: bool) -> t
     if pretrained and weights != "default":
         if tag not in ("", weights):
             raise ModelError(f"timm:{name} already names its weights, but {weights!r} are asked for; name one.")
-        tag = weights
+        tag = str(weights)
     full_name = f"{base}.{tag}" if tag else base
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{base}.*")]
     if (tag and tag not in tags) or (pretrained and not timm.is_model_pretrained(full_name)):

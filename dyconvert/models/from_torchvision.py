@@ -16,7 +16,9 @@ from dyconvert.models.source import Source
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
 
 
-def torchvision_model(name: str, weights: str | Path, arguments: dict, load: bool) -> tuple[nn.Module, Source]:
+def torchvision_model(
+    name: str, weights: str | Path, arguments: dict[str, Any], load: bool
+) -> tuple[nn.Module, Source]:
     """Make a model of torchvision; give it `weights`, a name or a Path, unless `load` is False."""
     specifier = f"torchvision:{name}"
     if name not in torchvision.models.list_models():
@@ -61,7 +63,7 @@ def _weight_set(specifier: str, sets: type[WeightsEnum], weights: str | Path) ->
     return chosen
 
 
-def _input_size(builder: Callable, weights: WeightsEnum | None) -> tuple[int, ...] | None:
+def _input_size(builder: Callable[..., Any], weights: WeightsEnum | None) -> tuple[int, ...] | None:
     transforms = weights.transforms() if weights is not None else None
     # Segmentation presets resize without a crop; detection presets leave the size to the model.
     sides = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
@@ -83,14 +85,14 @@ class _StandIn:
         self._weights = weights
         self._state_dict = state_dict
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # for isinstance, with which builders check
         return type(self._weights)
 
     def __eq__(self, other: object) -> bool:
         return self._weights == other
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._weights, name)
@@ -99,7 +101,7 @@ class _StandIn:
         return self._state_dict
 
 
-class _Empty(dict):
+class _Empty(dict[str, Any]):
     """A state dict that isn't loaded within `_empty_loads_ignored`."""
 
 
@@ -107,11 +109,11 @@ class _Empty(dict):
 def _empty_loads_ignored() -> Iterator[None]:
     original = nn.Module.load_state_dict
 
-    def load_state_dict(self: nn.Module, state_dict: Mapping, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return None if isinstance(state_dict, _Empty) else original(self, state_dict, *args, **kwargs)
 
-    nn.Module.load_state_dict = load_state_dict
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.load_state_dict = original
+        nn.Module.load_state_dict = original  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ def replace_head(model: nn.Module, num_classes: int | None, *, always: bool = Fa
             model.set_submodule(name, _like(module, num_classes))
     # timm's models say their number of classes; others may too.
     if getattr(model, "num_classes", None) == old:
-        model.num_classes = num_classes
+        model.num_classes = num_classes  # type: ignore[assignment]  # torch expects tensors and modules alone
 
 
 def find_head(model: nn.Module) -> str | None:

@@ -23,8 +23,8 @@ _SHAPE = {
 }
 ARGUMENTS: dict[str, dict[str, float]] = {
     "builtin": {"num_classes": _CLASSES, "width": 1024},
-    "torchvision": _SHAPE
-    | {
+    "torchvision": {
+        **_SHAPE,
         "aux_logits": 1,
         "aux_loss": 1,
         "transform_input": 1,
@@ -45,8 +45,8 @@ ARGUMENTS: dict[str, dict[str, float]] = {
         "bn_size": 64,
         "num_init_features": 2048,
     },
-    "timm": _SHAPE
-    | {
+    "timm": {
+        **_SHAPE,
         "in_chans": 4096,
         "img_size": INPUT_SIDE,
         "patch_size": 256,

@@ -71,7 +71,7 @@ def _of_torchvision(name: str, source: Source) -> Preprocessing | None:
         interpolation=transforms.interpolation.value,
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
-        classes=_names(chosen.meta.get("categories"), source.arguments),
+        classes=_names((chosen.meta if chosen else {}).get("categories"), source.arguments),
     )
 
 

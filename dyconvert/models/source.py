@@ -45,7 +45,7 @@ class Source:
         """Whether `build` runs code of the user's own, a factory, instead of a library's."""
         return self.specifier.partition(":")[0] not in LIBRARIES
 
-    def to_json(self, directory: str | os.PathLike | None = None) -> dict[str, Any]:
+    def to_json(self, directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """Return a dict that `json` can write.
 
         Args:
@@ -75,7 +75,7 @@ class Source:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], directory: str | os.PathLike | None = None) -> "Source":
+    def from_json(cls, data: Mapping[str, Any], directory: str | os.PathLike[str] | None = None) -> "Source":
         """Return the source that `to_json` made `data` of.
 
         Raises:
@@ -98,7 +98,7 @@ class Source:
         return cls(found["specifier"], arguments, found["weights"], size, classes)
 
 
-def _relative(text: str | None, directory: str | os.PathLike) -> str | None:
+def _relative(text: str | None, directory: str | os.PathLike[str]) -> str | None:
     """A path, or a specifier that begins with the path of a Python file, as it is seen from `directory`."""
     path, suffix = _path_in(text)
     if path is None or not os.path.isabs(path):
@@ -111,7 +111,7 @@ def _relative(text: str | None, directory: str | os.PathLike) -> str | None:
     return text if os.path.dirname(shared) == shared else os.path.relpath(path, folder).replace(os.sep, "/") + suffix
 
 
-def _resolved(text: str | None, other: Any, directory: str | os.PathLike) -> str | None:
+def _resolved(text: str | None, other: Any, directory: str | os.PathLike[str]) -> str | None:
     path, suffix = _path_in(text)
     if path is None or os.path.isabs(path):
         return text

@@ -7,7 +7,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -23,7 +23,7 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compi
 _HOW_TO_SAVE = "save `model.state_dict()`, with torch.save or as safetensors"
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a weights file onto the CPU; code in the file is never run.
 
     The file is safetensors (by its suffix), or what torch.save made of a state dict, plain or under
@@ -45,15 +45,15 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     others = [f"{key} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
     if others:
         raise ModelError(f"{path} isn't a state dict: {some(others)} aren't tensors; {_HOW_TO_SAVE}.")
-    state_dict = OrderedDict((str(key), tensor) for key, tensor in loaded.items())
+    state_dict: Any = OrderedDict((str(key), tensor) for key, tensor in loaded.items())
     if isinstance(beside := getattr(loaded, "_metadata", None), dict):
         state_dict._metadata = beside
     while prefix := next((p for p in _WRAPPER_PREFIXES if all(key.startswith(p) for key in state_dict)), None):
         state_dict = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
-    return state_dict
+    return cast(dict[str, Tensor], state_dict)
 
 
-def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Copy `state_dict`, all of it, into `model`; only `num_batches_tracked` may be missing from it.
 
     Args:

@@ -60,9 +60,9 @@ class Cost:
         for group, side, channels in self._sides[name]:
             left[side] += channels * kept.get(group, self._units[group]) / self._units[group]
         cost = float(self._layers[name])
-        for side, channels in left.items():
+        for side, remaining in left.items():
             if whole := self._whole.get((name, side)):
-                cost *= channels / whole
+                cost *= remaining / whole
         return cost
 
     def total(self, kept: dict[str, int]) -> float:

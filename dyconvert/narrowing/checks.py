@@ -1,7 +1,7 @@
 """What narrowing is asked for, and whether the model takes its inputs, before and after."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def checked_init(
     calibration_images: int,
     static: bool,
     choices: dict[str, Any],
-) -> str:
+) -> Init:
     """Refuse what makes no sense; returns where the weights are to come from.
 
     Raises:
@@ -49,7 +49,8 @@ def checked_init(
         init = "merge" if data is None else "least-squares"
     if init not in get_args(Init):
         raise PlanError(f"init is one of {', '.join(get_args(Init))}, not {init!r}.")
-    if init == "least-squares" and data is None:
+    known = cast(Init, init)
+    if known == "least-squares" and data is None:
         raise PlanError(
             "init='least-squares' solves the weights on images, and there are none. Give `data=...`, or choose "
             "`init='merge'`."
@@ -58,7 +59,7 @@ def checked_init(
         whole(name, value, least=1)
     if static and choices:
         raise PlanError(f"static=True converts nothing, so {', '.join(choices)} would do nothing. Give one of them.")
-    return init
+    return known
 
 
 def example_of(model: nn.Module, example: Any, images: Images | None) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def cut(model: nn.Module, graph: Graph, folds: Folds, *, merge: bool) -> None:
             _cut_module(module, name, side, graph.cutters[name], folds, merge)
 
 
-def _cut_module(module: nn.Module, name: str, side: str, cutter: object, folds: Folds, merge: bool) -> None:
+def _cut_module(module: nn.Module, name: str, side: str, cutter: Any, folds: Folds, merge: bool) -> None:
     size = cutter.get_out_channels(module) if side == "out" else cutter.get_in_channels(module)
     fold = folds.get(name, side, size)
     dropped = sorted(set(range(size)) - set(fold.kept.tolist()))
@@ -131,7 +132,8 @@ def _both_affine(module: nn.Module, size: int) -> Iterator[None]:
 
 def _cut_others(module: nn.Module, size: int, kept: Tensor) -> None:
     """Parameters and buffers that a subclass added, one value or filter a channel, as timm's `ScaledStdConv2d.gain`."""
-    for tensors in (module._parameters, module._buffers):
+    held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in held:
         for key, old in tensors.items():
             if old is not None and old.dim() and old.shape[0] == size > len(kept) and key not in ("weight", "bias"):
                 new = old.detach().index_select(0, kept.to(old.device))

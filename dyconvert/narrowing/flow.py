@@ -55,7 +55,7 @@ def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
     for number in watch.returned:
         readers[number].append(-1)  # whoever called the model
     norms = {number: place.module for number, place in enumerate(watch.places) if _is_norm(model, watch, place)}
-    found = {}
+    found: dict[str, tuple[Aim, ...]] = {}
     for name, calls in watch.calls.items():
         module = model.get_submodule(name)
         if not is_layer(module) or not all(_is_batch(module, call) for call in calls):

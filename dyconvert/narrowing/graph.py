@@ -262,7 +262,7 @@ def _groups(traced: _Traced, runner: nn.Module) -> tuple[list[Group], dict[str, 
     names = {id(m): name for name, m in runner.named_modules()}
     found = {names[id(node.module)]: node for node in bridge.nodes(traced.graph) if id(node.module) in names}
     covered: dict[str, set[int]] = {}
-    groups, cutters = [], {}
+    groups, cutters = [], dict[str, Any]()
     for name in traced.watch.layers:
         if name not in found:
             continue  # it doesn't reach the output

@@ -1,7 +1,7 @@
 """Calibration images: what a loader gives, as the arguments of the model's forward."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Images:
         notes: what was done to them that one should know.
     """
 
-    def __init__(self, columns: list[Any], count: int, notes: list[str] = ()) -> None:
+    def __init__(self, columns: list[Any], count: int, notes: Sequence[str] = ()) -> None:
         self._columns = columns
         self._count = count
         self.notes = list(notes)

@@ -188,8 +188,8 @@ def _record(
         width=width,
         flops=flops,
         init=init,
-        images=images and len(images),
-        held_out=images and held_out(len(images)),
+        images=None if images is None else len(images),
+        held_out=None if images is None else held_out(len(images)),
         groups=[
             NarrowedGroup(
                 name=group.name,

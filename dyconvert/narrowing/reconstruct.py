@@ -10,6 +10,7 @@ when all its calls have been seen; what comes behind it waits for the next pass.
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ class _Work:
         for name in self.planned:
             other = self.aims[name][0].other
             if name not in self.found and other is not None and other not in wanted:
-                wanted[other] = [lambda t, place=other: self.others.update({place: t})]
+                wanted[other] = [partial(self.others.__setitem__, other)]
         handles = []
         for name, module in self.model.named_modules():
             if name in self.planned and name not in self.found:
@@ -263,7 +264,7 @@ def _fit(name: str, layer: nn.Module, norm: nn.Module | None, rows: Rows, ridge:
     center = norm is not None or layer.bias is not None
     try:
         solution = solve(rows, [prior, torch.zeros_like(prior)], center=center, ridge=ridge)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return SolvedLayer(name=name, weights=MERGED, error=merged, why="its inputs can't be solved for")
     if merged is not None and not solution.error < merged:
         return SolvedLayer(name=name, weights=MERGED, error=merged, why="merging is better")

@@ -167,8 +167,9 @@ def rebuild_narrowed(model: nn.Module, narrowing: Narrowing) -> nn.Module:
             for name, shape in entry.shapes.items():
                 _replace(module, name, tensors[name], shape, made)
             for name, value in entry.attributes.items():
-                like = numbers[name]
-                setattr(module, name, type(like)(value) if isinstance(like, tuple | list) else int(value))
+                like: Any = numbers[name]
+                new: Any = value
+                setattr(module, name, type(like)(new) if isinstance(like, tuple | list) else int(new))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise PlanError(
                 f"{entry.name or 'the model'} was narrowed, and {type(model).__name__} isn't like it there"
@@ -210,4 +211,5 @@ def _replace(module: nn.Module, name: str, old: torch.Tensor, shape: list[int], 
         # Values that aren't saved would otherwise be whatever lay in memory.
         new = old.detach().new_zeros(shape)
         made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    (module._parameters if name in module._parameters else module._buffers)[name] = made[id(old)]
+    held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    held[name] = made[id(old)]

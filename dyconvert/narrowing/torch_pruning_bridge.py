@@ -54,7 +54,7 @@ def dependency_graph(
     except ImportError:
         raise DyconvertError(f"Narrowing needs torch-pruning. Run `{install_command('narrow')}`.") from None
 
-    class Graph(torch_pruning.DependencyGraph):
+    class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]  # torch-pruning has no types
         def _trace(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             model.train(training)
             model.eval = lambda: model  # it would switch to eval mode

@@ -105,7 +105,7 @@ def _forward(
     return out.contiguous(memory_format=_format(x))
 
 
-@torch.library.register_fake("dyconvert::dynamic_conv", lib=_library)
+@torch.library.register_fake("dyconvert::dynamic_conv", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     weight: Tensor,
@@ -148,11 +148,12 @@ def _backward(
         raise ArgumentError(
             f"The output's gradient has the shape {list(grad.shape)} and type {grad.dtype}. They must be the output's."
         )
-    found = engine.backward(grad, x, weight, mixing, geometry, tuple(needs), how)
-    return tuple(x.new_empty(0) if part is None else part.contiguous() for part in found)
+    found = engine.backward(grad, x, weight, mixing, geometry, (needs[0], needs[1], needs[2], needs[3]), how)
+    a, b, c, d = (x.new_empty(0) if part is None else part.contiguous() for part in found)
+    return a, b, c, d
 
 
-@torch.library.register_fake("dyconvert::dynamic_conv_backward", lib=_library)
+@torch.library.register_fake("dyconvert::dynamic_conv_backward", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     grad: Tensor,
     x: Tensor,
@@ -167,7 +168,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fitting.check(x, weight, None, Mixing(coefficients, factors), Geometry(stride, padding, dilation, groups))
     inputs = zip((x, weight, coefficients, factors), needs, strict=True)
-    return tuple(like.new_empty(like.shape) if needed else x.new_empty(0) for like, needed in inputs)
+    a, b, c, d = (like.new_empty(like.shape) if needed else x.new_empty(0) for like, needed in inputs)
+    return a, b, c, d
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -221,7 +223,7 @@ def _compressed_forward(
     return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out.contiguous()
 
 
-@torch.library.register_fake("dyconvert::compressed_conv", lib=_library)
+@torch.library.register_fake("dyconvert::compressed_conv", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     mean: Tensor,
@@ -253,6 +255,6 @@ def _compressed_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Te
     return linear(x, weight, scale, bias)
 
 
-@torch.library.register_fake("dyconvert::compressed_linear", lib=_library)
+@torch.library.register_fake("dyconvert::compressed_linear", lib=_library)  # type: ignore[untyped-decorator]
 def _(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], len(weight))

@@ -105,7 +105,7 @@ def read_as_they_are(*tensors: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting() and compile_op.built()
-    return native.library() is not None and not torch.jit.is_tracing() and not observed()
+    return native.library() is not None and not torch.jit.is_tracing() and not observed()  # type: ignore[attr-defined]
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:

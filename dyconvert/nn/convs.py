@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,9 @@ class DynamicConv(nn.Module):
 
     spatial_dims: int
     transposed = False
+    bias: nn.Parameter | None
+    coefficient_predictor: CoefficientPredictor | None
+    block_predictor: CoefficientPredictor | None
 
     def __init__(
         self,
@@ -100,7 +103,8 @@ class DynamicConv(nn.Module):
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         options = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(method.g * first, second // groups, *self.kernel_size, **options))
-        self.register_parameter("bias", nn.Parameter(torch.empty(method.g * out_channels, **options)) if bias else None)
+        own = nn.Parameter(torch.empty(method.g * out_channels, **options)) if bias else None
+        self.register_parameter("bias", own)
         self.coefficient_predictor = CoefficientPredictor(in_channels, [self.sizes], method, dtype=dtype).to(device)
         self.reset_parameters()
 
@@ -135,8 +139,8 @@ class DynamicConv(nn.Module):
         self.register_parameter("mean", None)
         self.register_parameter("scale", None)
         # Of the conv itself, reading its input; of the block, where this conv is the first that it serves.
-        self.coefficient_predictor: CoefficientPredictor | None = None
-        self.block_predictor: CoefficientPredictor | None = None
+        self.coefficient_predictor = None
+        self.block_predictor = None
 
     @classmethod
     def from_conv(
@@ -457,15 +461,16 @@ class DynamicConvTranspose(DynamicConv):
     @classmethod
     def from_conv(cls, conv: nn.Module, method: Method, **parts: Any) -> "DynamicConvTranspose":
         """As :meth:`DynamicConv.from_conv`."""
-        dynamic = super().from_conv(conv, method, **parts)
+        dynamic = cast(DynamicConvTranspose, super().from_conv(conv, method, **parts))
         dynamic.output_padding = tuple(conv.output_padding)
         return dynamic
 
-    def forward(
+    def forward(  # type: ignore[override]  # torch's transposed convs take the size second
         self, input: Tensor, output_size: list[int] | None = None, coefficients: Tensor | Mixture | None = None
     ) -> Tensor:
+        own: Any = self
         output_padding = _ConvTransposeNd._output_padding(
-            self, input, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
+            own, input, output_size, own.stride, own.padding, own.kernel_size, self.spatial_dims, own.dilation
         )
         if self.mean is not None:
             self._refuse_training()
@@ -475,7 +480,7 @@ class DynamicConvTranspose(DynamicConv):
             self.bias,
             mixture_for(self, input) if coefficients is None else coefficients,
             self.stride,
-            self.padding,
+            own.padding,
             output_padding,
             self.groups,
             self.dilation,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import choice, compile_op, engines, fitting, native, recompute, strategies, tiles
 from dyconvert.nn.backward import MixedAgainConv
-from dyconvert.nn.compress import Compressed, read_as_they_are, unpacked
+from dyconvert.nn.compress import read_as_they_are, unpacked
+from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.mixture import Mixing, Mixture
@@ -23,6 +24,8 @@ from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key, needs_backward, observed, trial
 from dyconvert.nn.triton import engine as triton
+
+_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch documents it, and doesn't export it
 
 Strategy = Callable[..., Tensor]  # of x, weight, bias, mixing and geometry
 
@@ -191,7 +194,7 @@ def _run(
     shift: Tensor | None = None,
 ) -> Tensor:
     alone = strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, *mixing, shift)
-    symbols = torch.compiler.is_compiling() or torch.jit.is_tracing()  # that stand for sizes
+    symbols = torch.compiler.is_compiling() or _is_tracing()  # that stand for sizes
     if not symbols and not (alone and strategy == "native"):  # by the rule, it is asked at less cost
         fitting.check(x, weight, bias, mixing, geometry, shift)
     if alone:
@@ -226,7 +229,7 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geom
     single = isinstance(batch, int) and batch == 1
     if isinstance(batch, int) and batch == 0:
         return "unfold"  # the one that doesn't make pieces of the batch
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(batch, int):
+    if torch.compiler.is_compiling() or _is_tracing() or not isinstance(batch, int):
         # A group count is a constant of the graph, so folding the batch into it would fix the batch.
         return "groups" if single else "unfold"
     if x.is_meta or observed():

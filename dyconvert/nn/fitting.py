@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,7 +174,8 @@ def _check_geometry(x: Sequence[int], weight: Sequence[int], geometry: Geometry)
         raise ArgumentError(f"The bank, {list(weight)}, or an image, {list(x[1:])}, is empty.")
     for dim, (length, kernel, step) in enumerate(zip(x[2:], weight[2:], geometry.dilation, strict=True)):
         reach = step * (kernel - 1) + 1
-        padded = length + (reach - 1 if padding == "same" else 0 if padding == "valid" else 2 * padding[dim])
+        numbers = (0,) * dims if isinstance(padding, str) else padding
+        padded = length + (reach - 1 if padding == "same" else 2 * numbers[dim])
         if padded < reach:
             raise ArgumentError(
                 f"A kernel that reaches over {reach} pixels is larger than the padded input, {padded} pixels. "
@@ -183,7 +184,7 @@ def _check_geometry(x: Sequence[int], weight: Sequence[int], geometry: Geometry)
 
 
 def _is_number(value: Any, least: int) -> bool:
-    return isinstance(value, SupportsIndex) and least <= value < 2**31
+    return hasattr(value, "__index__") and least <= value < 2**31
 
 
 def _text(tensor: Looks) -> list[int]:

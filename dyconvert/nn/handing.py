@@ -100,7 +100,7 @@ def handing_of(block: nn.Module) -> Handing | None:
     """What :func:`share` was given for this block, or None: its convs share no predictor."""
     for hook in block._forward_pre_hooks.values():
         if is_handing(hook):
-            return hook.__self__
+            return hook.__self__  # type: ignore[attr-defined]
     return None
 
 
@@ -203,9 +203,9 @@ def _place(forward: Any, reads: str) -> tuple[int | None, str | None, tuple[int 
         if parameter.name != name:
             continue
         if parameter.kind is parameter.VAR_POSITIONAL and items:
-            return index + items[0], None, tuple(items[1:])
+            return index + int(items[0]), None, tuple(items[1:])
         if parameter.kind is parameter.VAR_KEYWORD and items:
-            return None, items[0], tuple(items[1:])
+            return None, str(items[0]), tuple(items[1:])
         positional = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         keyword = None if parameter.kind is parameter.POSITIONAL_ONLY else name
         return index if positional else None, keyword, tuple(items)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -413,7 +413,9 @@ def size_of_output(size: Sequence[int], kernel_size: Sequence[int], geometry: Ge
     """The height and width of a conv's output, padding as numbers."""
     return [
         (length + 2 * pad - step * (kernel - 1) - 1) // jump + 1
-        for length, kernel, jump, pad, step in zip(size, kernel_size, *geometry[:3], strict=True)
+        for length, kernel, jump, pad, step in zip(
+            size, kernel_size, geometry.stride, cast(Sequence[int], geometry.padding), geometry.dilation, strict=True
+        )
     ]
 
 

@@ -1,6 +1,7 @@
 """How much a conv pads by: torch's "same" and "valid" in numbers; TensorFlow's "same", which depends on the input."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,5 +37,5 @@ def amounts_of_padding(kernel_size: Sequence[int], padding: Sequence[int] | str,
         elif padding in ("valid", TF_SAME):
             amounts += [0, 0]
         else:
-            amounts += [padding[dim]] * 2
+            amounts += [cast(Sequence[int], padding)[dim]] * 2
     return amounts

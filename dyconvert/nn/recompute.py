@@ -6,6 +6,7 @@ images at a time that they take little memory beside the maps.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,8 @@ def _grouped_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of one conv whose groups are the images."""
     flat = kernels.contiguous().flatten(0, 1)
-    grad_x, grad_kernels = gradients_of_images(grad, x, flat, *geometry, needs_x=needs_x, needs_kernels=needs_kernels)
+    walk: Any = geometry
+    grad_x, grad_kernels = gradients_of_images(grad, x, flat, *walk, needs_x=needs_x, needs_kernels=needs_kernels)
     return grad_x, None if grad_kernels is None else grad_kernels.view(kernels.shape)
 
 

@@ -4,7 +4,7 @@ Convolution is linear, so mixing kernels equals mixing feature maps,
 ``sum_i eta_i (w_i * x) = (sum_i eta_i w_i) * x`` (DyNet, eq. 5), at 1/g of the cost.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from dyconvert.nn.mixing import kernels_of, mix
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.padding import amounts_of_padding
 
-CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Geometry(NamedTuple):

@@ -7,7 +7,7 @@ kernels' gradients to the bank's and the coefficients' tile by tile.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -343,5 +343,6 @@ def _conv_gradients(
     images, channels = grad.shape[:2]
     needs_x = kernels is not None
     own = shapes.unflat(kernels) if needs_x else grad.new_empty(1).expand(images * channels, *shapes.kernel)
-    grad_x, grad_kernels = gradients_of_images(grad, x, own, *geometry, needs_x=needs_x, needs_kernels=needs_kernels)
+    walk: Any = geometry
+    grad_x, grad_kernels = gradients_of_images(grad, x, own, *walk, needs_x=needs_x, needs_kernels=needs_kernels)
     return grad_x, None if grad_kernels is None else shapes.flat(grad_kernels).view(images, channels, -1)

@@ -1,6 +1,7 @@
 """What measured choice measures: one dynamic conv by one strategy, under the mode that it was called in."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def key(
 
 def _precision() -> str:
     """What float32 is computed in on a GPU, and whether cuDNN looks for its fastest algorithm."""
-    backends = torch.backends
+    backends: Any = torch.backends
     names = [backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision]
     return "/".join(names) + (" benchmark" if backends.cudnn.benchmark else "")
 

@@ -47,12 +47,13 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     chosen: dict[str, str] = {}
     measured: dict[choice.Key, str] = {}  # convs of one shape share it
     for name, (tensors, geometry) in calls.items():
+        x, weight, bias, coefficients = tensors
         with torch.set_grad_enabled(model.training):
-            asked = key(*tensors, geometry)
+            asked = key(x, weight, bias, coefficients, geometry)
             if asked not in measured:
-                file = not tensors[0].is_cpu  # a CPU's convs aren't looked up in a file
+                file = not x.is_cpu  # a CPU's convs aren't looked up in a file
                 measured[asked] = choices.measure(
-                    asked, trials(*tensors, geometry), "native", repeats=repeats, file=file
+                    asked, trials(x, weight, bias, coefficients, geometry), "native", repeats=repeats, file=file
                 )
             chosen[name] = measured[asked]
     return chosen

@@ -233,8 +233,8 @@ def facts(analysis: Analysis) -> list[tuple[str, str, str]]:
     """The figures at the head of the page: `(what, the model's, the original's or a remark)`."""
     found = []
     if "model" in analysis.top1:
-        before = analysis.top1.get("against")
-        found.append(("top-1", f"{analysis.top1['model']:.2f} %", f"original {before:.2f} %" if before else ""))
+        original = analysis.top1.get("against")
+        found.append(("top-1", f"{analysis.top1['model']:.2f} %", f"original {original:.2f} %" if original else ""))
     if analysis.cost is not None:
         before, after = analysis.cost.before, analysis.cost.after
         for what, field in (("parameters", "parameters"), ("multiply-adds", "macs")):

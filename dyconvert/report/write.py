@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
@@ -114,7 +115,7 @@ def write_report(
             made = folder / directory.name
             for name in ("figures", "numbers"):
                 (made / name).mkdir(parents=True)
-            with mpl.rc_context(settings()), warnings.catch_warnings():
+            with mpl.rc_context(cast(Any, settings())), warnings.catch_warnings():
                 # Of a script that no font here has; the page's text has it.
                 warnings.filterwarnings("ignore", message="Glyph .* missing from")
                 sections = page.drawings(analysis)

@@ -1,6 +1,7 @@
 """Carries a plan out: dynamic convs in the place of static ones, hooks on the blocks that share a predictor."""
 
 from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def apply(
     handles = []
     for name, handing in handings.items():
         block = converted.get_submodule(name)
-        handles += share(block, handing, set_mode(predictors[name], block.training))
+        handles += share(block, handing, cast(CoefficientPredictor, set_mode(predictors[name], block.training)))
     mark_plan(converted, plan)
     for module in converted.modules():
         if isinstance(module, GraphModule):
@@ -84,7 +85,7 @@ def _made(
     """The dynamic conv for each static one, and the predictor of each block that shares one."""
     fill = _Expansion(plan.method, seed, diversity)
     generator = torch.Generator().manual_seed(seed)
-    replacements = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for done, entry in enumerate(plan.converted, 1):
         predictor = None
         conv = static[entry.name]
@@ -193,7 +194,7 @@ def _dynamic(
         padding=static_padding(conv),
         coefficient_predictor=predictor,
     )
-    return hand_over(conv, dynamic)
+    return cast(DynamicConv, hand_over(conv, dynamic))
 
 
 def replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -1,6 +1,7 @@
 """Finds the convs, the stems and the blocks of a model; nothing else."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def check_convertible(model: nn.Module) -> None:
                 f"The model is already converted: {name or 'it'} is a {type(module).__name__}. "
                 "Start from the static model."
             )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if isinstance(module, LazyModuleMixin) and cast(Any, module).has_uninitialized_params():
             raise ModelError(
                 f"{name or 'The model'} is lazy and has no weights yet. Run a batch through the model first."
             )

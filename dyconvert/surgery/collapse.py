@@ -2,10 +2,11 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dyconvert.arguments import check_module
 from dyconvert.copying import in_eval_mode, skeleton
@@ -67,9 +68,9 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     # The copy may share what won't be part of it.
     left_behind = {id(p) for m in (*convs.values(), *predictors.values()) for p in m.parameters()}
     result = skeleton(model, lambda t: t if id(t) in left_behind else t.detach().clone())
-    replacements = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for name in convs:
-        conv = result.get_submodule(name)
+        conv = cast(DynamicConv, result.get_submodule(name))
         replacements[conv] = _static(conv, chosen[name], predictors[name].linear.bias.dtype)
     for _, block, _ in list(sharing_blocks(result)):
         unshare(block)
@@ -78,6 +79,10 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     remove_marks(result, but_narrowing=True)
     forget_compression(result)
     return result
+
+
+def _divided(count: int, total: Tensor) -> Tensor:
+    return total / count
 
 
 def mean_mixtures(model: nn.Module, batches: Iterable[Any]) -> dict[str, Mixture]:
@@ -115,9 +120,7 @@ def mean_mixtures(model: nn.Module, batches: Iterable[Any]) -> dict[str, Mixture
     names = [name for name, module in runner.named_modules() if isinstance(module, DynamicConv)]
     watch_mixtures(runner, add)
     run_over(runner, batches)
-    means = {
-        name: total.map(lambda axis, count=calls[name]: axis / count) for name, total in sums.items() if calls[name]
-    }
+    means = {name: total.map(partial(_divided, calls[name])) for name, total in sums.items() if calls[name]}
     if broken := [
         name for name, mean in means.items() if not all(axis.isfinite().all() for axis in mean.axes().values())
     ]:
@@ -150,9 +153,9 @@ def _static(dynamic: DynamicConv, mixture: Mixture, dtype: torch.dtype) -> nn.Mo
         **({"output_padding": dynamic.output_padding} if dynamic.transposed else {}),
     )
     if tf_same:  # only timm's convs pad like that
-        from timm.layers import Conv2dSame
+        import timm.layers
 
-        static.__class__ = Conv2dSame
+        static.__class__ = timm.layers.Conv2dSame  # type: ignore[attr-defined]
     # In float64, for the experts' differences are to cancel. Those of a fused or compressed model may have fewer bits.
     weight, bias = dynamic.mixed(mixture)
     static.weight = nn.Parameter(weight.to(dtype), dynamic.weight.requires_grad)

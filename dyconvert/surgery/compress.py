@@ -1,6 +1,6 @@
 """compress(model): a converted model whose experts and predictors take fewer bits, for inference."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -67,7 +67,9 @@ def compress(model: nn.Module, dtype: str = "int8", example: Any = None, *, chec
     result = skeleton(model, lambda t: t.detach() if id(t) in replaced else t.detach().clone())
     in_eval_mode(compress_in_place(result, dtype))
     difference = _difference(model, result, dtype, example) if check else None
-    mark_compression(result, Compression(dtype=dtype, difference=difference and difference.relative))
+    mark_compression(
+        result, Compression(dtype=cast(Any, dtype), difference=None if difference is None else difference.relative)
+    )
     return result
 
 

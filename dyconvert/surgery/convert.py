@@ -188,7 +188,7 @@ def example_of(model: nn.Module, plan: Plan | None, example: Any) -> Any:
         except ModelError:
             return None  # the plan warns that no input is known
     if any(t.is_meta for t in tree_leaves(example) if isinstance(t, Tensor)):
-        arguments = example if isinstance(example, dict) else as_arguments(example)
+        arguments: Any = example if isinstance(example, dict) else as_arguments(example)
         return random_images(arguments, next(model.parameters()).device, 2)
     return in_dtype(model, example)
 

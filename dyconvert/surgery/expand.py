@@ -67,21 +67,21 @@ def expand(weight: Tensor, method: Method, deviations: Deviations, diversity: fl
     count = max(_SLICE // rows.shape[1], 1)
     for start in range(0, rows.shape[0], count):
         part = rows[start : start + count]
-        d = deviations.get(part.shape, offset + start * rows.shape[1])
+        d = deviations.get((part.shape[0], part.shape[1]), offset + start * rows.shape[1])
         torch.addcmul(part, d, size[start : start + count], out=experts[:, start : start + count])
     return bank
 
 
 def _rows(weight: Tensor) -> Tensor:
     """A view `[C_out, K]` of a weight or bank, each row in the order in which it lies in memory."""
-    order = sorted(range(1, weight.dim()), key=lambda dim: (-weight.stride(dim), dim))
+    order = sorted(range(1, weight.dim()), key=lambda dim: (-weight.stride()[dim], dim))
     return weight.permute(0, *order).flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
 
 
 def empty_bank(weight: Tensor, g: int) -> Tensor:
     """An unfilled bank for a conv's weight or bias, `[g * C_out, ...]`, in its memory format."""
     # As empty_like would for the same shape: the dimensions in the order in which they lie in memory.
-    order = sorted(range(weight.dim()), key=lambda dim: (-weight.stride(dim), dim))
+    order = sorted(range(weight.dim()), key=lambda dim: (-weight.stride()[dim], dim))
     if order[0] != 0 or weight.is_contiguous():
         return weight.new_empty((g * weight.shape[0], *weight.shape[1:]))
     shape = [g * weight.shape[0], *(weight.shape[dim] for dim in order[1:])]

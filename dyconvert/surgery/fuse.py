@@ -120,7 +120,7 @@ def _pairs(model: nn.Module, example: Any) -> Iterator[tuple[str, str]]:
     clear_hooks(bare)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     candidates = list(_pairs_by_graph(bare))
-    calls: dict[str, list] = {}
+    calls: dict[str, list[Any]] = {}
     if any(region for region, _, _ in candidates):
         # Parts of the model were traced by themselves: does the rest of it call what is in them, too?
         observed = observe(model, {name for _, *pair in candidates for name in pair}, example)

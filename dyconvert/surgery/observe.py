@@ -20,7 +20,7 @@ from dyconvert.nn import DynamicConv
 from dyconvert.randomness import kept_random_state
 
 # Spatial sizes that models are commonly built for, by the number of spatial dimensions.
-_COMMON_SIZES = {
+_COMMON_SIZES: dict[int, list[tuple[int, ...]]] = {
     1: [(224,), (1024,), (16000,)],
     2: [(s, s) for s in (224, 299, 256, 384, 512, 128, 64, 32, 28, 16, 8)],
     3: [(16, 112, 112), (16, 224, 224), (32, 224, 224), (8, 56, 56), (16, 32, 32)],
@@ -267,7 +267,7 @@ def _training_step(
                 returned = model(*args, **kwargs)
                 tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
                 if tensors:
-                    total = sum((t.abs() if t.is_complex() else t).float().sum() for t in tensors)
+                    total: Any = sum((t.abs() if t.is_complex() else t).float().sum() for t in tensors)
                     total.backward()
         except Exception:  # a model may need targets to train, or more images: then nothing is known
             return None
@@ -364,7 +364,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]
         return
     dims = len(first.kernel_size)
     # timm's models say what they take.
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     known = config.get("input_size") if isinstance(config, dict) else None
     shapes = [(first.in_channels, *size) for size in _COMMON_SIZES[dims]]
     if known is not None and len(known) == dims + 1:

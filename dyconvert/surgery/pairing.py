@@ -94,13 +94,14 @@ def _pair(experts: Tensor, softmax: bool) -> None:
 def _statistics(model: nn.Module, data: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean `[K]` and covariance `[K, K]`, over the images, of what each predictor's last linear reads."""
     runner = in_eval_mode(skeleton(model, Tensor.detach))
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
 
     def watch(name: str, predictor: CoefficientPredictor) -> None:
         def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             u = args[0].double()
             one = torch.cat([u.new_ones(len(u), 1), u], 1)
-            sums[name] = sums.get(name, 0) + one.T @ one
+            moments = one.T @ one
+            sums[name] = sums[name] + moments if name in sums else moments
 
         predictor.linear.register_forward_pre_hook(add)
 

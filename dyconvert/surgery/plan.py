@@ -12,7 +12,7 @@ from dyconvert.errors import PlanError
 from dyconvert.methods import Method
 from dyconvert.names import matching
 
-SCHEMA = 2
+SCHEMA: Literal[2] = 2
 # Plans of schema 1 named a node of an FX graph as what a predictor reads; surgery/old_plans.py finds its argument.
 _OLD = 1
 

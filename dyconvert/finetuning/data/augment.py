@@ -68,7 +68,8 @@ class _Fit(nn.Module):
         self.center = v2.CenterCrop(data.size)
         self.given = data.resize is not None
 
-    def forward(self, image: torch.Tensor, *mask: torch.Tensor) -> Any:
+    def forward(self, image: torch.Tensor, *masks: torch.Tensor) -> Any:
+        mask = list(masks)
         if self.given or tuple(image.shape[-2:]) != (self.size, self.size):
             image, *mask = self.resize(tv_tensors.Image(image), *mask) if mask else (self.resize(image),)
         if self.crop:

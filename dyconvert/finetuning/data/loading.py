@@ -89,7 +89,7 @@ class InOrder(Sampler[list[Key]]):
         return iter(self.batches)
 
 
-class Prepared(Dataset):
+class Prepared(Dataset[Any]):
     """Images and targets as the network takes them, but for the normalisation, by (epoch, position).
 
     Args:
@@ -179,7 +179,7 @@ class Prepared(Dataset):
 
 def train_loader(
     recipe: Recipe, part: Part, rank: int, world: int, epoch: int = 0, done: int = 0, kept: Kept | None = None
-) -> DataLoader:
+) -> DataLoader[Any]:
     """The loader of this process's share of every training batch; it starts at batch `done` of `epoch`."""
     train = recipe.train
     batch = train.batch // (world * train.accumulate)
@@ -189,7 +189,7 @@ def train_loader(
     return _loader(Prepared(part, train.seed, recipe.data, training=True, kept=kept), sampler, recipe)
 
 
-def val_loader(recipe: Recipe, part: Part, rank: int, world: int) -> DataLoader:
+def val_loader(recipe: Recipe, part: Part, rank: int, world: int) -> DataLoader[Any]:
     """The loader of this process's share of the validation images."""
     batch = recipe.train.eval_batch or recipe.train.batch // world
     sampler = InOrder(len(part), batch, rank, world)
@@ -201,7 +201,7 @@ def steps_per_epoch(recipe: Recipe, part: Part) -> int:
     return len(part) // recipe.train.batch
 
 
-def _loader(dataset: Prepared, sampler: Sampler, recipe: Recipe) -> DataLoader:
+def _loader(dataset: Prepared, sampler: Sampler[Any], recipe: Recipe) -> DataLoader[Any]:
     workers = recipe.data.workers
     return DataLoader(
         dataset,

@@ -31,7 +31,7 @@ class CorruptImageError(Exception):
     """An image can't be read; the message names it."""
 
 
-class Images(Sequence):
+class Images(Sequence[Any]):
     """Images and targets.
 
     Attributes:

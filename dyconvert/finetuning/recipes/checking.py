@@ -70,7 +70,7 @@ def overrides_of(given: Any) -> list[str]:
     return listed
 
 
-def _override(data: dict, override: str) -> Key:
+def _override(data: dict[str, Any], override: str) -> Key:
     """Carry `a.b=c` out on `data`, and return its path."""
     import yaml
 

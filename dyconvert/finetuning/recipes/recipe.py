@@ -103,7 +103,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def load_recipe(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, and check all of it.
 
     Args:

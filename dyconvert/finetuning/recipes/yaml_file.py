@@ -132,9 +132,9 @@ def _yaml() -> tuple[Any, Any]:
     except ImportError as error:
         raise RecipeError(f"Recipes need PyYAML: {error}. Run `{install_command('train')}`.") from error
     # libyaml's is ten times as fast; PyYAML may be built without it.
-    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    class Loader(base):
+    class Loader(base):  # type: ignore[misc]  # which of the two is known when it runs
         """YAML 1.2's numbers and booleans: to version 1.1, 5e-5 is a string and `no` is false."""
 
         yaml_implicit_resolvers = {

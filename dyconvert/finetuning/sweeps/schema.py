@@ -92,13 +92,13 @@ class Job:
         return f"{self.run}, seed {self.seed}"
 
 
-def is_sweep(path: str | os.PathLike) -> bool:
+def is_sweep(path: str | os.PathLike[str]) -> bool:
     """Whether a YAML file is a sweep: it has `runs`, and no `model`."""
     data = read_yaml(Path(path)).data
     return "runs" in data and "model" not in data
 
 
-def load_sweep(sweep: str | os.PathLike, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(sweep: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep.
 
     Args:

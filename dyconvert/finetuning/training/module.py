@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.transforms import v2
 
@@ -62,7 +63,7 @@ class FineTuner(LightningModule):
             mixes.append(v2.CutMix(alpha=train.cutmix, num_classes=num_classes))
         self.mixing = v2.RandomChoice(mixes) if mixes else None
         if self.segmentation:
-            self.metric = MulticlassJaccardIndex(num_classes, ignore_index=data.ignore_index)
+            self.metric: Metric = MulticlassJaccardIndex(num_classes, ignore_index=data.ignore_index)
         else:
             self.metric = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED)
         # The guard looks at both; a tensor, for reading it from a GPU would wait for the step.

@@ -76,7 +76,7 @@ def expert_lr(g: int, coefficient: float, train: Train, dynamic: Dynamic) -> flo
 
 def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Each module, and what its own parameters are: the names of the groups, and "norms"."""
-    parts = {}
+    parts: dict[int, str] = {}
     for predictor in model.modules():
         if isinstance(predictor, CoefficientPredictor):
             parts |= {id(part): "predictors" for part in predictor.modules()}

@@ -1,6 +1,6 @@
 """Lightning callbacks for what only dynamic convs have: temperature, and experts that wait; and the moving average."""
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
@@ -63,7 +63,7 @@ class Ema(WeightAveraging):
     @property
     def averaged(self) -> FineTuner:
         """The module with the averaged weights."""
-        return self._average_model.module
+        return cast(FineTuner, self._average_model.module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)

@@ -1,7 +1,7 @@
 """The teacher of a distillation, and what it says of a batch."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class Teacher:
             logits = next(outputs_of(self.module(images)))
         return Taught(logits, read[0])
 
-    def __deepcopy__(self, memo: dict) -> "Teacher":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self
 
 
@@ -90,7 +90,7 @@ def score(teacher: Teacher, recipe: Recipe, batches: Iterable[tuple[Tensor, ...]
     right = count = 0
     for images, targets in batches:
         images = images.float().div_(255) if images.dtype == torch.uint8 else images
-        right += (teacher((images - mean) / std).logits.argmax(1) == targets).sum().item()
+        right += int((teacher((images - mean) / std).logits.argmax(1) == targets).sum())
         count += len(targets)
     return 100 * right / count
 

@@ -45,7 +45,7 @@ def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], loggers: list[Lo
 
 def is_main_process() -> bool:
     """Whether this process is the one, of all, that prints and writes."""
-    return rank_zero_only.rank == 0
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets it on the function
 
 
 def check_devices(recipe: Recipe) -> None:

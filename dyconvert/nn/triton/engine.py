@@ -174,7 +174,8 @@ def _on(x: Tensor) -> Any:
 
 def _precision(x: Tensor) -> str:
     """What float32 is multiplied in: as the user allows cuDNN."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    backends: Any = torch.backends
+    return "tf32" if x.dtype == torch.float32 and backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def _is_depthwise(weight: Tensor, g: int, groups: int) -> bool:
@@ -351,7 +352,7 @@ def _launch(
         return
     if kernels is None:
         row, channel, tap_h, tap_w = weight.stride()
-        strides = (channels * row, per_group_out * row, row, channel, tap_h, tap_w)
+        strides: tuple[int, ...] = (channels * row, per_group_out * row, row, channel, tap_h, tap_w)
     else:
         row, tap = kernels.stride(1), kernels.stride(2)
         strides = (kernels.stride(0), per_group_out * row, *((1, row) if transposed else (row, 1)))
@@ -393,7 +394,8 @@ def _fitting(tile: Tile, rows: int, pixels: int, contracted: int, element: int) 
     """The tile's sizes, no larger than what there is to compute; 16 is the least that tensor cores take."""
     deep = tile.contracted * (2 if element == 2 else 1)
     limits = ((tile.rows, rows), (tile.pixels, pixels), (deep, contracted))
-    return tuple(max(min(size, _power_of_two(count)), 16) for size, count in limits)
+    down, across, deep = (max(min(size, _power_of_two(count)), 16) for size, count in limits)
+    return down, across, deep
 
 
 def _bank_and_coefficients(
@@ -417,7 +419,7 @@ def _bank_and_coefficients(
     # What a program holds of the bank, and of its gradient, is 8192 numbers: 32 registers each of 256 threads.
     if depthwise:
         across = max(min(16, 8192 // padded // _power_of_two(taps)), 1)
-        blocks = (-(-channels // across),)
+        blocks: tuple[int, ...] = (-(-channels // across),)
     else:
         down = max(min(32, _power_of_two(rows)), 16)
         across = max(min(8192 // padded // down, _power_of_two(per_group), 64), 16)
