@@ -127,7 +127,7 @@ def test_correlation_equals_numpy(net):
     result = measured(model, original=net, layers=[layer])
     [found] = result.correlations
     assert found.layer == layer
-    for correlation, key in ((found.model, "model"), (found.against, "original")):
+    for correlation, key in ((found.model, "model"), (found.original, "original")):
         maps = kept[key].double().transpose(0, 1).flatten(1).numpy()
         r = np.corrcoef(maps)[np.triu_indices(len(maps), 1)]
         assert correlation.pairs == len(r)
@@ -196,7 +196,7 @@ def test_an_untrained_conversion_is_said_to_be_static(net):
     result = measured(dyconvert.convert(net), original=net)
     assert all(conv.is_constant and not conv.unused for conv in result.coefficients.convs)
     assert any("wasn't fine-tuned" in f.text for f in result.findings)
-    assert result.correlations[0].model.bands == pytest.approx(result.correlations[0].against.bands)
+    assert result.correlations[0].model.bands == pytest.approx(result.correlations[0].original.bands)
 
 
 def test_predictors_that_have_learnt_little_are_named(net):
@@ -253,8 +253,8 @@ def test_top1(net):
     classes = [*"abcde"]  # as many as the net has outputs
     result = analyse(net, batches(images, labels), classes=classes, example=image(1), sizes=(), seconds=0)
     right = (outputs(net, images).argmax(1) == labels).double().mean()
-    assert result.top1 == {"model": pytest.approx(100 * float(right))}
-    assert not measured(net).top1  # three classes: the outputs are others
+    assert result.accuracy.model.percent == pytest.approx(100 * float(right))
+    assert measured(net).accuracy is None  # three classes: the outputs are others
 
 
 def test_cost_adds_up(net):

@@ -77,7 +77,8 @@ def test_a_report(made):
     assert "images: 100 of 360, evenly spread" in result.sampled
     # The original is had from where the saved model came from.
     assert result.original == "digits-resnet8"
-    assert result.top1["against"] > 95
+    assert result.accuracy.original.percent > 95
+    assert sum(each.model.images for each in result.accuracy.classes) == 100
     assert [each.size for each in result.resolution.sizes] == [8, 16]
     assert result.left_out.keys() == {"ablation", "static narrow"}
     names = {path.stem for path in (folder / "figures").glob("*.svg")}
@@ -126,7 +127,7 @@ def test_a_static_model(cli, tmp_path):
     ran = cli("report", "digits-resnet8", "--data", "digits", *QUICK)
     result = report_of(ran, tmp_path / "report")
     assert not result.dynamic
-    assert result.top1["model"] > 95
+    assert result.accuracy.model.percent > 95
     assert "no dynamic conv" in ran.said
     assert result.resolution.sizes[0].seconds.keys() == {"original"}
 

@@ -69,7 +69,7 @@ class LayerCorrelation(BaseModel):
     layer: str
     why: str
     model: Correlation
-    against: Correlation | None = None
+    original: Correlation | None = None
 
 
 class ExpertCorrelation(BaseModel):

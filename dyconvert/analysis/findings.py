@@ -4,10 +4,16 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from dyconvert.analysis.ablation import Ablation, Setting
+from dyconvert.analysis.accuracy import Accuracy
 from dyconvert.analysis.coefficients import CONSTANT, MOSTLY, UNUSED, Coefficients, ConvCoefficients
 from dyconvert.analysis.correlation import SAME, LayerCorrelation
 from dyconvert.errors import some
 
+# How far the share of variance between classes must be above chance, and two mean correlations apart, to be worth a
+# sentence: smaller ones change from one sample of images to the next.
+MATTERS_CLASSES = 0.05
+MATTERS_CORRELATION = 0.01
 # Below it a coefficient's standard deviation is a matter of rounding.
 UNTRAINED = 1e-6
 
@@ -19,8 +25,8 @@ class Finding(BaseModel):
     text: str
 
 
-def of_coefficients(found: Coefficients) -> list[Finding]:
-    """Experts that are never used, predictors that are saturated or predict a constant."""
+def of_movement(found: Coefficients) -> list[Finding]:
+    """Whether coefficients differ from image to image at all; no finding where they do."""
     findings = []
     constant = [conv for conv in found.convs if conv.is_constant]
     most = max((conv.varies for conv in found.convs), default=0.0)
@@ -44,6 +50,12 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
             "no hidden unit is left alive."
         )
         findings.append(Finding(level="warning", text=text))
+    return findings
+
+
+def of_coefficients(found: Coefficients) -> list[Finding]:
+    """Experts that are never used, predictors that are saturated, coefficients that follow the classes."""
+    findings = []
     for conv in found.convs:
         if conv.unused:
             which = ", ".join(str(i + 1) for i in conv.unused)
@@ -64,17 +76,80 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
     if found.unreached:
         text = f"No image reached {some(found.unreached)}: nothing is known of their coefficients."
         findings.append(Finding(level="note", text=text))
-    by_class = [conv for conv in found.convs if conv.between_classes is not None and not conv.is_constant]
+    by_class = [
+        conv
+        for conv in found.convs
+        if conv.between_classes is not None
+        and not conv.is_constant
+        and conv.between_classes - conv.by_chance > MATTERS_CLASSES
+    ]
     if by_class:
         best = max(by_class, key=lambda conv: conv.between_classes)
-        least = min(by_class, key=lambda conv: conv.between_classes)
         text = (
             f"Coefficients follow the class most in {best.name}, where {best.between_classes:.0%} of their variance "
-            f"is between the classes, and least in {least.name}, with {least.between_classes:.0%}; the rest varies "
-            f"between images of a class. By chance it would be {best.by_chance:.1%}."
+            f"is between the classes (by chance it would be {best.by_chance:.1%}); the rest varies between images of a "
+            f"class. In {len(by_class)} of {len(found.convs)} convs it is clearly above chance."
         )
         findings.append(Finding(level="note", text=text))
     return findings
+
+
+def of_accuracy(found: Accuracy) -> list[Finding]:
+    """Whether the model classifies better or worse than the original, if so many images can tell."""
+    if found.original is None or found.chance is None:
+        return []
+    ours, theirs = found.model, found.original
+    parted = f"{found.only_model:,} images are right in this model alone, {found.only_original:,} in the original alone"
+    if found.only_model == found.only_original == 0:
+        text = f"Both models have the same {ours.right:,} of {ours.images:,} images right."
+    elif not found.differs:
+        text = (
+            f"{ours.images:,} images don't tell the model from the original: {parted}, and chance alone would part "
+            f"them as far in {found.chance:.0%} of cases."
+        )
+    else:
+        word = "better" if ours.right > theirs.right else "worse"
+        text = (
+            f"The model is {word} than the original by {abs(ours.percent - theirs.percent):.2f} points: {parted}. "
+            f"Chance alone would part them as far in {found.chance:.1%} of cases."
+        )
+        if word == "worse":
+            return [Finding(level="warning", text=text)]
+    return [Finding(level="note", text=text)]
+
+
+def of_control(found: Ablation) -> list[Finding]:
+    """The best dynamic setting against the static control: the same recipe, width and epochs without dynamic convs."""
+    pairs = [(each, control) for each in found.settings if (control := control_of(each, found)) is not None]
+    if not pairs:
+        return []
+    best, control = max(pairs, key=lambda pair: pair[0].scores["finetuned"].mean - pair[1].scores["finetuned"].mean)
+    ours, theirs = best.scores["finetuned"], control.scores["finetuned"]
+    difference = ours.mean - theirs.mean
+    error = (ours.deviation**2 / ours.runs + theirs.deviation**2 / theirs.runs) ** 0.5
+    text = (
+        f"{best.run} reaches {ours.mean:.2f} % over {ours.runs} seed{'s' if ours.runs > 1 else ''}, its static control "
+        f"{control.run} {theirs.mean:.2f} % over {theirs.runs}: "
+    )
+    if min(ours.runs, theirs.runs) < 2:
+        text += f"{difference:+.2f} points, of which nothing is certain. Run more seeds."
+    elif abs(difference) > 2 * error:
+        text += f"{difference:+.2f} points, more than twice the standard error of {error:.2f}."
+    else:
+        text += f"{difference:+.2f} points, within twice the standard error of {error:.2f}: no difference."
+    return [Finding(level="note", text=text)]
+
+
+def control_of(setting: Setting, found: Ablation) -> Setting | None:
+    """The static setting of the same recipe, width and epochs; None for a static setting, or where there is none."""
+
+    def like(other: Setting) -> bool:
+        same = ("recipe", "width", "flops", "epochs")
+        return other.static and all(getattr(other, name) == getattr(setting, name) for name in same)
+
+    if setting.static or "finetuned" not in setting.scores:
+        return None
+    return next((other for other in found.settings if like(other) and "finetuned" in other.scores), None)
 
 
 def of_correlations(found: list[LayerCorrelation]) -> list[Finding]:
@@ -90,9 +165,9 @@ def of_correlations(found: list[LayerCorrelation]) -> list[Finding]:
             maps = some([str(i) for i in layer.model.constant])
             text = f"{layer.layer}: feature maps {maps} never vary. They carry nothing."
             findings.append(Finding(level="warning", text=text))
-        if layer.against is not None:
-            ours, theirs = layer.model.mean_absolute, layer.against.mean_absolute
-            if f"{ours:.3f}" == f"{theirs:.3f}":
+        if layer.original is not None:
+            ours, theirs = layer.model.mean_absolute, layer.original.mean_absolute
+            if abs(ours - theirs) < MATTERS_CORRELATION:
                 text = f"{layer.layer}: feature maps correlate as in the original, |r| = {ours:.3f} in the mean."
             else:
                 word = "less" if ours < theirs else "more"

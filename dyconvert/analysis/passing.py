@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from dyconvert.analysis.accuracy import Accuracy, accuracy
 from dyconvert.analysis.coefficients import Coefficients, CoefficientStatistics
 from dyconvert.analysis.correlation import LayerCorrelation, MapCorrelation
 from dyconvert.copying import in_eval_mode, skeleton
@@ -21,12 +22,12 @@ class Seen(BaseModel):
     Attributes:
         images: how many were seen.
         shape: of a batch's images, `[C, H, W]`.
-        top1: in percent, of the "model" and of "against", where the images' classes are the model's outputs.
+        accuracy: where the images' classes are the model's outputs.
     """
 
     images: int
     shape: list[int]
-    top1: dict[str, float]
+    accuracy: Accuracy | None
     coefficients: Coefficients | None
     correlations: list[LayerCorrelation]
 
@@ -73,14 +74,14 @@ def pass_over(
     Raises:
         ModelError: there is no batch, a model rejects one, or coefficients aren't finite.
     """
-    models = {"model": model} | ({"against": against} if against is not None else {})
+    models = {"model": model} | ({"original": against} if against is not None else {})
     runners = {key: in_eval_mode(skeleton(each, lambda t: t.detach())) for key, each in models.items()}
     statistics = None
     if any(isinstance(m, DynamicConv) for m in runners["model"].modules()):
         statistics = CoefficientStatistics(runners["model"], classes)
         watch_mixtures(runners["model"], statistics.see)
     maps = {key: _watch_maps(runner, layers or {}, count) for key, runner in runners.items()}
-    right = dict.fromkeys(runners, 0)
+    predicted: dict[str, list[Tensor]] = {key: [] for key in (*runners, "labels")}
     scored = True
     done, shape = 0, []
     with torch.inference_mode():
@@ -96,9 +97,10 @@ def pass_over(
                 if key == "model" and statistics is not None:
                     statistics.begin(labels if labels is not None else torch.full((len(images),), -1), done)
                 returned = _called(runner, args, kwargs)
-                ours = _right(returned, labels, len(classes))
-                scored = scored and ours is not None
-                right[key] += ours or 0
+                ours = _predicted(returned, labels, len(classes)) if scored else None
+                scored = ours is not None
+                predicted[key] += [] if ours is None else [ours]
+            predicted["labels"] += [labels.cpu()] if scored and labels is not None else []
             done += len(images)
             if progress is not None:
                 progress(done)
@@ -110,14 +112,14 @@ def pass_over(
     for layer, why in (layers or {}).items():
         found = maps["model"][layer].result() if layer in maps["model"] else None
         if found is not None:
-            other = maps.get("against", {}).get(layer)
+            other = maps.get("original", {}).get(layer)
             correlations.append(
-                LayerCorrelation(layer=layer, why=why, model=found, against=other.result() if other else None)
+                LayerCorrelation(layer=layer, why=why, model=found, original=other.result() if other else None)
             )
     return Seen(
         images=done,
         shape=shape,
-        top1={key: 100 * number / done for key, number in right.items()} if scored else {},
+        accuracy=_accuracy({key: torch.cat(each) for key, each in predicted.items()}, classes) if scored else None,
         coefficients=statistics.result() if statistics is not None else None,
         correlations=correlations,
     )
@@ -151,10 +153,14 @@ def _watch_maps(model: nn.Module, layers: dict[str, str], count: int | None) -> 
     return found
 
 
-def _right(returned: Any, labels: Tensor | None, classes: int) -> int | None:
-    """How many images are classified right; None where the outputs aren't the classes of the images."""
+def _predicted(returned: Any, labels: Tensor | None, classes: int) -> Tensor | None:
+    """The classes that the images are taken for; None where the outputs aren't the classes of the images."""
     if not isinstance(returned, Tensor) or labels is None or returned.dim() != 2 or returned.shape[1] != classes:
         return None
     if len(returned) != len(labels) or (labels < 0).any():
         return None
-    return int((returned.argmax(1).cpu() == labels).sum())
+    return returned.argmax(1).cpu()
+
+
+def _accuracy(predicted: dict[str, Tensor], classes: Sequence[str]) -> Accuracy:
+    return accuracy(predicted["labels"], predicted["model"], predicted.get("original"), classes)

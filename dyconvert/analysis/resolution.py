@@ -18,7 +18,18 @@ from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.surgery.observe import example_for
 from dyconvert.surgery.watch import watch_mixtures
 
-SIZES = (96, 160, 224, 288, 352, 448)
+# Of the model's own input.
+FACTORS = (0.5, 0.75, 1, 1.5, 2)
+
+
+def around(image: Any) -> tuple[int, ...]:
+    """Sizes in pixels around that of an image `[N, C, H, W]`; none if it isn't one."""
+    if not isinstance(image, Tensor) or image.dim() != 4:
+        return ()
+    own = max(image.shape[-2:])
+    # Most models want a multiple of 32; small images leave no room for that.
+    step = 32 if own >= 128 else 8 if own >= 32 else 4
+    return tuple(sorted({own} | {max(step, round(own * factor / step) * step) for factor in FACTORS if factor != 1}))
 
 
 class SizeResult(BaseModel):
@@ -72,7 +83,7 @@ class Resolution(BaseModel):
 
 def resolution(
     models: dict[str, nn.Module],
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int],
     *,
     repeats: int = 15,
     seconds: float = 5.0,

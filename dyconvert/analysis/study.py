@@ -10,6 +10,7 @@ from torch import nn
 
 from dyconvert.analysis import findings
 from dyconvert.analysis.ablation import Ablation, Run
+from dyconvert.analysis.accuracy import Accuracy
 from dyconvert.analysis.coefficients import Coefficients
 from dyconvert.analysis.correlation import (
     ExpertCorrelation,
@@ -22,7 +23,7 @@ from dyconvert.analysis.cost import ModelCost, cost
 from dyconvert.analysis.findings import Finding
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.passing import check_finite, pass_over
-from dyconvert.analysis.resolution import SIZES, Resolution, resolution, takes_images
+from dyconvert.analysis.resolution import Resolution, around, resolution, takes_images
 from dyconvert.arguments import as_arguments, first_image
 from dyconvert.errors import ModelError
 from dyconvert.marks import plan_of
@@ -42,7 +43,7 @@ class Analysis(BaseModel):
         name: of the model; `original`: of the static one that it is compared with; `narrow`: of the narrower one.
         dynamic: whether it has a dynamic conv at all.
         data: what images were seen; `images` of `images_in_data`; `shape` of one, `[C, H, W]`.
-        top1: in percent, of the "model" and of "against".
+        accuracy: top-1 of the model and of the original, by classes, where the images' classes are the outputs.
         sampled: what was sampled instead of counted, in words.
         conditions: versions, threads, date.
         seconds: what making the analysis took, by part.
@@ -58,7 +59,7 @@ class Analysis(BaseModel):
     images_in_data: int = 0
     shape: list[int] = []
     classes: list[str] = []
-    top1: dict[str, float] = {}
+    accuracy: Accuracy | None = None
     correlations: list[LayerCorrelation] = []
     experts: list[ExpertCorrelation] = []
     coefficients: Coefficients | None = None
@@ -82,7 +83,7 @@ def analyse(
     layers: Sequence[str] = (),
     classes: Sequence[str] = (),
     example: Any = None,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int] | None = None,
     batch_size: int | None = None,
     seconds: float = 5.0,
     cpu_time: bool = False,
@@ -103,7 +104,8 @@ def analyse(
             :func:`~dyconvert.analysis.correlation.default_layer`.
         classes: names of the labels, where `images` aren't an ImageSet.
         example: an input, or the tuple of the forward's arguments. None: common sizes are tried.
-        sizes: input sizes in pixels at which latency is measured; none of them: it isn't.
+        sizes: input sizes in pixels at which latency is measured; an empty list: it isn't. None: half of to twice the
+            example's.
         batch_size: images at a time; by default as many as have about a million pixels, 100 at most.
         seconds: of measuring, per input size; 0: no times are measured.
         cpu_time: count CPU time, which others on the machine disturb less.
@@ -157,6 +159,7 @@ def analyse(
     result.cost = cost(model, plan, one, original, seconds=seconds, clock=clock)
     result.seconds["cost"] = time.perf_counter() - began
     began = time.perf_counter()
+    sizes = around(one) if sizes is None else sizes
     _time_sizes(result, model, original, narrow, sizes, seconds, cpu_time, tell)
     result.seconds["resolution"] = time.perf_counter() - began
     if ablation is None:
@@ -196,7 +199,7 @@ def _look(
     result.data = result.data or "batches of your own"
     result.images, result.shape, result.classes = seen.images, seen.shape, list(classes)
     result.images_in_data = max(result.images_in_data, seen.images)
-    result.top1, result.coefficients, result.correlations = seen.top1, seen.coefficients, seen.correlations
+    result.accuracy, result.coefficients, result.correlations = seen.accuracy, seen.coefficients, seen.correlations
     if result.images < result.images_in_data:
         result.sampled.append(f"images: {result.images} of {result.images_in_data}, evenly spread")
     for layer in seen.correlations:
@@ -242,10 +245,17 @@ def _time_sizes(
 
 
 def _conclude(result: Analysis, cpu_time: bool) -> None:
+    found: list[Finding] = []
     if result.coefficients is not None:
-        result.findings += findings.of_coefficients(result.coefficients)
-    result.findings += findings.of_correlations(result.correlations)
-    result.findings.sort(key=lambda finding: finding.level != "warning")
+        # Whether they move at all decides what the rest means, so it is said first.
+        result.findings += findings.of_movement(result.coefficients)
+        found += findings.of_coefficients(result.coefficients)
+    if result.accuracy is not None:
+        found += findings.of_accuracy(result.accuracy)
+    if result.ablation is not None:
+        found += findings.of_control(result.ablation)
+    found += findings.of_correlations(result.correlations)
+    result.findings += sorted(found, key=lambda finding: finding.level != "warning")
     result.conditions = {
         "dyconvert": __version__,
         "torch": torch.__version__,

@@ -43,7 +43,9 @@ def report(
         list[str] | None,
         typer.Option(help="Correlate this layer's feature maps; by default the paper's layer. Repeatable."),
     ] = None,
-    sizes: Annotated[str, typer.Option(help="Input sizes to time, in pixels; `none`.")] = "96,160,224,288,352,448",
+    sizes: Annotated[
+        str, typer.Option(help="Input sizes to time, such as 96,224,448; `none`; `auto`: half of to twice the model's.")
+    ] = "auto",
     input_size: Size = None,
     mean: Mean = None,
     std: Std = None,
@@ -117,10 +119,12 @@ def report(
     out.print(f"wrote {page}: {seen}{time.perf_counter() - started:.0f} s", soft_wrap=True)
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def _sizes(text: str) -> tuple[int, ...] | None:
+    if text == "auto":
+        return None
     if text == "none":
         return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ModelError(f"--sizes {text!r} is no list of sizes. Write 96,224,448, or none.")
+        raise ModelError(f"--sizes {text!r} is no list of sizes. Write 96,224,448, auto or none.")
     return tuple(int(part) for part in parts)

@@ -38,7 +38,7 @@ def spread_rows(items: Sequence[Any]) -> list[Any]:
 def bands(layer: LayerCorrelation, name: str) -> Any:
     """The shares of strong, middle, weak and no correlation (DyNet, figure 6)."""
     figure, axes = new(2.5)
-    found = {name: layer.model} | ({"original": layer.against} if layer.against else {})
+    found = {name: layer.model} | ({"original": layer.original} if layer.original else {})
     found = dict(sorted(found.items(), key=lambda item: item[0] != "original"))
     height = 0.8 / len(found)
     for number, (key, correlation) in enumerate(found.items()):
@@ -62,7 +62,7 @@ def distribution(layer: LayerCorrelation, name: str) -> Any:
     """The correlations of all pairs, as a distribution."""
     figure, axes = new(2.5)
     edges = [-1 + 2 * i / BINS for i in range(BINS + 1)]
-    for key, correlation in (("original", layer.against), (name, layer.model)):
+    for key, correlation in (("original", layer.original), (name, layer.model)):
         if correlation is not None and correlation.pairs:
             label, colour = MODELS[key]
             shares = [100 * count / correlation.pairs for count in correlation.histogram]

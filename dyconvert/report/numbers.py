@@ -16,6 +16,8 @@ def tables(analysis: Analysis) -> dict[str, str]:
     """CSV by file name; what was left out of the analysis has no file."""
     found = {
         "plan": [conv.model_dump(exclude={"note"}) | {"note": conv.note} for conv in analysis.plan.convs],
+        "accuracy": list(_accuracy(analysis)),
+        "confusions": list(_confusions(analysis)),
         "correlation": list(_correlation(analysis)),
         "coefficients": list(_coefficients(analysis)),
         "factors": list(_factors(analysis)),
@@ -33,14 +35,40 @@ def _csv(rows: Rows) -> str:
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _safe(value) for key, value in row.items()} for row in rows)
     return out.getvalue()
 
 
+def _safe(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula gets an apostrophe before it; class names come from folders."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def _accuracy(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    found = analysis.accuracy
+    if found is None:
+        return
+    mine = "dynamic" if analysis.dynamic else "static"
+    shares = [("all classes", found.model, found.original), *((c.name, c.model, c.original) for c in found.classes)]
+    for name, ours, theirs in shares:
+        row: dict[str, Any] = {"class": name, "images": ours.images}
+        for called, share in (("original", theirs), (mine, ours)):
+            if share is not None:
+                row |= {f"{field}_{called}": getattr(share, field) for field in ("right", "percent", "low", "high")}
+        yield row
+
+
+def _confusions(analysis: Analysis) -> Iterable[dict[str, Any]]:
+    mine = "dynamic" if analysis.dynamic else "static"
+    for pair in analysis.accuracy.confusions if analysis.accuracy else ():
+        yield {"class": pair.label, "taken for": pair.taken_for, "original": pair.original, mine: pair.model}
+
+
 def _correlation(analysis: Analysis) -> Iterable[dict[str, Any]]:
-    sources = [(f"maps of {each.layer}", "model", each.model) for each in analysis.correlations]
-    sources += [(f"maps of {e.layer}", "original", e.against) for e in analysis.correlations if e.against is not None]
-    sources += [(f"experts of {each.conv}", "model", each.between) for each in analysis.experts]
+    mine = "dynamic" if analysis.dynamic else "static"
+    sources = [(f"maps of {each.layer}", mine, each.model) for each in analysis.correlations]
+    sources += [(f"maps of {e.layer}", "original", e.original) for e in analysis.correlations if e.original is not None]
+    sources += [(f"experts of {each.conv}", mine, each.between) for each in analysis.experts]
     for what, which, found in sources:
         row = {"what": what, "of": which, "pairs": found.pairs, "mean_absolute": found.mean_absolute, **found.bands}
         low = [round(-1 + 2 * i / CORRELATION_BINS, 4) for i in range(CORRELATION_BINS)]
@@ -88,9 +116,10 @@ def _resolution(analysis: Analysis) -> Iterable[dict[str, Any]]:
 def _cost(analysis: Analysis) -> Iterable[dict[str, Any]]:
     for block in analysis.cost.blocks if analysis.cost else ():
         row = {"block": block.name, "convs": block.convs, "dynamic": block.dynamic}
-        for key in ("before", "after"):
+        mine = "dynamic" if analysis.dynamic else "static"
+        for key, called in (("before", "original"), ("after", mine)):
             cost = getattr(block, key)
-            row |= {f"{field}_{key}": value for field, value in (cost.model_dump() if cost else {}).items()}
+            row |= {f"{field}_{called}": value for field, value in (cost.model_dump() if cost else {}).items()}
         yield row
 
 

@@ -12,6 +12,7 @@ from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.console import count
 from dyconvert.report import coefficient_figures, figures
+from dyconvert.report.steps import next_steps
 from dyconvert.report.style import PALETTE
 
 # Pixels of a picture's shorter side in the page.
@@ -223,8 +224,8 @@ def render(analysis: Analysis, sections: dict[str, list[Drawing]], shown: list[G
         light={name: pair[0] for name, pair in PALETTE.items()},
         dark={name: pair[1] for name, pair in PALETTE.items()},
         temperatures=_temperatures(analysis),
-        warnings=[f for f in analysis.findings if f.level == "warning"],
-        notes=[f for f in analysis.findings if f.level == "note"],
+        steps=next_steps(analysis),
+        mine="dynamic" if analysis.dynamic else "static",
         dead=_dead(analysis),
     )
 
@@ -232,9 +233,11 @@ def render(analysis: Analysis, sections: dict[str, list[Drawing]], shown: list[G
 def facts(analysis: Analysis) -> list[tuple[str, str, str]]:
     """The figures at the head of the page: `(what, the model's, the original's or a remark)`."""
     found = []
-    if "model" in analysis.top1:
-        original = analysis.top1.get("against")
-        found.append(("top-1", f"{analysis.top1['model']:.2f} %", f"original {original:.2f} %" if original else ""))
+    if analysis.accuracy is not None:
+        ours, theirs = analysis.accuracy.model, analysis.accuracy.original
+        remark = f"{ours.right:,} of {ours.images:,}; 95 %: {ours.low:.2f} to {ours.high:.2f}"
+        remark += f"; original {theirs.percent:.2f} %, {theirs.right:,}" if theirs else ""
+        found.append(("top-1", f"{ours.percent:.2f} %", remark))
     if analysis.cost is not None:
         before, after = analysis.cost.before, analysis.cost.after
         for what, field in (("parameters", "parameters"), ("multiply-adds", "macs")):
