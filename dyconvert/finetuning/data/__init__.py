@@ -1,0 +1,1 @@
+"""What a recipe reads: images, their labels, and their augmentation."""

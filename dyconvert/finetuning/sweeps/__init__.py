@@ -1,0 +1,1 @@
+"""Tables of runs: one recipe, with changes and seeds."""

@@ -1,0 +1,1 @@
+"""How a recipe trains: the module, the optimizer, the schedules, and what a run writes."""
