@@ -235,7 +235,7 @@ def facts(analysis: Analysis) -> list[tuple[str, str, str]]:
     found = []
     if analysis.accuracy is not None:
         ours, theirs = analysis.accuracy.model, analysis.accuracy.original
-        remark = f"{ours.right:,} of {ours.images:,}; 95 %: {ours.low:.2f} to {ours.high:.2f}"
+        remark = f"{ours.right:,} of {ours.images:,} (95 %: {ours.low:.1f} to {ours.high:.1f})"
         remark += f"; original {theirs.percent:.2f} %, {theirs.right:,}" if theirs else ""
         found.append(("top-1", f"{ours.percent:.2f} %", remark))
     if analysis.cost is not None:
