@@ -89,6 +89,14 @@ def verify(model: nn.Module, dynamic: nn.Module, example: Any, *, gradients: boo
     Raises:
         ModelError: a model rejects the example, or the two return different things; there is no number to compare, or
             not one that is finite.
+
+    Examples:
+        >>> import dyconvert, torch
+        >>> from dyconvert.builtin import DigitsResNet8
+        >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
+        >>> dynamic = dyconvert.convert(model, g=4, example=image)
+        >>> dyconvert.verify(model, dynamic, image).relative < 1e-5
+        True
     """
     check_module(model)
     check_module(dynamic, "dynamic")

@@ -35,6 +35,11 @@ class Method(BaseModel):
             "positions", the output channels, input channels and kernel positions, by factors of 0..2 that start at 1
             (2 sigmoid(z / T)). Without "experts" there is one.
         scope: one predictor per `layer`, or per `block`, reading the block's input.
+
+    Examples:
+        >>> from dyconvert import METHODS
+        >>> METHODS["dynet"].g
+        6
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -16,10 +16,11 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise PlanError(f"{name}={_shown(value)} is no whole number. Give one, such as {max(least or 0, 0)}.")
-    if (least is not None and value < least) or (most is not None and value > most):
+    number = int(value)
+    if (least is not None and number < least) or (most is not None and number > most):
         upper = "" if most is None else f" and at most {most:,}"
         raise PlanError(f"{name}={_shown(value)} is out of range. It is at least {least or 0:,}{upper}.")
-    return int(value)
+    return number
 
 
 def real(name: str, value: Any, least: float, most: float) -> float:
@@ -30,9 +31,10 @@ def real(name: str, value: Any, least: float, most: float) -> float:
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise PlanError(f"{name}={_shown(value)} is no number. Give one, such as {max(least, min(most, 0.5)):g}.")
-    if not least <= value <= most:  # nor is NaN
+    number = float(value)
+    if not least <= number <= most:  # nor is NaN
         raise PlanError(f"{name}={_shown(value)} is out of range. It is at least {least:g} and at most {most:g}.")
-    return float(value)
+    return number
 
 
 def share(name: str, value: Any) -> float:
@@ -41,7 +43,7 @@ def share(name: str, value: Any) -> float:
     Raises:
         PlanError: it isn't one.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value <= 1:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
         raise PlanError(f"{name}={_shown(value)} is out of range. It is a share of the original's: 0 < {name} <= 1.")
     return float(value)
 

@@ -1,5 +1,7 @@
-"""The terminal's pictures in docs/tutorial.md: `python tests/make_terminal_pictures.py FOLDER`, where FOLDER holds the files
-that `.ci/tutorial.py docs/tutorial.md FOLDER` left."""
+"""The terminal's pictures in docs/tutorial.md: `python tests/make_terminal_pictures.py FOLDER`.
+
+FOLDER holds the files that `.ci/tutorial.py docs/tutorial.md FOLDER` left.
+"""
 
 import io
 import re

@@ -52,6 +52,18 @@ def save(
     Raises:
         ModelError: the model wasn't converted or narrowed, and isn't said to be static; or its state can't be saved.
         CheckpointError: the directory holds something else, or can't be written. What was there is still there.
+
+    Examples:
+        >>> import dyconvert, torch
+        >>> from dyconvert.builtin import DigitsResNet8
+        >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
+        >>> dynamic = dyconvert.convert(model, g=4, example=image)
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp() + "/mine"
+        >>> _ = dyconvert.save(dynamic, directory)
+        >>> again = dyconvert.load(directory, model)
+        >>> torch.equal(again(image), dynamic(image))
+        True
     """
     check_module(model)
     if source is not None and not isinstance(source, models.Source):

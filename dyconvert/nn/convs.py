@@ -60,6 +60,13 @@ class DynamicConv(nn.Module):
         - Input: `[N, C_in, *spatial]`; coefficients, where given by hand, `[N, g, 1]`, `[N, g, C_out]` or a
           :class:`~dyconvert.nn.mixture.Mixture`
         - Output: `[N, C_out, *spatial]`
+
+    Examples:
+        >>> import torch
+        >>> from dyconvert import DynamicConv2d
+        >>> conv = DynamicConv2d(16, 32, 3, padding=1, g=4)
+        >>> conv(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
     """
 
     spatial_dims: int

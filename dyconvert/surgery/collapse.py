@@ -52,6 +52,15 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     Warns:
         UserWarning: the data never reached some convs (an auxiliary head that runs in training only, say). They
             are collapsed at the initial coefficients.
+
+    Examples:
+        >>> import dyconvert, torch
+        >>> from dyconvert.builtin import DigitsResNet8
+        >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
+        >>> dynamic = dyconvert.convert(model, g=4, example=image)
+        >>> static = dyconvert.collapse(dynamic)
+        >>> torch.allclose(static.conv1.weight, model.conv1.weight, atol=1e-6)
+        True
     """
     check_module(model)
     convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}

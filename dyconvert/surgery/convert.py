@@ -63,6 +63,15 @@ def plan(
     Raises:
         ModelError: the model can't be converted: no convs, already converted, wrapped, compiled, ...
         PlanError: unknown method, g < 1, a pattern that matches nothing, ...
+
+    Examples:
+        >>> import dyconvert, torch
+        >>> from dyconvert.builtin import DigitsResNet8
+        >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
+        >>> plan = dyconvert.plan(model, method="condconv", g=4, example=image)
+        >>> plan.skip("layer3.*")
+        >>> len(plan.converted), len(plan.convs)
+        (5, 9)
     """
     chosen = get_method(method, g=g, scope=scope, reduction=reduction, temperature=temperature)
     patterns = {"include": checked_patterns(include), "exclude": checked_patterns(exclude)}
@@ -108,6 +117,16 @@ def convert(
     Raises:
         ModelError: the model can't be converted, or the result doesn't compute what it does.
         PlanError: the plan doesn't fit the model; the seed or the diversity is out of range.
+
+    Examples:
+        >>> import dyconvert, torch
+        >>> from dyconvert.builtin import DigitsResNet8
+        >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
+        >>> dynamic = dyconvert.convert(model, method="dynet", g=4, example=image)
+        >>> type(dynamic) is type(model)
+        True
+        >>> torch.allclose(dynamic(image), model(image), atol=1e-4)
+        True
     """
     seed, diversity = seed_of(seed), real("diversity", diversity, 0, DIVERSITY)
     if plan is not None and choices:

@@ -63,6 +63,15 @@ def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | Non
     Raises:
         ModelError: the model or one of its batch norms is in training mode; `bank_dtype` is no half precision; an
             expert doesn't fit into it.
+
+    Examples:
+        >>> import dyconvert, torch
+        >>> from dyconvert.builtin import DigitsResNet8
+        >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
+        >>> dynamic = dyconvert.convert(model, g=4, example=image)
+        >>> fused = dyconvert.fuse(dynamic)
+        >>> torch.allclose(fused(image), dynamic(image), atol=1e-4)
+        True
     """
     _check_eval(model)
     if bank_dtype not in (None, torch.float16, torch.bfloat16):

@@ -36,6 +36,15 @@ def set_trainable(model: nn.Module, what: Trainable) -> nn.Module:
         ModelError: the model is no module.
         PlanError: `what` is none of these.
         ModelError: the model is compressed.
+
+    Examples:
+        >>> import dyconvert, torch
+        >>> from dyconvert.builtin import DigitsResNet8
+        >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
+        >>> dynamic = dyconvert.convert(model, g=4, example=image)
+        >>> _ = dyconvert.set_trainable(dynamic, "predictors")
+        >>> sorted({name.split(".")[-2] for name, p in dynamic.named_parameters() if p.requires_grad})
+        ['linear']
     """
     check_module(model)
     check_trainable(what)
