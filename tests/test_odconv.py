@@ -7,17 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import FlatNet, ResidualNet, image, seeded
-from test_native import TARGETS, draw, on
+from test_native import PRODUCTS, SHAPES, TARGETS, draw, on
 from torch import Tensor, nn
 
 import dyconvert
 from dyconvert import Method
 from dyconvert.errors import ArgumentError, PlanError
 from dyconvert.methods import AXES, get_method
-from dyconvert.nn import CoefficientPredictor, DynamicConv
+from dyconvert.nn import CoefficientPredictor, DynamicConv, native
 from dyconvert.nn.convs import DynamicConv2d, dynamic_conv_transpose
 from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
-from dyconvert.nn.mixture import Mixture, Sizes
+from dyconvert.nn.mixture import Mixing, Mixture, Sizes
+from dyconvert.nn.native import Asked, Kernel
+from dyconvert.nn.strategies import Geometry
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -81,6 +83,26 @@ def test_any_shape(seed: int, target: str | None) -> None:
     mixture = mixture_for(x.detach(), g, eta.shape[2], c_out, weight.shape[2:].numel(), axes)
     with on(target):
         compare(x, weight, bias, mixture, geometry)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", Kernel)
+def test_each_compiled_kernel(kernel: Kernel, target: str) -> None:
+    size, bank, stride, padding, groups = SHAPES[kernel]
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in (size, (3 * bank[0], *bank[1:]))
+    )
+    if kernel == Kernel.DEPTHWISE_LAST:
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    mixture = mixture_for(x.detach(), 3, 1, bank[0], weight.shape[2:].numel())
+    geometry = Geometry((stride,) * 2, (padding,) * 2, (1, 1), groups)
+    with on(target):
+        call = native.prepare(x, weight, None, Mixing.of(mixture, weight.shape, groups), geometry)
+        assert call.kernel(Asked.BANK_GRADIENT if kernel in PRODUCTS else Asked.OUTPUT, x.dtype) == kernel
+        compare(x, weight, None, mixture, geometry)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, None])

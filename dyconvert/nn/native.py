@@ -43,7 +43,7 @@ COMPRESSED = {torch.float32: (torch.int8, torch.bfloat16)}
 _PLAIN = (Tensor, nn.Parameter)
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 3  # as `csrc/native.cpp` has it
+_ABI = 4  # as `csrc/native.cpp` has it
 
 
 class Shape(ctypes.Structure):
@@ -60,7 +60,7 @@ class Shape(ctypes.Structure):
             *("out_channel", "out_pixel"),
             "bank_last",
             *("eta_image", "eta_expert", "eta_channel"),
-            "threads",
+            *("factor_groups", "threads"),
         )
     )
 
@@ -131,9 +131,9 @@ def _loaded() -> ctypes.CDLL | str:
         return f"{LIBRARY} is of another version. Install dyconvert again."
     found.dyconvert_target_name.restype = ctypes.c_char_p
     for function, tensors, types in (
-        (found.dyconvert_conv, 8, 2),
-        (found.dyconvert_input_gradient, 4, 1),
-        (found.dyconvert_bank_gradient, 6, 1),
+        (found.dyconvert_conv, 9, 2),
+        (found.dyconvert_input_gradient, 5, 1),
+        (found.dyconvert_bank_gradient, 8, 1),
     ):  # the shape, torch's threads, the tensors' addresses and their types; declared, calls are quicker
         function.argtypes = [ctypes.POINTER(Shape)] + [ctypes.c_void_p] * (1 + tensors) + [ctypes.c_int] * types
     found.dyconvert_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_int]
@@ -236,7 +236,7 @@ def prepare(
         and _ordinary(coefficients)
         and (bias is None or _ordinary(bias))
         and (shift is None or _ordinary(shift))
-        and factors is None
+        and (factors is None or _ordinary(factors))
     ):
         if compressed is None:
             fitting.check(x, weight, bias, mixing, geometry, shift)
@@ -254,6 +254,7 @@ def prepare(
         coefficients.shape,
         coefficients.stride(),
         coefficients.dtype,
+        None if factors is None else (factors.shape, factors.dtype),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype),
         None if shift is None else (shift.shape, shift.stride(), shift.dtype),
         *fitting.numbered(geometry),
@@ -297,6 +298,7 @@ def forward(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     mean, _, scale = (None, None, None) if compressed is None else compressed
+    factors = _laid_out(mixing.factors, weight)
     failed = library().dyconvert_conv(
         call.shape,
         _parallel_for(),
@@ -305,6 +307,7 @@ def forward(
         None if mean is None else _address(mean),
         None if scale is None else _address(scale),
         _address(mixing.coefficients),
+        _address_of_factors(factors),
         None if bias is None else _address(bias),
         None if shift is None else _address(shift),
         _address(out),
@@ -365,32 +368,45 @@ def backward(
             "The arguments of a dynamic conv were replaced by others between forward and backward. Call forward again."
         )
     coefficients = mixing.coefficients
-    needs_x, needs_bank, needs_eta, _ = needs
+    factors = _laid_out(mixing.factors, weight)
+    needs_x, needs_bank, needs_eta, needs_factors = needs
     grad = grad.to(x.dtype).contiguous()
     dtype = _TYPES[x.dtype]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    bank, eta = _address(weight), _address(coefficients)
+    mixed_from = _address(weight), _address(coefficients), _address_of_factors(factors)
     if grad_x is not None:
         failed = library().dyconvert_input_gradient(
-            call.shape, _parallel_for(), _address(grad), bank, eta, _address(grad_x), dtype
+            call.shape, _parallel_for(), _address(grad), *mixed_from, _address(grad_x), dtype
         )
         _check(failed, call)
     grad_bank = torch.empty_like(weight) if needs_bank else None
     grad_eta = torch.empty_like(coefficients, memory_format=torch.contiguous_format) if needs_eta else None
-    if needs_bank or needs_eta:
+    grad_factors = torch.empty_like(factors) if needs_factors else None
+    if any(needs[1:]):
         failed = library().dyconvert_bank_gradient(
             call.shape,
             _parallel_for(),
             _address(grad),
             _address(x),
-            bank,
-            eta,
+            *mixed_from,
             None if grad_bank is None else _address(grad_bank),
             None if grad_eta is None else _address(grad_eta),
+            _address_of_factors(grad_factors),
             dtype,
         )
         _check(failed, call)
-    return grad_x, grad_bank, grad_eta, None
+    return grad_x, grad_bank, grad_eta, grad_factors
+
+
+def _laid_out(factors: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Factors in the order of the bank's elements, contiguous."""
+    if factors is None:
+        return None
+    return factors.contiguous() if weight.is_contiguous() else factors.movedim(2, -1).contiguous()
+
+
+def _address_of_factors(factors: Tensor | None) -> int | None:
+    return None if factors is None else _address(factors)
 
 
 def _address(tensor: Tensor) -> int:
@@ -439,6 +455,7 @@ def _call(
     coefficients: tuple[int, ...],
     coefficient_strides: tuple[int, ...],
     coefficient_dtype: torch.dtype,
+    factors: tuple[tuple[int, ...], torch.dtype] | None,
     bias: _Vector | None,
     shift: _Vector | None,
     stride: tuple[int, ...],
@@ -454,7 +471,7 @@ def _call(
         Looks(bank, mean_dtype or bank_dtype, _CPU),
         bias and Looks(bias[0], bias[2], _CPU),
         Looks(coefficients, coefficient_dtype, _CPU),
-        None,
+        factors and Looks(*factors, _CPU),
         shift and Looks(shift[0], shift[2], _CPU),
     )
     fitting.check_looks(*looks, geometry)
@@ -482,6 +499,7 @@ def _call(
         bank_last,
         *coefficient_strides[:2],
         coefficient_strides[2] if coefficients[2] > 1 else 0,
+        0 if factors is None else factors[0][1],
         threads,
     ]
     size_of_out = (images, channels, *out)

@@ -28,8 +28,8 @@ enum DyconvertPath {
 enum DyconvertEnd { kDone, kNoMemory, kThreadFailed, kUnknownFailure };
 
 struct DyconvertTensors {
-  const void *x, *bank, *eta, *bias, *shift, *grad;
-  void *out, *grad_bank, *grad_eta;
+  const void *x, *bank, *eta, *factors, *bias, *shift, *grad;
+  void *out, *grad_bank, *grad_eta, *grad_factors;
   const void *mean, *scale;  // of a compressed bank, or null
 };
 

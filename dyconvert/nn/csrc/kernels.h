@@ -51,6 +51,7 @@ void convolve(const Shape& s, ParallelFor parallel_for, const DyconvertTensors& 
                         static_cast<const T*>(t.x),
                         static_cast<const B*>(t.bank),
                         static_cast<const T*>(t.eta),
+                        static_cast<const T*>(t.factors),
                         static_cast<const T*>(t.bias),
                         static_cast<const T*>(t.shift),
                         static_cast<T*>(t.out),
@@ -74,8 +75,10 @@ void bank_gradient(const Shape& shape, ParallelFor parallel_for, const Dyconvert
                         static_cast<const T*>(t.x),
                         static_cast<const T*>(t.bank),
                         static_cast<const T*>(t.eta),
+                        static_cast<const T*>(t.factors),
                         static_cast<T*>(t.grad_bank),
-                        static_cast<T*>(t.grad_eta)};
+                        static_cast<T*>(t.grad_eta),
+                        static_cast<T*>(t.grad_factors)};
   switch (path_of<T>(shape, kBankGradient)) {
     case kDepthwiseProducts: return DepthwiseBankGradient<T>(to).run();
     case kTileProducts: return BankGradient<T, TileProducts>(to).run();

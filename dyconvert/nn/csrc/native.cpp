@@ -7,7 +7,7 @@
 #define DYCONVERT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised when `Shape`, an enum or a function changes.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 // The best first; what is only for tests last.
 #if defined(__x86_64__)
@@ -56,8 +56,10 @@ DYCONVERT_EXPORT int dyconvert_path(const void* shape, int asked, int type) {
 
 DYCONVERT_EXPORT int dyconvert_conv(const void* shape, DyconvertParallelFor parallel_for, const void* x,
                                     const void* bank, const void* mean, const void* scale, const void* eta,
-                                    const void* bias, const void* shift, void* out, int type, int bank_type) {
-  const DyconvertTensors tensors{x, bank, eta, bias, shift, nullptr, out, nullptr, nullptr, mean, scale};
+                                    const void* factors, const void* bias, const void* shift, void* out, int type,
+                                    int bank_type) {
+  const DyconvertTensors tensors{x,   bank,    eta,     factors, bias, shift, nullptr,
+                                 out, nullptr, nullptr, nullptr, mean, scale};
   return ended([&] {
     used->convolve(shape, parallel_for, tensors, kOutput, static_cast<DyconvertType>(type),
                    static_cast<DyconvertType>(bank_type));
@@ -66,19 +68,22 @@ DYCONVERT_EXPORT int dyconvert_conv(const void* shape, DyconvertParallelFor para
 
 // The gradient of the input, from the output's; both contiguous.
 DYCONVERT_EXPORT int dyconvert_input_gradient(const void* shape, DyconvertParallelFor parallel_for, const void* grad,
-                                              const void* bank, const void* eta, void* grad_x, int type) {
-  const DyconvertTensors tensors{grad, bank, eta, nullptr, nullptr, nullptr, grad_x, nullptr, nullptr, nullptr, nullptr};
+                                              const void* bank, const void* eta, const void* factors, void* grad_x,
+                                              int type) {
+  const DyconvertTensors tensors{grad,   bank,    eta,     factors, nullptr, nullptr, nullptr,
+                                 grad_x, nullptr, nullptr, nullptr, nullptr, nullptr};
   return ended([&] {
     used->convolve(shape, parallel_for, tensors, kInputGradient, static_cast<DyconvertType>(type),
                    static_cast<DyconvertType>(type));
   });
 }
 
-// The gradients of the bank and the coefficients, from the output's, the input, the bank and the coefficients.
+// The gradients of the bank, the coefficients and the factors, from the output's, the input and these three.
 DYCONVERT_EXPORT int dyconvert_bank_gradient(const void* shape, DyconvertParallelFor parallel_for, const void* grad,
-                                             const void* x, const void* bank, const void* eta, void* grad_bank,
-                                             void* grad_eta, int type) {
-  const DyconvertTensors tensors{x, bank, eta, nullptr, nullptr, grad, nullptr, grad_bank, grad_eta, nullptr, nullptr};
+                                             const void* x, const void* bank, const void* eta, const void* factors,
+                                             void* grad_bank, void* grad_eta, void* grad_factors, int type) {
+  const DyconvertTensors tensors{x,       bank,      eta,      factors,      nullptr, nullptr, grad,
+                                 nullptr, grad_bank, grad_eta, grad_factors, nullptr, nullptr};
   return ended([&] { used->bank_gradient(shape, parallel_for, tensors, static_cast<DyconvertType>(type)); });
 }
 

@@ -1,4 +1,4 @@
-// Mixing: w~ = sum_i eta_i w_i (DyNet, eq. 1), of a part of one image's kernel.
+// Mixing: w~ = sum_i eta_i w_i (DyNet, eq. 1), of a part of one image's kernel, times its factors (ODConv, eq. 3).
 #pragma once
 #include "base/half.h"
 #include "base/problem.h"
@@ -20,6 +20,8 @@ struct MixedRow {
   const T* shares;  // [images]: how much of the mean is in the mixture
   T* a;
   i64 image;  // elements from image to image
+  const T* factors;  // or null
+  i64 factors_image;
 };
 
 template <typename T, typename B, int N, int J>
@@ -41,6 +43,11 @@ inline void mix_vectors(const MixedRow<T, B>& row, i64 k) {
       for (int j = 0; j < J; j++) sums[n][j] += own * vectors[j];
     }
   }
+  if (row.factors)
+    for (int n = 0; n < N; n++) {
+      const T* factors = row.factors + n * row.factors_image + k;
+      for (int j = 0; j < J; j++) sums[n][j] = sums[n][j] * load(factors + j * kLanes<T>);
+    }
   for (int n = 0; n < N; n++)
     for (int j = 0; j < J; j++) store(row.a + n * row.image + k + j * kLanes<T>, sums[n][j]);
 }
@@ -61,7 +68,7 @@ inline void mix_row(const MixedRow<T, B>& row) {
       T sum = row.mean ? row.shares[n] * row.mean[k] : T(0);
       for (i64 i = 0; i < row.g; i++)
         sum += row.eta[n * row.g + i] * static_cast<T>(value_of(row.bank[i * row.expert + k]));
-      row.a[n * row.image + k] = sum;
+      row.a[n * row.image + k] = row.factors ? sum * row.factors[n * row.factors_image + k] : sum;
     }
 }
 
@@ -89,20 +96,23 @@ void mix(const Problem<T, B>& problem, i64 image, i64 images, i64 channel, i64 r
       }
     }
   };
-  const bool alike = !s.eta_channel && !problem.scale;  // all rows
+  const i64 factors_image = s.factor_groups * elements;
+  const bool alike = !s.eta_channel && !problem.scale && !problem.factors;  // all rows
   if (alike && length == elements && lda == elements) {  // rows one behind the other, mixed alike
     length *= rows;
     lda *= rows;
     rows = 1;
   }
   for (i64 row = 0; row < rows; row++) {
-    if (!row || !alike) take(row);
+    if (!row || s.eta_channel || problem.scale) take(row);
+    const T* factors = problem.factors_of(image, channel + row);
     for (i64 at = 0; at < length; at += kMixedLength)
       for (i64 n = 0; n < images;) {
         const MixedRow<T, B> part{bank + row * elements + at, expert, min(kMixedLength, length - at),
                                   own + n * s.g, s.g,
                                   problem.mean ? problem.mean + (channel + row) * elements + k + at : nullptr,
-                                  shares + n, a + (n * rows + row) * lda + at, rows * lda};
+                                  shares + n, a + (n * rows + row) * lda + at, rows * lda,
+                                  factors ? factors + n * factors_image + k + at : nullptr, factors_image};
         const i64 left = images - n;
         if (left >= kMixedImages)
           mix_row<T, B, kMixedImages>(part), n += kMixedImages;

@@ -1,5 +1,7 @@
 // From the gradient of images' kernels to those of the bank and the coefficients, the derivatives of DyNet's eq. 1:
 //   d bank[i] = sum_n eta[n, i] d kernel[n],   d eta[n, i] = <bank[i], d kernel[n]>.
+// Where the kernels have factors, what stands here for d kernel is its product with them, and
+//   d factors[n] = sum of sum_i eta[n, i] bank[i] * d kernel[n] over a group's output channels.
 #pragma once
 #include "base/problem.h"
 
@@ -14,10 +16,14 @@ struct Gradients {
   const T* x;     // [N, C_in, H, W]
   const T* bank;  // [g, C_out, K]
   const T* eta;   // [N, g, 1] or [N, g, C_out]
+  const T* factors;  // [N, factor_groups, K], contiguous, or null
   T* grad_bank;   // as the bank, or null: not wanted
   T* grad_eta;    // as the coefficients, contiguous, or null
+  T* grad_factors;  // as the factors, or null
 
   i64 expert() const { return shape.out_channels * shape.elements(); }
+  // Elements of all images' factors.
+  i64 all_factors() const { return shape.images * shape.factor_groups * shape.elements(); }
   // Coefficients that an expert has for an image.
   i64 per() const { return shape.eta_channel ? shape.out_channels : 1; }
 };
@@ -69,13 +75,48 @@ struct BankPart {
   i64 row, expert;  // strides
 };
 
-// Part of the kernels' gradients of `rows` output channels from `channel` on, for `images` images from `image` on:
-// kernels[images, rows, ld], of which `length` elements of each row count.
-// grad_eta: [N, g, per], added to. The bank's gradient is added to if `add`, else written.
+// From the gradients of kernels, [images, rows, ld], to those of what was mixed, in place: their product with the
+// factors. The factors' own gradient is added to grad_factors, [N, factor_groups, K]; null: not wanted.
+// k: which of a row's elements is the first.
 template <typename T>
-void reduce(const Gradients<T>& to, i64 image, i64 images, i64 channel, i64 rows, i64 length, i64 ld, const T* kernels,
-            const BankPart<T>& part, T* grad_eta, bool add) {
+void take_factors(const Gradients<T>& to, i64 image, i64 images, i64 channel, i64 rows, i64 k, i64 length, i64 ld,
+                  T* kernels, const BankPart<T>& part, T* grad_factors) {
   const Shape& s = to.shape;
+  for (i64 row = 0; row < rows; row++)
+    for (i64 j = 0; j < images; j++) {
+      const i64 at = s.factors_at(image + j, channel + row) + k;
+      const T* eta = to.eta + (image + j) * s.eta_image + (channel + row) * s.eta_channel;
+      const T* bank = part.bank + row * part.row;
+      T* kernel = kernels + (j * rows + row) * ld;
+      i64 e = 0;
+      for (; e + kLanes<T> <= length; e += kLanes<T>) {
+        const Vector<T> gradient = load(kernel + e);
+        if (grad_factors) {
+          Vector<T> mixed{};
+          for (i64 i = 0; i < s.g; i++) mixed += eta[i * s.eta_expert] * load(bank + i * part.expert + e);
+          store(grad_factors + at + e, load(grad_factors + at + e) + mixed * gradient);
+        }
+        store(kernel + e, gradient * load(to.factors + at + e));
+      }
+      for (; e < length; e++) {
+        if (grad_factors) {
+          T mixed = 0;
+          for (i64 i = 0; i < s.g; i++) mixed += eta[i * s.eta_expert] * bank[i * part.expert + e];
+          grad_factors[at + e] += mixed * kernel[e];
+        }
+        kernel[e] *= to.factors[at + e];
+      }
+    }
+}
+
+// Part of the kernels' gradients of `rows` output channels from `channel` on, for `images` images from `image` on:
+// kernels[images, rows, ld], of which `length` elements of each row count, the first of them its k-th.
+// grad_eta: [N, g, per], added to; so is grad_factors. The bank's gradient is added to if `add`, else written.
+template <typename T>
+void reduce(const Gradients<T>& to, i64 image, i64 images, i64 channel, i64 rows, i64 k, i64 length, i64 ld, T* kernels,
+            const BankPart<T>& part, T* grad_eta, T* grad_factors, bool add) {
+  const Shape& s = to.shape;
+  if (to.factors) take_factors(to, image, images, channel, rows, k, length, ld, kernels, part, grad_factors);
   const i64 per = to.per();
   T eta[kReduced * 64], dots[kReduced * 64];  // `native.py` sees to it that g is at most 64
   const i64 apart = rows * ld;

@@ -19,19 +19,25 @@ class DepthwiseBankGradient {
     const Shape& s = shape_;
     const i64 blocks = divided_up(s.in_channels, kChannels), per = to_.per(), slots = per == 1 ? blocks : 1;
     std::vector<T> etas(slots * s.images * s.g * per);
+    // A block's channels are the only ones of their groups.
+    const i64 factor_slots = s.factor_groups > 1 ? 1 : blocks;
+    std::vector<T> factors(to_.grad_factors ? factor_slots * to_.all_factors() : 0);
     parallel(to_.parallel_for, blocks, 1, [&](i64 begin, i64 end) {
       for (; begin < end; begin++)
         block(begin * kChannels, min(kChannels, s.in_channels - begin * kChannels),
-              etas.data() + (per == 1 ? begin : 0) * s.images * s.g * per);
+              etas.data() + (per == 1 ? begin : 0) * s.images * s.g * per,
+              to_.grad_factors ? factors.data() + begin % factor_slots * to_.all_factors() : nullptr);
     });
     if (to_.grad_eta) sum_parts(to_.parallel_for, etas.data(), slots, s.images * s.g * per, false, to_.grad_eta);
+    if (to_.grad_factors)
+      sum_parts(to_.parallel_for, factors.data(), factor_slots, to_.all_factors(), false, to_.grad_factors);
   }
 
  private:
   // Input channels at a time.
   static constexpr i64 kChannels = 8;
 
-  void block(i64 first, i64 channels, T* grad_eta) {
+  void block(i64 first, i64 channels, T* grad_eta, T* grad_factors) {
     const Shape& s = shape_;
     const i64 each = s.group_out(), taps = s.taps(), rows = channels * each;
     static thread_local Buffer<T> planes, buffer, kernels;
@@ -54,7 +60,7 @@ class DepthwiseBankGradient {
             sum_vectors(sums, taps, kernel + (j * rows + row) * taps);
           }
         }
-      reduce(to_, n, now, first * each, rows, taps, taps, kernel, part, grad_eta, n > 0);
+      reduce(to_, n, now, first * each, rows, 0, taps, taps, kernel, part, grad_eta, grad_factors, n > 0);
     }
   }
 

@@ -5,8 +5,10 @@
 namespace DYCONVERT_TARGET {
 
 // J vectors of the taps of some output channels, from the tap `first` on. The last vector of all ends with the taps.
+// factors: of all these channels, or null.
 template <typename T, typename B, int J>
-void mix_vectors_of_taps(const Shape& s, i64 rows, i64 first, const T* eta, const B* bank, T* kernels) {
+void mix_vectors_of_taps(const Shape& s, i64 rows, i64 first, const T* eta, const B* bank, const T* factors,
+                         T* kernels) {
   const i64 taps = s.taps(), expert = s.out_channels * taps, apart = s.eta_expert, g = s.g;
   const i64 last = min(first + (J - 1) * kLanes<T>, taps - kLanes<T>);
   for (i64 row = 0; row < rows; row++, eta += s.eta_channel, bank += taps, kernels += taps) {
@@ -19,6 +21,9 @@ void mix_vectors_of_taps(const Shape& s, i64 rows, i64 first, const T* eta, cons
       for (int j = 0; j < J; j++)
         sums[j] += own * load_as<T>(bank + i * expert + (j < J - 1 ? first + j * kLanes<T> : last));
     }
+    if (factors)
+#pragma GCC unroll 4
+      for (int j = 0; j < J; j++) sums[j] = sums[j] * load(factors + (j < J - 1 ? first + j * kLanes<T> : last));
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) store(kernels + (j < J - 1 ? first + j * kLanes<T> : last), sums[j]);
   }
@@ -40,7 +45,13 @@ void mix_taps(const Problem<T, B>& problem, i64 image, i64 channel, i64 rows, T*
   const B* bank = problem.bank + channel * taps;
   for (i64 first = 0; first < taps; first += 4 * kLanes<T>) {
     const i64 vectors = min<i64>(4, divided_up(taps - first, kLanes<T>));
-    kMixVectors[vectors - 1](s, rows, first, eta, bank, kernels);
+    kMixVectors[vectors - 1](s, rows, first, eta, bank, s.factor_groups == 1 ? problem.factors_of(image, channel) : nullptr,
+                             kernels);
+  }
+  if (s.factor_groups <= 1) return;
+  for (i64 row = 0; row < rows; row++) {
+    const T* factors = problem.factors_of(image, channel + row);
+    for (i64 tap = 0; tap < taps; tap++) kernels[row * taps + tap] *= factors[tap];
   }
 }
 

@@ -38,6 +38,9 @@ class BankGradient {
     const i64 blocks = divided_up(s.group_out(), rows_), sets = s.groups * blocks;
     const i64 slots = to_.per() == 1 ? sets * ranges_ : ranges_;
     std::vector<T> etas(slots * s.images * s.g * to_.per());
+    // Blocks of output channels add up to the same factors: those of a group, or all.
+    const i64 factor_slots = s.factor_groups > 1 ? blocks : sets;
+    std::vector<T> factors(to_.grad_factors ? factor_slots * to_.all_factors() : 0);
     for (i64 first = 0; first < s.images; first += images_) {
       const i64 count = min(images_, s.images - first);
       const i64 parts = min(parts_, count);  // where the last images are fewer, the other parts keep what they have
@@ -51,12 +54,15 @@ class BankGradient {
           T* bank = !to_.grad_bank ? nullptr : part ? banks + (part - 1) * s.g * to_.expert() : to_.grad_bank;
           const i64 row = set % blocks * rows_;
           block(x + from * image_, grads + from * products_.grad_elements(), first + from, images, set / blocks, row, min(rows_, s.group_out() - row), range, bank,
-                etas.data() + slot * s.images * s.g * to_.per(), first > 0);
+                etas.data() + slot * s.images * s.g * to_.per(),
+                to_.grad_factors ? factors.data() + set % factor_slots * to_.all_factors() : nullptr, first > 0);
         }
       });
     }
     if (banks) sum_parts(to_.parallel_for, banks, parts_ - 1, s.g * to_.expert(), true, to_.grad_bank);
     if (to_.grad_eta) sum_parts(to_.parallel_for, etas.data(), slots, s.images * s.g * to_.per(), false, to_.grad_eta);
+    if (to_.grad_factors)
+      sum_parts(to_.parallel_for, factors.data(), factor_slots, to_.all_factors(), false, to_.grad_factors);
   }
 
  private:
@@ -81,8 +87,8 @@ class BankGradient {
   }
 
   // The gradients of `rows` output channels of a group, and a range of its input channels, from some images.
-  void block(const T* x, const T* grads, i64 image, i64 images, i64 group, i64 row, i64 rows, i64 range, T* grad_bank, T* grad_eta,
-             bool add) {
+  void block(const T* x, const T* grads, i64 image, i64 images, i64 group, i64 row, i64 rows, i64 range, T* grad_bank,
+             T* grad_eta, T* grad_factors, bool add) {
     const Shape& s = shape_;
     const i64 taps = s.taps(), chunks = divided_up(s.group_in(), lanes_), channel = group * s.group_out() + row;
     static thread_local Buffer<T> products, gradients, part;
@@ -116,7 +122,8 @@ class BankGradient {
             for (i64 m = 0; m < rows; m++)
               transpose(product + m * width_, rows * width_, taps, channels, kernel + m * ld, taps);
         }
-        reduce(to_, image + n, now, channel, rows, length, ld, kernels, here, grad_eta, add || n);
+        reduce(to_, image + n, now, channel, rows, c * taps, length, ld, kernels, here, grad_eta, grad_factors,
+               add || n);
       }
       if (bring && grad_bank) copy_part(here.grad, here, there.grad, there, rows, length);
     }
