@@ -123,7 +123,7 @@ def compare(model: nn.Module, dynamic: nn.Module, example: Any, *, gradients: bo
             f"The models return different things: {_said(first)} and {_said(second)}. Was `dynamic` converted from "
             "`model`?"
         )
-    outputs = _compared(first, second)
+    outputs = compared(first, second)
     of_convs = not any(t.numel() for _, t in first)
     if of_convs:
         outputs = _compare_convs(model, dynamic, example)
@@ -160,7 +160,8 @@ def _said(named: _Named) -> str:
     return ", ".join(f"output{path} {list(t.shape)}" for path, t in named) or "no tensors"
 
 
-def _compared(first: _Named, second: _Named) -> tuple[Difference, ...]:
+def compared(first: _Named, second: _Named) -> tuple[Difference, ...]:
+    """The differences of two lists of tensors with the same names and shapes."""
     return tuple(_difference(path, a, b) for (path, a), (_, b) in zip(first, second, strict=True))
 
 
@@ -185,7 +186,7 @@ def _compare_convs(model: nn.Module, dynamic: nn.Module, example: Any) -> tuple[
     first, second = (_calls(each, names, example) for each in (model, dynamic))
     # What comes after a detector's proposals may differ in number by a rounding that ranks them otherwise.
     same = [(a, b) for a, b in zip(first, second, strict=False) if a[0] == b[0] and a[1].shape == b[1].shape]
-    return _compared([a for a, _ in same], [b for _, b in same])
+    return compared([a for a, _ in same], [b for _, b in same])
 
 
 def _calls(model: nn.Module, names: list[str], example: Any) -> _Named:

@@ -18,6 +18,7 @@ _PLAN = "dyconvert_plan"
 _SOURCE = "dyconvert_source"
 _NARROWING = "dyconvert_narrowing"
 _FUSED = "dyconvert_fused"
+_UNFUSED = "dyconvert_unfused"
 _PREPROCESSING = "dyconvert_preprocessing"
 _COMPRESSION = "dyconvert_compression"
 
@@ -62,9 +63,10 @@ def fused_of(model: nn.Module) -> tuple[tuple[str, str], ...] | None:
     return vars(model).get(_FUSED)
 
 
-def mark_fused(model: nn.Module, pairs: Any) -> None:
-    """Note which batch norms went into which convs."""
+def mark_fused(model: nn.Module, pairs: Any, kept: dict[str, str]) -> None:
+    """Note which batch norms went into which convs, and why the others didn't, by name."""
     setattr(model, _FUSED, tuple(pairs))
+    setattr(model, _UNFUSED, dict(kept))
 
 
 def compression_of(model: nn.Module) -> "Compression | None":
@@ -94,5 +96,5 @@ def mark_preprocessing(model: nn.Module, preprocessing: "Preprocessing") -> None
 
 def remove_marks(model: nn.Module, but_narrowing: bool = False) -> None:
     """Take the marks off a model that isn't dynamic any more; `but_narrowing` keeps what stays true of it."""
-    for name in (_PLAN, _SOURCE, _FUSED, *(() if but_narrowing else (_NARROWING,))):
+    for name in (_PLAN, _SOURCE, _FUSED, _UNFUSED, *(() if but_narrowing else (_NARROWING,))):
         vars(model).pop(name, None)

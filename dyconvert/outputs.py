@@ -18,32 +18,36 @@ _OPAQUE = (str, bytes, type, nn.Module, torch.Generator, types.ModuleType, types
 _MOST_ITEMS = 10_000
 
 
-def tensors_in(returned: Any) -> list[tuple[str, Tensor]]:
+def tensors_in(returned: Any, numbers: bool = True) -> list[tuple[str, Tensor]]:
     """Every tensor that can be reached in what a model returned, with the path to it.
 
     Goes into lists, tuples, named tuples, sets, mappings, dataclasses, registered pytrees, iterators (and uses those
-    up), and the attributes and slots of any other object, as detectors' structures. NumPy's arrays and Python's
-    floats count as tensors.
+    up), and the attributes and slots of any other object, as detectors' structures.
+
+    Args:
+        returned: anything.
+        numbers: NumPy's arrays and Python's floats count as tensors, too.
 
     Returns:
         Pairs such as `("['boxes'][0]", tensor)` and `(".logits", tensor)`; the path is `""` if a tensor is all that
         was returned.
     """
-    return list(_walk(returned, "", {}))
+    return list(_walk(returned, "", {}, numbers))
 
 
-def _walk(value: Any, path: str, seen: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
+def _walk(value: Any, path: str, seen: dict[int, Any], numbers: bool) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield from _parts_of_tensor(value, path)
     elif isinstance(value, (np.ndarray, np.generic)):
-        if np.issubdtype(value.dtype, np.number) or value.dtype == bool:
+        if numbers and (np.issubdtype(value.dtype, np.number) or value.dtype == bool):
             yield path, torch.as_tensor(np.array(value))
     elif isinstance(value, (float, complex)):
-        yield path, torch.tensor(value, dtype=torch.complex128 if isinstance(value, complex) else torch.float64)
+        if numbers:
+            yield path, torch.tensor(value, dtype=torch.complex128 if isinstance(value, complex) else torch.float64)
     elif not isinstance(value, _OPAQUE) and id(value) not in seen:
         seen[id(value)] = value  # kept, so that no other object gets its id
         for key, child in _children(value):
-            yield from _walk(child, path + key, seen)
+            yield from _walk(child, path + key, seen, numbers)
 
 
 def _parts_of_tensor(tensor: Tensor, path: str) -> Iterator[tuple[str, Tensor]]:

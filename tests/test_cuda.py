@@ -324,8 +324,6 @@ def test_fsdp(one_process: None, exact: None) -> None:
 
     alone = losses(model(), 3)
     net = model()
-    for parameter in net.parameters():  # predictors' matrices lie transposed, which fully_shard refuses
-        parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(DEVICE.type, (1,))
     for block in net.layer1:
         fully_shard(block, mesh=mesh)

@@ -408,3 +408,17 @@ def test_a_dynamic_conv_by_hand(method: str) -> None:
     assert all(p.grad is not None for p in conv.parameters())
     up = dyconvert.DynamicConvTranspose2d(16, 8, 4, stride=2, padding=1, g=2)
     assert up(x).shape == (64, 8, 18, 18)
+
+
+@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+def test_every_conv_of_a_block_can_be_reset(method: str) -> None:
+    dynamic = dyconvert.convert(net(Two()), method=method, example=X)
+    torch.manual_seed(0)
+    for conv in (dynamic.block.conv1, dynamic.block.conv2):
+        before = conv.weight.detach().clone()
+        conv.reset_parameters()
+        assert not torch.equal(conv.weight, before)
+        # What the experts mix to is spread as torch's own draw.
+        mixed = conv.experts().sum(0) * conv.initial_coefficient
+        own = nn.Conv2d(8, 8, 3).weight
+        assert mixed.std().item() == pytest.approx(own.std().item(), rel=0.2)

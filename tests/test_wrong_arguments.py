@@ -11,6 +11,7 @@ import torch
 
 from dyconvert.errors import ArgumentError
 from dyconvert.nn import DynamicConv2d, dynamic_conv, native
+from dyconvert.nn.convs import dynamic_conv_transpose
 from dyconvert.nn.dispatch import STRATEGIES, force
 
 
@@ -162,3 +163,34 @@ def test_random_calls_under_address_sanitizer(tmp_path):
             check=False,
         )
         assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+TRANSPOSED = {
+    "coefficients of more images": ({"coefficients": torch.zeros(4, 3, 4)}, "4 images, and 2 images in the input"),
+    "coefficients of no images": ({"coefficients": torch.zeros(0, 3, 4)}, "0 images, and 2 images in the input"),
+    "coefficients of other experts": ({"coefficients": torch.zeros(2, 5, 1)}, "5 experts"),
+    "coefficients of other channels": ({"coefficients": torch.zeros(2, 3, 2)}, "one for each of 4 output channels"),
+    "flat coefficients": ({"coefficients": torch.zeros(2, 3)}, r"\[N, g, 1\]"),
+    "an input of other channels": ({"x": torch.zeros(2, 6, 6, 6)}, "input has 6 channels, and the bank is for 8"),
+    "an input without a batch": ({"x": torch.zeros(8, 6, 6)}, "as many in both"),
+    "a short bias": ({"bias": torch.zeros(4)}, r"bias has the shape \[4\]"),
+}
+
+
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_a_transposed_conv_refuses_by_name(case):
+    changed, said = TRANSPOSED[case]
+    given = {
+        "x": torch.zeros(2, 8, 6, 6),
+        "weight": torch.zeros(3 * 8, 2, 3, 3),
+        "bias": torch.zeros(12),
+        "coefficients": torch.zeros(2, 3, 4),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "output_padding": (0, 0),
+        "groups": 2,
+        "dilation": (1, 1),
+    }
+    assert dynamic_conv_transpose(**given).shape == (2, 4, 6, 6)
+    with pytest.raises(ArgumentError, match=said):
+        dynamic_conv_transpose(**(given | changed))

@@ -161,12 +161,13 @@ def model(
     static, source = models.create(model, "none", {})
     static.to(place)
     dynamic = convert(static, method=method, g=g, scope=scope, include=include or ())
-    if fuse:
-        dynamic, static = fuse_model(dynamic.eval(), bank_dtype=half), fuse_model(static.eval())
-    other = models.create(against, "none", {})[0].to(place) if against else None
     wanted = (size, size) if size else source.input_size
     examples = [example_of(static, source, wanted, sizes[0])]
     examples += [example_for(static, batch=count, size=wanted) for count in sizes[1:]]
+    if fuse:
+        dynamic = fuse_model(dynamic.eval(), examples[0], bank_dtype=half)
+        static = fuse_model(static.eval(), examples[0])
+    other = models.create(against, "none", {})[0].to(place) if against else None
     networks = [network for network in (static, dynamic, other) if network is not None]
     examples = bench.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
     read = timing.bandwidth(cpu_time, place)

@@ -62,7 +62,7 @@ def export(
     with progress(f"exporting {directory}"):
         model, _, example = loaded(directory, trust_code, size, batch or 2, device, factory)
         if fuse:
-            model = fuse_model(model)
+            model = fuse_model(model, example)
         if compress is not None:
             model = compress_model(model, compress, example)
         if to is Format.onnx:

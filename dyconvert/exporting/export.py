@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_arguments, check_module
 from dyconvert.copying import in_eval_mode, skeleton
-from dyconvert.errors import ExportError
+from dyconvert.errors import ExportError, brief
+from dyconvert.exporting.chunks import ChunksAsSlices
 from dyconvert.exporting.exported import (
     Exported,
     check_inputs,
@@ -19,8 +20,10 @@ from dyconvert.exporting.exported import (
     difference_of_torch,
     explained,
     quiet,
+    taken,
     written,
 )
+from dyconvert.exporting.named_outputs import NamedOutputs, is_plain, output_names
 from dyconvert.files import as_path
 from dyconvert.installation import install_command
 from dyconvert.surgery.apply import replace_everywhere
@@ -40,7 +43,8 @@ def export_onnx(
     """Write a model as an ONNX file, and compare it with torch by running it in onnxruntime.
 
     A dynamic conv becomes a matmul that mixes its kernel and one Conv, where the batch is fixed, or one MatMul
-    over patches, where it isn't. It is never g convs.
+    over patches, where it isn't. It is never g convs. The outputs are called as the keys of the dict, or the fields of
+    the dataclass, that the model returns them in.
 
     Args:
         model: converted or static; exported in eval mode, on the CPU, and left as it is. Fused first
@@ -67,11 +71,13 @@ def export_onnx(
     reference = _on_cpu(model)
     exported = skeleton(reference, lambda t: t)  # shares all tensors
     exported = replace_everywhere(exported, prepared(exported, dynamic_batch))
-    if fp16:
-        exported = _Half(exported)
-    program = _program(exported, arguments, axes)
+    inputs_named = _input_names(model, len(arguments))
+    outputs_named = output_names(_returned(reference, arguments), inputs_named)
+    exported = NamedOutputs(exported, outputs_named)
+    with ChunksAsSlices() as cuts:
+        program = _program(_Half(exported) if fp16 else exported, reference, arguments, (axes,))
     names = tuple(each or None for each in axes)
-    with explained("The graph can't be written as ONNX"), quiet():
+    with explained("The graph can't be written as ONNX", reference), quiet():
         onnx_program = torch.onnx.export(
             program,
             (),
@@ -81,14 +87,15 @@ def export_onnx(
             # The optimiser takes minutes over a thousand nodes and finds little; runtimes have their own.
             optimize=False,
             custom_translation_table=translations(),
-            input_names=_input_names(model, len(arguments)),
+            input_names=inputs_named,
+            output_names=outputs_named,
             dynamic_shapes=names if any(names) else None,
         )
         _tidy(onnx_program.model)
     weights = sum(value.const_value.nbytes for value in onnx_program.model.graph.initializers.values())
     with written(file) as part:
         onnx_program.save(part, external_data=weights > LARGEST_FILE)
-        inputs = check_inputs(reference, arguments, axes)
+        inputs = taken(reference, check_inputs(reference, arguments, axes, cuts.parts))
         difference = difference_of_onnx(reference, part, inputs, fp16)
         size = sum(each.stat().st_size for each in part.parent.iterdir())
     shapes = tuple(tuple(each[0].shape) for each in inputs) if difference is not None else ()
@@ -100,6 +107,8 @@ def export_torch(
 ) -> Exported:
     """Write a model as torch.export's `.pt2`, which `torch.export.load(file).module()` runs without dyconvert.
 
+    It returns what the model returns; in place of an object that torch.export doesn't know, a dict of its tensors.
+
     Args:
         model, file, example, dynamic_batch, dynamic_size: as in :func:`export_onnx`.
 
@@ -110,16 +119,21 @@ def export_torch(
     file = as_path(file, ExportError)
     arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
     reference = _on_cpu(model)
-    program = _program(reference, arguments, axes)
+    returned = _returned(reference, arguments)
+    if is_plain(returned):
+        program = _program(reference, reference, arguments, axes)
+    else:
+        named = NamedOutputs(reference, output_names(returned), as_dict=True)
+        program = _program(named, reference, arguments, (axes,))
     with written(file) as part:
-        with quiet():
+        with explained("The program can't be written", reference), quiet():
             # Where the disk is full, torch's own writer of files ends the process.
             content = io.BytesIO()
             torch.export.save(program, content)
             part.write_bytes(content.getbuffer())
             del content
             loaded = torch.export.load(part).module()
-        inputs = check_inputs(reference, arguments, axes)
+        inputs = taken(reference, check_inputs(reference, arguments, axes))
         difference = difference_of_torch(reference, loaded, inputs)
         size = part.stat().st_size
     return Exported(file, size, None, difference, tuple(tuple(each[0].shape) for each in inputs))
@@ -192,12 +206,20 @@ def _input_names(model: nn.Module, count: int) -> list[str]:
     return parameters[:count] if len(parameters) >= count else [f"input_{i}" for i in range(count)]
 
 
-def _program(model: nn.Module, arguments: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> Any:
-    shapes: Any = tuple({axis: torch.export.Dim.DYNAMIC for axis in each} for each in axes)
-    if isinstance(model, _Half):
-        shapes = (shapes,)  # its forward takes *arguments
-    name = type(model.model if isinstance(model, _Half) else model).__name__
-    with explained(f"{name} can't be exported"), quiet(), torch.no_grad():
+def _returned(model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+    try:
+        with torch.no_grad():
+            return model(*arguments)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} rejects the example: {brief(error)}. Give an input that it takes."
+        ) from error
+
+
+def _program(model: nn.Module, users: nn.Module, arguments: tuple[Tensor, ...], axes: Any) -> Any:
+    """The exported program of `model`, which is the user's or is around it; `axes` as its forward's arguments are."""
+    shapes = tree_map_only(str, lambda _: torch.export.Dim.DYNAMIC, axes)
+    with explained(f"{type(users).__name__} can't be exported", users), quiet(), torch.no_grad():
         return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
 
 

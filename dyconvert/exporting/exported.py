@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import keyword
 import logging
 import re
 import site
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from dyconvert.errors import DyconvertError, ExportError
+from dyconvert.errors import DyconvertError, ExportError, brief
 from dyconvert.files import replaced
 from dyconvert.limits import read_bytes
+from dyconvert.outputs import tensors_in
 
 # Relative to the largest output; beyond, the exported file doesn't compute what the model does. float16 has 11
 # significant bits, and its rounding adds up over the layers.
@@ -118,7 +119,7 @@ _NODES = (
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, model: nn.Module) -> Iterator[None]:
     """Turns an exporter's failure into an error that names the operator or the line, and the workaround."""
     try:
         yield
@@ -126,6 +127,11 @@ def explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         chain = list(_chain(error))
+        if name := _no_name_in_code(model):
+            raise ExportError(
+                f"{what}: torch writes the names of modules into code, and {name!r} is none that Python reads "
+                f"({brief(error)}). Rename that key, in the ModuleDict or in add_module, and convert again."
+            ) from error
         text = "\n".join(str(each) for each in chain)
         node = next((found[1] for pattern in _NODES if (found := re.search(pattern, text))), None)
         workaround = next((advice for pattern, advice in _WORKAROUNDS if re.search(pattern, text)), _OTHERWISE)
@@ -133,6 +139,14 @@ def explained(what: str) -> Iterator[None]:
         where = _line_of_the_model(chain)
         at = (f" at operator {node}" if node else "") + (f", in {where}" if where else "")
         raise ExportError(f"{what}{at}: {reason.rstrip('.') or type(error).__name__}. {workaround}") from error
+
+
+def _no_name_in_code(model: nn.Module) -> str | None:
+    """The name of a module that can't stand in code: with a Python keyword, or with quotes in it."""
+    for name, _ in model.named_modules():
+        if any(keyword.iskeyword(part) for part in name.split(".")) or set(name) & set("'\"\\\n"):
+            return name
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -180,8 +194,12 @@ def _packages() -> tuple[Path, ...]:
     return tuple(Path(folder).resolve() for folder in folders)
 
 
-def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, str]]) -> list[Inputs]:
-    """Random inputs like the example; where the batch is dynamic, at 1 and 3 images; where the size is, another."""
+def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, str]], least: int = 1) -> list[Inputs]:
+    """Random inputs like the example; where the batch is dynamic, at 1 and 3 images; where the size is, another.
+
+    Args:
+        least: the fewest images that a program takes which cuts its batch into so many parts.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def like(batch: int | None, more: int) -> Inputs:
@@ -203,10 +221,29 @@ def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, s
     dynamic_size = any(set(each.values()) - {"batch"} for each in axes)
     inputs = [arguments]
     if dynamic_batch:
-        inputs += [like(1, 0), like(3, 0)]
+        inputs += [like(least, 0), like(max(3, least + 1), 0)]
     if dynamic_size:
         inputs.append(like(None, 32))
     return inputs
+
+
+def taken(model: nn.Module, inputs: Sequence[Inputs]) -> list[Inputs]:
+    """Those of the inputs that the model itself takes: one that halves its batch doesn't take a single image.
+
+    Raises:
+        ExportError: it takes none but the first, the example.
+    """
+    accepted, failure = list(inputs[:1]), None
+    for arguments in inputs[1:]:
+        try:
+            _run(model, arguments)
+        except ExportError as error:
+            failure = error
+        else:
+            accepted.append(arguments)
+    if failure is not None and len(accepted) == 1:
+        raise failure
+    return accepted
 
 
 def difference_of_onnx(model: nn.Module, file: Path, inputs: Sequence[Inputs], fp16: bool) -> float | None:
@@ -249,7 +286,7 @@ def difference_of_torch(model: nn.Module, loaded: Any, inputs: Sequence[Inputs])
     for arguments in inputs:
         try:
             with torch.no_grad():
-                outputs = [t for t in tree_leaves(loaded(*arguments)) if isinstance(t, Tensor)]
+                outputs = [t for _, t in tensors_in(loaded(*arguments), numbers=False)]
         except Exception as error:
             raise ExportError(
                 f"The exported program rejects an input {list(arguments[0].shape)}: {error} Nothing was written. "
@@ -262,7 +299,7 @@ def difference_of_torch(model: nn.Module, loaded: Any, inputs: Sequence[Inputs])
 def _run(model: nn.Module, arguments: Inputs) -> list[Tensor]:
     try:
         with torch.no_grad():
-            return [t for t in tree_leaves(model(*arguments)) if isinstance(t, Tensor)]
+            return [t for _, t in tensors_in(model(*arguments), numbers=False)]
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__} itself rejects an input {list(arguments[0].shape)}, which the exported file "

@@ -20,6 +20,7 @@ from dyconvert.nn.handing import mixture_for
 from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.strategies import CONV
+from dyconvert.surgery.apply import hand_over
 
 _WRITTEN = (DynamicConv1d, DynamicConv2d, DynamicConv3d)
 
@@ -53,15 +54,9 @@ class MixedConv(nn.Module):
 
     def __init__(self, conv: DynamicConv, dynamic_batch: bool) -> None:
         super().__init__()
-        self.out_channels = conv.out_channels
-        self.kernel_size = list(conv.kernel_size)
-        self.stride = list(conv.stride)
-        self.dilation = list(conv.dilation)
-        self.groups = conv.groups
         self.bank_shape = tuple(conv.weight.shape)
-        self.padding_mode = conv.padding_mode
-        self.padding = amounts_of_padding(conv.kernel_size, conv.padding, conv.dilation)  # as F.pad takes it
-        self.tf_same = conv.padding == TF_SAME
+        # As F.pad takes it.
+        self._amounts = amounts_of_padding(conv.kernel_size, conv.padding, conv.dilation)
         self.coefficient_predictor = conv.coefficient_predictor
         self.block_predictor = conv.block_predictor
         self._handed: Mixture | None = None
@@ -89,7 +84,13 @@ class MixedConv(nn.Module):
         shift = None if conv.shift is None else nn.Parameter(conv.shift.detach().unsqueeze(0), False)
         self.register_parameter("bias", bias)  # [g, C_out]
         self.register_parameter("shift", shift)  # [1, C_out]
-        self.train(conv.training)
+        # The forward around it may ask for what the user has put on the conv, and its hooks take part in what it does.
+        hand_over(conv, self)
+
+    @property
+    def weight(self) -> Tensor:
+        """The bank: a forward may ask for the dtype or the device of a conv's weight."""
+        return self.bank
 
     def forward(self, input: Tensor, coefficients: Tensor | Mixture | None = None) -> Tensor:
         x = input
@@ -99,10 +100,10 @@ class MixedConv(nn.Module):
         if factors is not None:  # [N, groups or 1, 1, K], in the order of the bank's elements
             factors = factors.flatten(3)
             factors = (factors.transpose(2, 3) if self.tap_by_tap else factors).flatten(2).unsqueeze(2)
-        padding = self.padding
+        padding = self._amounts
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, padding, mode=self.padding_mode), [0] * len(padding)
-        elif self.tf_same:
+        elif self.padding == TF_SAME:
             x = pad_tf_same(x, self.kernel_size, self.stride, self.dilation)
         bias = None if self.bias is None else (coefficients * self.bias).sum(1)  # [N, C_out]
         if self.shift is not None:
@@ -116,10 +117,10 @@ class MixedConv(nn.Module):
             self.mean,
             self.scale,
             self.out_channels,
-            self.kernel_size,
-            self.stride,
+            list(self.kernel_size),
+            list(self.stride),
             padding,
-            self.dilation,
+            list(self.dilation),
             self.groups,
         )
 
@@ -288,6 +289,7 @@ def _with_matmul(x, bank, coefficients, factors, bias, out_channels: int, geomet
     dims = len(kernel_size)
     per_group = x.shape[1] // groups
     size = _out_size(_known(x.shape[2:]), geometry)
+    pixels = -1 if size is None else math.prod(size)  # -1 can't be told of an empty batch
     if any(padding):
         x = op.Pad(x, _ints([0, 0, *padding[:dims], 0, 0, *padding[dims:]]))
     taps = [x]
@@ -298,11 +300,11 @@ def _with_matmul(x, bank, coefficients, factors, bias, out_channels: int, geomet
         steps = range(0, reach + 1, dilation[dim])
         taps = [_slice(tap, 2 + dim, start, reach - start, stride[dim]) for tap in taps for start in steps]
     if len(taps) == 1:
-        patches = op.Reshape(taps[0], _ints([0, groups, per_group, -1]))
+        patches = op.Reshape(taps[0], _ints([0, groups, per_group, pixels]))
     elif groups == 1:
-        patches = op.Reshape(op.Concat(*taps, axis=1), _ints([0, 1, len(taps) * per_group, -1]))
+        patches = op.Reshape(op.Concat(*taps, axis=1), _ints([0, 1, len(taps) * per_group, pixels]))
     else:
-        rows = [op.Reshape(tap, _ints([0, groups, per_group, -1])) for tap in taps]
+        rows = [op.Reshape(tap, _ints([0, groups, per_group, pixels])) for tap in taps]
         patches = op.Concat(*rows, axis=2)
     taps_in = len(taps) * per_group
     by_group = [-1, groups, out_channels // groups, taps_in]

@@ -14,6 +14,7 @@ from dyconvert.methods import Method, get_method
 from dyconvert.nn.compress import compressed, per_output, unpacked
 from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.dispatch import compressed_conv, dynamic_conv
+from dyconvert.nn.fitting import check_transposed
 from dyconvert.nn.handing import mixture_for
 from dyconvert.nn.mixing import kernels_of, mix
 from dyconvert.nn.mixture import Mixing, Mixture, sizes_for
@@ -47,8 +48,8 @@ class DynamicConv(nn.Module):
     - `mean` and `scale`: None, but for a compressed conv (:func:`~dyconvert.compress`), whose `weight` are the experts'
       differences from their mean.
 
-    Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g` and
-    `sizes`: what its predictor gives it (:class:`~dyconvert.nn.mixture.Sizes`).
+    Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g`, `sizes`, what its
+    predictor gives it (:class:`~dyconvert.nn.mixture.Sizes`), and `initial_coefficient`, what all coefficients start at.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
@@ -137,6 +138,7 @@ class DynamicConv(nn.Module):
         self.padding_mode = padding_mode
         self.g = method.g
         self.sizes = sizes_for(method, in_channels, out_channels, self.kernel_size, groups)
+        self.initial_coefficient = method.initial_coefficient
         self._explicit_padding = (
             None if padding_mode == "zeros" else amounts_of_padding(self.kernel_size, self.padding, self.dilation)
         )
@@ -188,7 +190,7 @@ class DynamicConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every expert as torch draws a static conv's weight and bias, so that half of them, say, mix to one."""
-        scale = 1 / (self.g * self._predictor().initial_coefficient)
+        scale = 1 / (self.g * self.initial_coefficient)
         for expert in self.experts():
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         with torch.no_grad():
@@ -313,9 +315,6 @@ class DynamicConv(nn.Module):
             return x, self.padding
         return x, (0,) * self.spatial_dims
 
-    def _predictor(self) -> CoefficientPredictor:
-        return self.coefficient_predictor or self.block_predictor
-
     def _each(self, value: int | Sequence[int]) -> tuple[int, ...]:
         return (value,) * self.spatial_dims if isinstance(value, int) else tuple(value)
 
@@ -393,12 +392,11 @@ def dynamic_conv_transpose(
         `[N, C_out, *spatial]`
 
     Raises:
-        RuntimeError: the coefficients are of another number of images than the input.
+        ArgumentError: which argument doesn't fit, and what would.
     """
     mixing = _folded_transposed(coefficients, x, weight, groups)
+    check_transposed(x, weight, bias, mixing.coefficients, groups)
     batch, g = mixing.images, mixing.g
-    if x.shape[0] != batch:
-        raise RuntimeError(f"Coefficients of {batch} images were given for an input of {x.shape[0]} images.")
     if batch == 0:
         return _transpose_of_nothing(x, weight, bias, g, stride, padding, output_padding, groups, dilation)
     # The output channel stands second in each group; mixing wants it first.

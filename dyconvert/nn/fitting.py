@@ -113,6 +113,26 @@ def check_looks(
             )
 
 
+def check_transposed(x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, groups: int) -> None:
+    """Refuse a transposed dynamic conv's arguments of shapes that don't fit together; torch asks for the rest.
+
+    Raises:
+        ArgumentError: which argument doesn't fit, and what would.
+    """
+    if x.dim() not in (3, 4, 5) or weight.dim() != x.dim():
+        raise ArgumentError(
+            f"The input has the shape {list(x.shape)} and the bank {list(weight.shape)}. They must be [N, C_in, "
+            "*spatial] and [g * C_in, C_out / groups, *kernel], with one to three spatial dimensions, as many in both."
+        )
+    g = _experts(x.shape[0], weight.shape[0], coefficients.shape)
+    channels = weight.shape[1] * groups
+    if weight.shape[0] != g * x.shape[1]:
+        raise ArgumentError(f"The input has {x.shape[1]} channels, and the bank is for {weight.shape[0] // g}.")
+    _check_per(coefficients.shape[2], channels)
+    if bias is not None and bias.shape != (g * channels,):
+        raise ArgumentError(f"bias has the shape {list(bias.shape)}. It must be [g * C_out], here [{g * channels}].")
+
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -123,26 +143,9 @@ def _check_shapes(x: Sequence[int], weight: Sequence[int], coefficients: Sequenc
             f"The input has the shape {list(x)} and the bank {list(weight)}. They must be [N, C_in, *spatial] and "
             "[g * C_out, C_in / groups, *kernel], with one to three spatial dimensions, as many in both."
         )
-    if len(coefficients) != 3:
-        raise ArgumentError(
-            f"coefficients have the shape {list(coefficients)}. They must be [N, g, 1] or [N, g, C_out]."
-        )
-    images, g, per = coefficients
-    if images != x[0]:
-        raise ArgumentError(
-            f"There are coefficients of {images} images, and {x[0]} images in the input. A conv whose input has "
-            "another batch than the predictor's needs a predictor of its own: plan.unshare(conv), or scope='layer'."
-        )
-    if g < 1 or weight[0] < g or weight[0] % g:
-        raise ArgumentError(
-            f"There are coefficients of {g} experts, which a bank of {weight[0]} rows, [g * C_out, ...], doesn't have."
-        )
+    g = _experts(x[0], weight[0], coefficients)
     channels = weight[0] // g
-    if per not in (1, channels):
-        raise ArgumentError(
-            f"There are {per} coefficients per expert. There must be one, or one for each of {channels} output "
-            "channels."
-        )
+    _check_per(coefficients[2], channels)
     if not _is_number(groups, 1):
         raise ArgumentError(f"groups must be a number from 1 on. It is {groups!r}.")
     if weight[1] * groups != x[1]:
@@ -153,6 +156,33 @@ def _check_shapes(x: Sequence[int], weight: Sequence[int], coefficients: Sequenc
     if channels % groups:
         raise ArgumentError(f"{channels} output channels can't be shared by {groups} groups evenly.")
     return g
+
+
+def _experts(batch: int, rows: int, coefficients: Sequence[int]) -> int:
+    """g, of coefficients that fit an input of `batch` images and a bank of `rows`."""
+    if len(coefficients) != 3:
+        raise ArgumentError(
+            f"coefficients have the shape {list(coefficients)}. They must be [N, g, 1] or [N, g, C_out]."
+        )
+    images, g, _ = coefficients
+    if images != batch:
+        raise ArgumentError(
+            f"There are coefficients of {images} images, and {batch} images in the input. A conv whose input has "
+            "another batch than the predictor's needs a predictor of its own: plan.unshare(conv), or scope='layer'."
+        )
+    if g < 1 or rows < g or rows % g:
+        raise ArgumentError(
+            f"There are coefficients of {g} experts, which a bank of {rows} rows, [g * C_out, ...], doesn't have."
+        )
+    return g
+
+
+def _check_per(per: int, channels: int) -> None:
+    if per not in (1, channels):
+        raise ArgumentError(
+            f"There are {per} coefficients per expert. There must be one, or one for each of {channels} output "
+            "channels."
+        )
 
 
 def _check_geometry(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> None:

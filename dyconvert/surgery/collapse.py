@@ -21,7 +21,8 @@ from dyconvert.surgery.apply import hand_over, replace_everywhere
 from dyconvert.surgery.watch import predictor_of, run_over, watch_mixtures
 
 # Attributes that only a dynamic conv has; all others are the static conv's, or what the user has put on it.
-_DYNAMIC_ONLY = {"g", "sizes", "_explicit_padding", "_handed", "coefficient_predictor", "block_predictor"}
+_DYNAMIC_ONLY = {"g", "sizes", "initial_coefficient", "_explicit_padding", "_handed"}
+_DYNAMIC_ONLY |= {"coefficient_predictor", "block_predictor"}
 
 
 def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") -> nn.Module:

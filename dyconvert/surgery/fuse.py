@@ -9,8 +9,7 @@ so the scale goes into every expert and its bias. The shift c does not: sigmoid 
 mixing it would scale it. It becomes the conv's `shift`, which is added after mixing.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,79 +18,83 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.arguments import check_module
-from dyconvert.copying import clear_hooks, copied, in_eval_mode, on_meta
-from dyconvert.errors import ModelError
+from dyconvert.copying import copied
+from dyconvert.errors import ModelError, brief
 from dyconvert.marks import mark_fused, remove_marks
-from dyconvert.names import holds
 from dyconvert.nn import DynamicConv
-from dyconvert.nn.convs import DYNAMIC_OF, STATIC_OF, DynamicConvTranspose
-from dyconvert.surgery.adapters import unsupported
+from dyconvert.nn.convs import DynamicConvTranspose
+from dyconvert.surgery.agreeing import Pair, folded_and_agreeing
 from dyconvert.surgery.apply import replace_everywhere
-from dyconvert.surgery.observe import observe
-from dyconvert.surgery.trace import BlockTracer
+from dyconvert.surgery.following import NORMS_WITH_ACTIVATION, pairs_by_graph, shown
+from dyconvert.surgery.observe import Observation, observe
+from dyconvert.surgery.values import call_with_values
 
-_DYNAMIC = tuple(STATIC_OF)
-_STATIC = tuple(DYNAMIC_OF)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# torchvision's, by name, since importing it takes half a second.
-_FROZEN = "FrozenBatchNorm2d"
-# timm's, by name, since timm may be absent: a batch norm, then `drop`, then `act`.
-_NORMS_WITH_ACTIVATION = {"BatchNormAct2d", "FrozenBatchNormAct2d"}
+INEXACT = "without it the model computes something else on the example"
 
 
 def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | None = None) -> nn.Module:
     """Fold each batch norm that directly follows a conv, dynamic or static, into that conv.
 
-    For inference only: the outputs are equal in eval mode, and there is no batch norm left to train. What is
-    followed by what is read from the data flow, not from names. A conv whose output goes anywhere else as well,
-    that is called several times, or that has hooks keeps its batch norm.
+    For inference only: the outputs are equal in eval mode, and there is no batch norm left to train. Which follows
+    which is read from the graph of the model's code, and seen in runs on real values: a batch norm is folded only if
+    both say so. It ends with a comparison: the model and the result run on the example, and a batch norm without which
+    anything differs stays. So does that of a conv whose output goes anywhere else, that is called elsewhere too, whose
+    weight is read, or that has hooks.
 
     Args:
         model: a converted model, or a static one, in eval mode; left as it is.
-        example: an input, or the tuple of the forward's arguments. It matters only where the model can't be traced
-            as a whole: a trial run then shows whether a conv is called from elsewhere, too. None: common sizes are
-            tried; where none fits, such parts keep their batch norms.
+        example: an input, the tuple of the forward's arguments, or a dict of its keyword arguments, for these runs.
+            What the model's code does only with other inputs isn't seen. None: noise of a common size.
         bank_dtype: `torch.float16` or `torch.bfloat16` keeps the experts in half precision, and the rest of the
             model as it is: half the memory, and at small batches most of a dynamic conv's cost over a static one is
             reading the experts. Outputs are then equal to that precision only.
 
     Returns:
         A new model of the same class, with `nn.Identity` in the place of the batch norms that were folded. Its
-        `dyconvert_fused` lists them: ((conv, batch norm), ...), by name. It can be exported or collapsed; to save
-        a model with :func:`~dyconvert.save`, save it before it is fused.
+        `dyconvert_fused` lists them: ((conv, batch norm), ...), by name; its `dyconvert_unfused` says why each other
+        batch norm stayed. It can be exported or collapsed; to save a model with :func:`~dyconvert.save`, save it
+        before it is fused.
 
     Raises:
-        ModelError: the model or one of its batch norms is in training mode; `bank_dtype` is no half precision; an
-            expert doesn't fit into it.
+        ModelError: the model or one of its batch norms is in training mode, or on the meta device; it rejects the
+            example, or takes none of the common sizes; `bank_dtype` is no half precision; an expert doesn't fit into
+            it.
 
     Examples:
         >>> import dyconvert, torch
         >>> from dyconvert.builtin import DigitsResNet8
         >>> model, image = DigitsResNet8().eval(), torch.rand(2, 1, 8, 8)
         >>> dynamic = dyconvert.convert(model, g=4, example=image)
-        >>> fused = dyconvert.fuse(dynamic)
+        >>> fused = dyconvert.fuse(dynamic, image)
         >>> torch.allclose(fused(image), dynamic(image), atol=1e-4)
         True
     """
     _check_eval(model)
     if bank_dtype not in (None, torch.float16, torch.bfloat16):
         raise ModelError(f"bank_dtype={bank_dtype} isn't half precision. Take torch.float16 or torch.bfloat16.")
-    pairs = list(_pairs(model, example))
-    result = copied(model)
-    modules = dict(result.named_modules())
-    identities = {}
-    for conv_name, norm_name in pairs:
-        conv, norm = modules[conv_name], modules[norm_name]
-        _fold(conv, norm)
-        identities[norm] = _remainder(norm).eval()
-    replace_everywhere(result, identities)
+    pairs, kept = pairs_by_graph(model)
+    if pairs:
+        observed, call = _a_call(model, pairs, example)
+        try:
+            kept |= shown(model, pairs, observed, call)
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} fails on {'noise' if example is None else 'the example'}: {brief(error)}. "
+                "Give an input that it takes: example=..."
+            ) from error
+        following = [pair for pair in pairs if pair[1] not in kept]
+        result, pairs = folded_and_agreeing(model, following, observed, call, _folded)
+        kept |= dict.fromkeys({norm for _, norm in following} - {norm for _, norm in pairs}, INEXACT)
+    else:
+        result = copied(model)
     if bank_dtype is not None:
         for name, module in result.named_modules():
             if isinstance(module, DynamicConv) and not isinstance(module, DynamicConvTranspose):
                 module.weight = _halved(name, module.weight, bank_dtype)
     # A plan describes what `convert` makes of the static model, and this is no longer that.
     remove_marks(result)
-    mark_fused(result, pairs)
+    order = list(dict(model.named_modules()))
+    mark_fused(result, pairs, {norm: kept[norm] for norm in sorted(kept, key=order.index)})
     return result
 
 
@@ -106,78 +109,39 @@ def _check_eval(model: nn.Module) -> None:
             )
 
 
-def _is_norm(module: nn.Module) -> bool:
-    if type(module) not in _NORMS and type(module).__name__ not in {_FROZEN, *_NORMS_WITH_ACTIVATION}:
-        return False
-    return module.running_mean is not None and module.running_var is not None
+def _a_call(model: nn.Module, pairs: Sequence[Pair], example: Any) -> tuple[Observation, Any]:
+    """A trial run of the model, and a call with values like it."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise ModelError(
+            f"{type(model).__name__} is on the meta device, so that it can't be shown which batch norm follows which "
+            "conv. Load its weights first."
+        )
+    observed = observe(model, {name for pair in pairs for name in pair}, example)
+    if observed is None:
+        raise ModelError(
+            f"{type(model).__name__} takes none of the common input sizes, so that it can't be shown which batch norm "
+            "follows which conv. Give an input: fuse(model, example)."
+        )
+    return observed, call_with_values(model, observed, example, device, 2)
 
 
-def _is_conv(module: nn.Module) -> bool:
-    return type(module) in _DYNAMIC or (type(module) in _STATIC and unsupported(module) is None)
+def _folded(model: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
+    """A copy of the model with these batch norms in their convs."""
+    result = copied(model)
+    modules = dict(result.named_modules())
+    identities = {}
+    for conv_name, norm_name in pairs:
+        conv, norm = modules[conv_name], modules[norm_name]
+        _fold(conv, norm)
+        identities[norm] = _remainder(norm).eval()
+    return replace_everywhere(result, identities)
 
 
 def _remainder(norm: nn.Module) -> nn.Module:
-    if type(norm).__name__ in _NORMS_WITH_ACTIVATION:
+    if type(norm).__name__ in NORMS_WITH_ACTIVATION:
         return nn.Sequential(norm.drop, norm.act)
     return nn.Identity()
-
-
-def _pairs(model: nn.Module, example: Any) -> Iterator[tuple[str, str]]:
-    """The names of each conv and batch norm that can be fused."""
-    bare = in_eval_mode(on_meta(model))
-    hooked = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
-    clear_hooks(bare)
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    candidates = list(_pairs_by_graph(bare))
-    calls: dict[str, list[Any]] = {}
-    if any(region for region, _, _ in candidates):
-        # Parts of the model were traced by themselves: does the rest of it call what is in them, too?
-        observed = observe(model, {name for _, *pair in candidates for name in pair}, example)
-        calls = observed.calls if observed is not None else {}
-    for region, conv_name, norm_name in candidates:
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        channels = norm.running_mean.numel()
-        if channels != conv.out_channels or norm.running_mean.dtype != conv.weight.dtype:
-            continue
-        if any(owners[id(p)] > 1 for m in (conv, norm) for p in m._parameters.values() if p is not None):
-            continue  # tied to another module, which isn't to change
-        if any(holds(name, conv_name) != holds(name, norm_name) for name in hooked):
-            continue  # a hook sees what is between the two
-        if region and not 0 < len(calls.get(conv_name, [])) == len(calls.get(norm_name, [])):
-            continue
-        yield conv_name, norm_name
-
-
-def _pairs_by_graph(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(region, conv, norm) from the graph of the whole module, or where it can't be traced, of its children.
-
-    The region is the name of the module that was traced.
-    """
-    inside = {m for m in module.modules() if not _is_leaf(m) and any(_is_conv(inner) for inner in m.modules())}
-    if module not in inside:
-        return
-    try:
-        graph = BlockTracer(inside).trace(module)
-    except Exception:  # the forward is any code at all
-        for name, child in module.named_children():
-            yield from _pairs_by_graph(child, f"{prefix}{name}.")
-        return
-    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    # A parameter that the forward uses itself is not to change under it.
-    used = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    modules = dict(module.named_modules())
-    for node in graph.nodes:
-        if node.op != "call_module" or not _is_norm(modules[node.target]) or len(node.all_input_nodes) != 1:
-            continue
-        source = node.all_input_nodes[0]
-        if source.op != "call_module" or not _is_conv(modules[source.target]) or len(source.users) != 1:
-            continue
-        if called[node.target] == called[source.target] == 1 and not {node.target, source.target} & used:
-            yield prefix.rstrip("."), prefix + source.target, prefix + node.target
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, (DynamicConv, *_STATIC)) or _is_norm(module)
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> None:

@@ -27,8 +27,8 @@ _COMMON_SIZES: dict[int, list[tuple[int, ...]]] = {
 }
 
 # What a bank answers as its static weight does, so whoever asks for it may go on asking.
-_HARMLESS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "dim", "is_leaf", "grad_fn"}
-_HARMLESS |= {"is_floating_point", "is_complex", "element_size", "is_sparse", "is_quantized", "names"}
+HARMLESS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "dim", "is_leaf", "grad_fn"}
+HARMLESS |= {"is_floating_point", "is_complex", "element_size", "is_sparse", "is_quantized", "names"}
 
 _META = torch.device("meta")
 
@@ -179,7 +179,7 @@ class _WeightReads(TorchFunctionMode):
                     what = getattr(function, "__name__", "")
                     if what == "__get__":
                         what = getattr(function.__self__, "__name__", what)
-                    if what not in _HARMLESS:
+                    if what not in HARMLESS:
                         self.reads.setdefault(name, set()).add(what or str(resolve_name(function)))
         return function(*args, **kwargs)
 

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dyconvert.arguments import as_call, in_dtype, map_tensors
+from dyconvert.arguments import map_tensors
 from dyconvert.copying import copied
 from dyconvert.errors import brief, some
 from dyconvert.names import holds, within
 from dyconvert.nn.handing import maps_in
 from dyconvert.surgery.blocks import innermost_blocks
-from dyconvert.surgery.observe import Call, Observation, random_images, trial_copy
+from dyconvert.surgery.observe import Call, Observation, trial_copy
 from dyconvert.surgery.plan import Plan, PlannedBlock
 from dyconvert.surgery.probe import Prober
+from dyconvert.surgery.values import call_with_values
 
 
 class Sharing:
@@ -129,7 +130,7 @@ class Sharing:
         device = next(runner.parameters()).device
         try:
             if device.type != "meta":
-                args, kwargs = self._images(device)
+                args, kwargs = call_with_values(self.model, self.observed, self.example, device, 1)
                 with torch.no_grad():
                     runner(*args, **kwargs)
         except Exception as error:
@@ -144,14 +145,6 @@ class Sharing:
                 if name in seen and name not in calls:
                     calls[name] = Call(*_made_up((seen[name][0].args, seen[name][0].kwargs), device))
         return calls
-
-    def _images(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        observed = self.observed
-        if self.example is not None:
-            values = as_call(self.model, self.example)
-            if not any(t.is_meta for t in maps_in(values)):
-                return _moved(in_dtype(self.model, values), device)
-        return random_images(observed.args, device, 1), random_images(observed.kwargs, device, 1)
 
     def _read(
         self, block: str, module: nn.Module, convs: Mapping[str, nn.Module], call: Call, prober: Prober
@@ -224,10 +217,6 @@ def _keeper(name: str, calls: dict[str, Call]) -> Any:
         calls.setdefault(name, Call(*map_tensors(lambda t: t, (args, kwargs))))
 
     return keep
-
-
-def _moved(values: Any, device: torch.device) -> Any:
-    return map_tensors(lambda t: t.detach().to(device).clone(), values)
 
 
 def _made_up(values: Any, device: torch.device) -> Any:

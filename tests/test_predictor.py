@@ -1,0 +1,160 @@
+"""The predictor's parameters are as torch's tools want them, and its large linear computes what a plain one does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from nets import ResidualNet, seeded
+from safetensors.torch import load_file, save_file
+from torch import nn
+from varied import randomised
+
+import dyconvert
+from dyconvert.methods import get_method
+from dyconvert.nn import CoefficientPredictor
+from dyconvert.nn.predictor import WideLinear
+
+# float32's rounding of sums of 512 products.
+FLOAT32 = 1e-5
+
+
+def wide() -> CoefficientPredictor:
+    """One linear, of 2**19 weights and some."""
+    torch.manual_seed(0)
+    predictor = CoefficientPredictor(512, [128, 64], get_method("dynet", reduction=0))
+    nn.init.normal_(predictor.linear.weight, std=0.05)
+    nn.init.normal_(predictor.linear.bias)
+    return predictor
+
+
+def plain(predictor: CoefficientPredictor, x: torch.Tensor) -> torch.Tensor:
+    linear = predictor.linear
+    return F.linear(x, linear.weight, linear.bias)
+
+
+def test_only_large_linears_are_of_a_class_of_their_own() -> None:
+    assert type(wide().linear) is WideLinear
+    assert type(CoefficientPredictor(16, [8], get_method("dynet")).linear) is nn.Linear
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 5, 8, 9, 64])
+def test_a_wide_linear_computes_what_a_plain_one_does(images: int) -> None:
+    predictor = wide()
+    x = torch.randn(images, 512)
+    with torch.no_grad():
+        expected, computed = plain(predictor, x), predictor.linear(x)
+    assert computed.shape == expected.shape
+    torch.testing.assert_close(computed, expected, rtol=FLOAT32, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
+    predictor = wide()
+    x = torch.randn(2, 512)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert predictor.linear(x).dtype == torch.bfloat16
+    predictor.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(predictor.linear(x.to(dtype)), plain(predictor, x.to(dtype)))
+
+
+def test_gradients_and_traces_go_through_it() -> None:
+    predictor = wide()
+    x = torch.randn(2, 512, 1, 1)
+    sum(part.sum() for part in predictor(x)).backward()
+    assert predictor.linear.weight.grad.any()
+    with torch.no_grad():
+        expected = torch.cat(predictor(x), 2)
+        traced = torch.jit.trace(predictor, x)
+        program = torch.export.export(predictor, (x,)).module()
+        symbolic = torch.fx.symbolic_trace(predictor)
+        for other in (traced, program, symbolic):
+            torch.testing.assert_close(torch.cat(other(x), 2), expected, rtol=FLOAT32, atol=FLOAT32)
+        weights = {name: p * 2 for name, p in predictor.named_parameters()}
+        torch.testing.assert_close(
+            torch.func.functional_call(predictor.linear, {"weight": weights["linear.weight"]}, (x.flatten(1),)),
+            F.linear(x.flatten(1), weights["linear.weight"], predictor.linear.bias),
+            rtol=FLOAT32,
+            atol=FLOAT32,
+        )
+
+
+def test_the_bias_may_be_absent() -> None:
+    linear = WideLinear(512, 1024, bias=False)
+    x = torch.randn(1, 512)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), F.linear(x, linear.weight), rtol=FLOAT32, atol=FLOAT32)
+
+
+# ---- What other people's tools do with parameters ----
+
+
+@pytest.fixture(params=["dynet", "condconv", "dyconv"])
+def dynamic(request: pytest.FixtureRequest) -> nn.Module:
+    return randomised(dyconvert.convert(seeded(ResidualNet), method=request.param))
+
+
+def test_parameters_are_contiguous(dynamic: nn.Module) -> None:
+    assert all(p.is_contiguous() for p in dynamic.parameters())
+    vector = nn.utils.parameters_to_vector(dynamic.parameters())
+    nn.utils.vector_to_parameters(vector + 1, dynamic.parameters())
+    assert torch.equal(nn.utils.parameters_to_vector(dynamic.parameters()), vector + 1)
+
+
+def test_safetensors_own_functions(dynamic: nn.Module, tmp_path: Path) -> None:
+    save_file(dynamic.state_dict(), tmp_path / "m.safetensors")
+    again = load_file(tmp_path / "m.safetensors")
+    assert all(torch.equal(t, again[name]) for name, t in dynamic.state_dict().items())
+
+
+def test_lbfgs(dynamic: nn.Module) -> None:
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.LBFGS(dynamic.parameters(), lr=0.1, max_iter=4)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = dynamic(x).square().mean()
+        value.backward()
+        return value
+
+    before = optimizer.step(loss)
+    assert loss() < before
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_fully_shard(dynamic: nn.Module, one_process: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    dynamic.train()
+    expected = dynamic(x)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in dynamic.layer1:
+        fully_shard(block, mesh=mesh)
+    fully_shard(dynamic, mesh=mesh)
+    computed = dynamic(x)
+    torch.testing.assert_close(computed, expected)
+    computed.sum().backward()
+
+
+def test_whole_models_saved_with_a_transposed_weight_go_on_working(dynamic: nn.Module) -> None:
+    """As `torch.save(model)` of an earlier version has them."""
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    dynamic.eval()
+    with torch.no_grad():
+        expected = dynamic(x)
+        for module in dynamic.modules():
+            if isinstance(module, CoefficientPredictor):
+                module.linear.weight = nn.Parameter(module.linear.weight.detach().t().contiguous().t())
+        torch.testing.assert_close(dynamic(x), expected)
