@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from dyconvert.nn.padding import TF_SAME
+from dyconvert.surgery.hooks import uses_weights
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PLAIN_FORWARDS = {cls.forward for cls in _PLAIN}
@@ -56,6 +57,11 @@ def unsupported(conv: nn.Module) -> str | None:
     for patched in ("forward", "_conv_forward", "__call__"):
         if patched in vars(conv):
             return f"its {patched} was replaced on this instance"
+    if uses_weights(conv):
+        return "a hook on it uses its weight"
+    for own in ("__call__", "_call_impl", "__getattr__", "__getattribute__"):
+        if getattr(type(conv), own) is not getattr(nn.Module, own, getattr(object, own, None)):
+            return f"{type(conv).__name__} has a {own} of its own"
     parameters = {"weight": conv.weight, "bias": conv.bias}
     for kind, parameter in parameters.items():
         if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dyconvert.arguments import map_tensors
@@ -22,10 +22,10 @@ from dyconvert.copying import clear_hooks, copied, in_eval_mode, on_meta, sharin
 from dyconvert.names import holds
 from dyconvert.nn import DynamicConv
 from dyconvert.nn.convs import DYNAMIC_OF, STATIC_OF
-from dyconvert.nn.handing import is_handing
 from dyconvert.randomness import kept_random_state
 from dyconvert.surgery.adapters import unsupported
-from dyconvert.surgery.observe import HARMLESS, Observation
+from dyconvert.surgery.hooks import is_hooked
+from dyconvert.surgery.observe import HARMLESS, Observation, name_of
 from dyconvert.surgery.trace import BlockTracer
 from dyconvert.trial import fresh
 
@@ -58,7 +58,7 @@ def _is_conv(module: nn.Module) -> bool:
 def pairs_by_graph(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """The names of each conv and the batch norm that may go into it, and why each other batch norm may not."""
     bare = in_eval_mode(on_meta(model))
-    hooked = [name for name, m in model.named_modules() if _is_hooked(m)]
+    hooked = [name for name, m in model.named_modules() if is_hooked(m)]
     clear_hooks(bare)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     reasons = {name: FOLLOWS_NONE for name, module in model.named_modules() if is_norm(module)}
@@ -76,11 +76,6 @@ def pairs_by_graph(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str, s
             pairs.append((conv_name, norm_name))
             del reasons[norm_name]
     return pairs, reasons
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
-    return any(not is_handing(hook) for hook in hooks)
 
 
 def _traced(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -227,13 +222,11 @@ class _Flow(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        what = getattr(function, "__name__", "")
-        if what == "__get__":
-            what = getattr(function.__self__, "__name__", what)
+        what = name_of(function)
         if what not in _SAME_ANSWERS:
             for t in tree_leaves((args, kwargs)):
                 if isinstance(t, Tensor):
-                    self._given(t, what or str(resolve_name(function)))
+                    self._given(t, what)
         return function(*args, **kwargs)
 
     def _given(self, t: Tensor, what: str) -> None:

@@ -54,6 +54,7 @@ class Observation:
         training: the same of the training step, backward included; None: the model can't be trained on the example.
         reads: of each watched conv, the functions that were given its weight or bias outside of its own forward.
         outputs: shapes of what the model returned in eval mode.
+        functions: the torch functions that were called in eval mode, as :class:`FunctionsCalled` has them.
         edits: the model's forward changes its own parameters.
     """
 
@@ -65,6 +66,7 @@ class Observation:
     training: dict[str, list[Call]] | None = None
     reads: dict[str, set[str]] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
+    functions: list[Any] = field(default_factory=list)
     edits: bool = False
 
     @property
@@ -120,7 +122,7 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
         for args, kwargs in given or guesses(model):
             runner = trial_copy(model, real, hooked)
             try:
-                observation = _record(runner, watched, args, kwargs, real)
+                observation = _record(runner, watched, args, kwargs, real, _owners(model, watched))
             except Exception as error:
                 failure = error
                 if not given and real is False and _is_about_values(error):
@@ -130,7 +132,8 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
             if train:
                 runner = trial_copy(model, real, hooked)
                 versions = [p._version for p in runner.parameters()]
-                observation.training = _training_step(runner, watched, args, kwargs, real, observation.reads)
+                held = _owners(model, watched)
+                observation.training = _training_step(runner, watched, args, kwargs, real, observation.reads, held)
                 observation.edits |= versions != [p._version for p in runner.parameters()]
             return observation
     if given:
@@ -161,7 +164,42 @@ def _is_about_values(error: Exception) -> bool:
     return "meta" in str(error).lower() or isinstance(error, NotImplementedError)
 
 
-class _WeightReads(TorchFunctionMode):
+class FunctionsCalled(TorchFunctionMode):
+    """Keeps what torch functions are called, in order: their names, the shapes they are given, and numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.see(name_of(function), args, kwargs)
+        return function(*args, **kwargs)
+
+    def see(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """One call."""
+        self.functions.append((name, _form(args), tuple((key, _form(value)) for key, value in kwargs.items())))
+
+
+def name_of(function: Any) -> str:
+    """What a torch function is called; of a tensor's attribute its name, as `shape`."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        name = getattr(function.__self__, "__name__", name)
+    return name or str(resolve_name(function))
+
+
+def _form(value: Any) -> Any:
+    """What can be compared with another run's: shapes, numbers and texts."""
+    if isinstance(value, Tensor):
+        return (*value.shape, value.dtype) if not value.is_nested else "nested"
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_form, value))
+    plain = isinstance(value, (bool, int, float, str, torch.dtype))
+    return repr(value) if plain else type(value).__name__
+
+
+class _WeightReads(FunctionsCalled):
     """Notes every function that is given a watched conv's parameter while that conv isn't being called."""
 
     def __init__(self, owners: Mapping[int, str], stack: "CallStack", reads: dict[str, set[str]]) -> None:
@@ -170,18 +208,13 @@ class _WeightReads(TorchFunctionMode):
         self.stack = stack
         self.reads = reads
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def see(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        super().see(name, args, kwargs)
         for value in (*args, *kwargs.values()):
             for t in value if isinstance(value, (list, tuple)) else (value,):
-                name = self.owners.get(id(t)) if isinstance(t, Tensor) else None
-                if name is not None and name not in self.stack.names():
-                    what = getattr(function, "__name__", "")
-                    if what == "__get__":
-                        what = getattr(function.__self__, "__name__", what)
-                    if what not in HARMLESS:
-                        self.reads.setdefault(name, set()).add(what or str(resolve_name(function)))
-        return function(*args, **kwargs)
+                owner = self.owners.get(id(t)) if isinstance(t, Tensor) else None
+                if owner is not None and owner not in self.stack.names() and name not in HARMLESS:
+                    self.reads.setdefault(owner, set()).add(name)
 
 
 class CallStack(threading.local):
@@ -229,18 +262,30 @@ def meta(values: Any) -> Any:
 
 
 def _record(
-    model: nn.Module, watched: set[str], args: tuple[Any, ...], kwargs: dict[str, Any], real: bool
+    model: nn.Module,
+    watched: set[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    real: bool,
+    held: Mapping[int, str],
 ) -> Observation:
+    """One run in eval mode.
+
+    Args:
+        held: the parameters of the model that this one is a copy of: closures, weak references and globals go on holding
+            its convs, for a copy doesn't follow them.
+    """
     observation = Observation(meta(args), meta(kwargs))
     versions = [p._version for p in model.parameters()]
     args, kwargs = _placed(model, (args, kwargs), real)
     with (
         torch.no_grad(),
         recording(model, watched) as (observation.calls, stack),
-        _WeightReads(_owners(model, watched), stack, observation.reads),
+        _WeightReads(_owners(model, watched) | held, stack, observation.reads) as seen,
     ):
         returned = model(*args, **kwargs)
     observation.outputs = shapes(returned)
+    observation.functions = seen.functions
     observation.edits = versions != [p._version for p in model.parameters()]
     return observation
 
@@ -252,6 +297,7 @@ def _training_step(
     kwargs: dict[str, Any],
     real: bool,
     reads: dict[str, set[str]],
+    held: Mapping[int, str],
 ) -> dict[str, list[Call]] | None:
     """The calls of one step in training mode, forward and backward; None if the model can't take it."""
     model.train()
@@ -263,7 +309,7 @@ def _training_step(
     own: dict[str, set[str]] = {}
     with recording(model, watched) as (calls, stack):
         try:
-            with torch.enable_grad(), _WeightReads(_owners(model, watched), stack, own):
+            with torch.enable_grad(), _WeightReads(_owners(model, watched) | held, stack, own):
                 returned = model(*args, **kwargs)
                 tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
                 if tensors:

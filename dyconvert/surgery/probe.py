@@ -206,7 +206,9 @@ def _grown(call: Call, batch: int, images: int, small: bool) -> Call:
 
 
 def _shorter(length: int) -> int:
-    """A half, a quarter, ... of a map's length, of 8 to 15 pixels; what is shorter stays."""
+    """A half, a quarter, ... of a map's length, of 8 to 15 pixels; what is as short already is halved once."""
+    if 4 <= length < 16:
+        return length // 2
     while length >= 16:
         length //= 2
     return length

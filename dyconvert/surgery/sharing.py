@@ -13,6 +13,7 @@ from dyconvert.errors import brief, some
 from dyconvert.names import holds, within
 from dyconvert.nn.handing import maps_in
 from dyconvert.surgery.blocks import innermost_blocks
+from dyconvert.surgery.hooks import is_hooked
 from dyconvert.surgery.observe import Call, Observation, trial_copy
 from dyconvert.surgery.plan import Plan, PlannedBlock
 from dyconvert.surgery.probe import Prober
@@ -28,6 +29,9 @@ class Sharing:
         self.observed = observed
         self.example = example
         self.several_names = _with_several_names(model)
+        # Those of the block itself run before the predictor reads.
+        run = observed is not None and observed.hooked
+        self.hooked = [] if run else [name for name, module in model.named_modules() if is_hooked(module)]
 
     def settle(self, stems: set[str]) -> dict[str, str]:
         """Fill in the plan; why convs of a block have predictors of their own, by block."""
@@ -53,6 +57,8 @@ class Sharing:
         """Why a conv can't wait for its block's coefficients, from how it is called."""
         if name in self.several_names:
             return f"{name} has several names"
+        if hooked := next((each for each in self.hooked if each != block and holds(block, each)), None):
+            return f"a hook on {hooked} may change what its convs see, and planning doesn't run it"
         for calls, when in ((self.observed.calls, ""), (self.observed.training or {}, " in training")):
             if any(block not in call.within for call in calls.get(name, [])):
                 return f"{name} is called from outside of the block's call{when}"
