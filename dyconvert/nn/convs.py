@@ -48,8 +48,8 @@ class DynamicConv(nn.Module):
     - `mean` and `scale`: None, but for a compressed conv (:func:`~dyconvert.compress`), whose `weight` are the experts'
       differences from their mean.
 
-    Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g`, `sizes`, what its
-    predictor gives it (:class:`~dyconvert.nn.mixture.Sizes`), and `initial_coefficient`, what all coefficients start at.
+    Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g`; `sizes`, what its
+    predictor gives it (:class:`~dyconvert.nn.mixture.Sizes`); and `initial_coefficient`, what all of them start at.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
