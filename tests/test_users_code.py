@@ -2,6 +2,7 @@
 
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,100 @@ class AsksItsType(Two):
         return self.conv2(self.conv1(x)[..., 1:] if type(self.conv1) is nn.Conv2d else self.conv1(x))
 
 
+class Layers(Two):
+    """Doubles what the chosen layers return: the same modules are called, with other values only."""
+
+    chosen: Callable[[nn.Module], bool]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.conv1, self.conv2):
+            y = layer(x).tanh()
+            x = y * 2 if self.chosen(layer) else y
+        return x
+
+
+def asking(question: Callable[[nn.Module], bool]) -> Callable[[], nn.Module]:
+    return lambda: type("Layers", (Layers,), {"chosen": staticmethod(question)})()
+
+
+class CountsModules(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * len(list(self.modules()))
+
+
+class CallsLeaves(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.modules():
+            if not list(module.children()):
+                x = module(x)
+        return x
+
+
+class ByWeakReference(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = weakref.ref(self.conv1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.reference()(x))
+
+
+class ByClosure(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        conv = self.conv1
+        self.first = lambda x: conv(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.first(x))
+
+
+REGISTRY: dict[int, nn.Module] = {}
+
+
+class InAGlobal(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = len(REGISTRY)
+        REGISTRY[self.number] = self.conv1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(REGISTRY[self.number](x))
+
+
+class OwnCall(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class OwnGetattr(nn.Conv2d):
+    def __getattr__(self, name: str) -> Any:
+        return 4.0 if name == "magic" else super().__getattr__(name)
+
+
+class OwnMethod(nn.Conv2d):
+    def gain(self) -> float:
+        return 3.0
+
+
+class AsksForTheGain(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.conv1.gain()
+
+
+def first(conv: Callable[..., nn.Module], block: Callable[[], nn.Module] = Two) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        made = block()
+        made.conv1 = conv(8, 8, 3, padding=1)
+        return made
+
+    return make
+
+
+def clamping_hook(conv: nn.Module) -> None:
+    conv.register_forward_pre_hook(lambda module, args: module.weight.data.clamp_(-0.1, 0.1)[:0].numel() or None)
+
+
 def tiling(conv: nn.Module) -> None:
     def circular(self: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
@@ -184,6 +279,21 @@ STATIC = {
     "out_channels": (changed(stale), "as its attributes say"),
     "a hook on the weight": (changed(tensor_hook), "hooks on its weight"),
     "tied biases": (tied_biases, "tied"),
+    "isinstance, other values": (asking(lambda layer: isinstance(layer, nn.Conv2d)), "tells it from other modules"),
+    "its bases": (asking(lambda layer: nn.Conv2d in type(layer).__mro__), "tells it from other modules"),
+    "its text": (asking(lambda layer: repr(layer).startswith("Conv2d")), "tells it from other modules"),
+    "its package": (asking(lambda layer: type(layer).__module__.startswith("torch.")), "tells it from other modules"),
+    "without children": (asking(lambda layer: not list(layer.children())), "tells it from other modules"),
+    "its parameters counted": (asking(lambda layer: len(list(layer.parameters())) == 2), "tells it from other modules"),
+    "modules counted": (CountsModules, "tells it from other modules"),
+    "leaves called": (CallsLeaves, "tells it from other modules"),
+    "a weak reference": (ByWeakReference, "used outside of its own forward"),
+    "a closure": (ByClosure, "used outside of its own forward"),
+    "a global": (InAGlobal, "used outside of its own forward"),
+    "a class with a __call__": (first(OwnCall), "has a __call__ of its own"),
+    "a class with a __getattr__": (first(OwnGetattr), "has a __getattr__ of its own"),
+    "a method of its class": (first(OwnMethod, AsksForTheGain), "tells it from other modules"),
+    "a hook that clamps its weight": (changed(clamping_hook), "a hook on it uses its weight"),
 }
 
 
@@ -194,7 +304,7 @@ def test_static_with_the_reason(case: str, method: str) -> None:
     model = net(block())
     plan, dynamic = convert(model, method)
     assert reason in plan["block.conv1"].reason
-    assert type(dynamic.block.conv1) is nn.Conv2d
+    assert type(dynamic.block.conv1) is type(model.block.conv1)
     assert isinstance(dynamic.plain.conv1, DynamicConv)
     assert type(dynamic.block) is type(model.block)
 
@@ -262,8 +372,20 @@ class KeepsChildren(Two):
         return x * len(list(self.children()))
 
 
+class FlippedWhereSmall(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x).flip(0)).flip(0) if x.shape[-1] < 10 else super().forward(x)
+
+
+def flipping_hook() -> nn.Module:
+    block = Two()
+    block.conv2.register_forward_pre_hook(lambda module, args: (args[0].flip(0),))
+    return block
+
+
 SHARED = {"flips": Flipped, "rolls": Rolled, "halves": Halves, "groups": Groups, "windows": Windows}
-OWN = {"checkpoint": CheckpointInside}
+SHARED["flips where small"] = FlippedWhereSmall
+OWN = {"checkpoint": CheckpointInside, "a hook that flips": flipping_hook}
 TOGETHER = {
     "the mean": MixedWithTheMean,
     "keyword": ByKeyword,
@@ -278,7 +400,7 @@ def test_predictors_of_their_own_with_the_reason(case: str) -> None:
     plan, dynamic = convert(net(block()))
     assert plan["block.conv2"].convert
     assert plan["block.conv2"].block is None
-    assert block.__name__ in plan["block.conv2"].note
+    assert f"{type(dynamic.block).__name__}: " in plan["block.conv2"].note
     train_and_compare(dynamic)
 
 

@@ -64,7 +64,7 @@ class MixedConv(nn.Module):
         self.per_channel = conv.sizes.per_channel
 
         def rows(kernels: Tensor) -> Tensor:  # [..., C_out, C_in / groups, *kernel] -> [..., C_out, K]
-            kernels = kernels.detach().flatten(-len(self.kernel_size))  # [..., C_out, C_in / groups, taps]
+            kernels = kernels.detach().flatten(-len(conv.kernel_size))  # [..., C_out, C_in / groups, taps]
             return (kernels.transpose(-1, -2) if self.tap_by_tap else kernels).flatten(-2)
 
         # [C_out, g, K], or [g, C_out K]: what a MatMul with the coefficients takes. Compressed, the same in rows.

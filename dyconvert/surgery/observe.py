@@ -272,7 +272,7 @@ def _record(
     """One run in eval mode.
 
     Args:
-        held: the parameters of the model that this one is a copy of: closures, weak references and globals go on holding
+        held: the parameters of the model that this is a copy of: closures, weak references and globals go on holding
             its convs, for a copy doesn't follow them.
     """
     observation = Observation(meta(args), meta(kwargs))
