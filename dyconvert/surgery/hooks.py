@@ -22,6 +22,11 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks_of(module))
 
 
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Whether some of them run before its forward."""
+    return any(not is_handing(hook) for hook in module._forward_pre_hooks.values())
+
+
 def uses_weights(module: nn.Module) -> bool:
     """Whether the code of one of a conv's hooks speaks of its weight or bias: hooks aren't run when planning."""
     return any(_WEIGHTS & _names(hook) for hook in hooks_of(module))

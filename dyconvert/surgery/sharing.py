@@ -13,7 +13,7 @@ from dyconvert.errors import brief, some
 from dyconvert.names import holds, within
 from dyconvert.nn.handing import maps_in
 from dyconvert.surgery.blocks import innermost_blocks
-from dyconvert.surgery.hooks import is_hooked
+from dyconvert.surgery.hooks import has_pre_hooks, is_hooked
 from dyconvert.surgery.observe import Call, Observation, trial_copy
 from dyconvert.surgery.plan import Plan, PlannedBlock
 from dyconvert.surgery.probe import Prober
@@ -31,7 +31,8 @@ class Sharing:
         self.several_names = _with_several_names(model)
         # Those of the block itself run before the predictor reads.
         run = observed is not None and observed.hooked
-        self.hooked = [] if run else [name for name, module in model.named_modules() if is_hooked(module)]
+        self.hooked = {} if run else {name: module for name, module in model.named_modules() if is_hooked(module)}
+        self.order = {name: index for index, name in enumerate(observed.calls)} if observed is not None else {}
 
     def settle(self, stems: set[str]) -> dict[str, str]:
         """Fill in the plan; why convs of a block have predictors of their own, by block."""
@@ -57,12 +58,20 @@ class Sharing:
         """Why a conv can't wait for its block's coefficients, from how it is called."""
         if name in self.several_names:
             return f"{name} has several names"
-        if hooked := next((each for each in self.hooked if each != block and holds(block, each)), None):
-            return f"a hook on {hooked} may change what its convs see, and planning doesn't run it"
+        if hooked := next((each for each in self.hooked if self._hook_may_change(each, block, name)), None):
+            return f"a hook on {hooked} may change what {name} sees, and planning doesn't run it"
         for calls, when in ((self.observed.calls, ""), (self.observed.training or {}, " in training")):
             if any(block not in call.within for call in calls.get(name, [])):
                 return f"{name} is called from outside of the block's call{when}"
         return None
+
+    def _hook_may_change(self, hooked: str, block: str, conv: str) -> bool:
+        """Whether a hook on a module within the block may run between the predictor's reading and the conv's."""
+        if hooked == block or not holds(block, hooked):
+            return False
+        if holds(hooked, conv):  # what runs after the conv's own forward doesn't change its input
+            return has_pre_hooks(self.hooked[hooked])
+        return self.order.get(hooked, -1) < self.order.get(conv, 0)
 
     def _note(self, block: str, held: Sequence[str], reasons: Mapping[str, str], failures: dict[str, str]) -> None:
         kind = type(self.model.get_submodule(block)).__name__
