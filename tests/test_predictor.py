@@ -23,9 +23,9 @@ FLOAT32 = 1e-5
 
 
 def wide() -> CoefficientPredictor:
-    """One linear, of 2**19 weights and some."""
+    """One linear, of 2**20 weights and some."""
     torch.manual_seed(0)
-    predictor = CoefficientPredictor(512, [Sizes(6, 128), Sizes(6, 64)], get_method("dynet", reduction=0))
+    predictor = CoefficientPredictor(512, [Sizes(6, 256), Sizes(6, 128)], get_method("dynet", reduction=0))
     nn.init.normal_(predictor.linear.weight, std=0.05)
     nn.init.normal_(predictor.linear.bias)
     return predictor
@@ -95,7 +95,7 @@ def test_gradients_and_traces_go_through_it() -> None:
 
 
 def test_the_bias_may_be_absent() -> None:
-    linear = WideLinear(512, 1024, bias=False)
+    linear = WideLinear(512, 2048, bias=False)
     x = torch.randn(1, 512)
     with torch.no_grad():
         torch.testing.assert_close(linear(x), F.linear(x, linear.weight), rtol=FLOAT32, atol=FLOAT32)

@@ -11,8 +11,9 @@ from dyconvert.methods import Method
 from dyconvert.nn.handing import maps_in
 from dyconvert.nn.mixture import Mixture, Sizes
 
-# From so many weights on, reading them is most of what a linear for few images costs.
-_WIDE = 2**19
+# From so many weights on, they don't stay in a core's cache, and reading them is most of what a linear for few images
+# costs.
+_WIDE = 2**20
 _FEW = 8  # images: with more of them, one matmul is as fast
 _PARTS = 16  # of which each is read in one stream
 
