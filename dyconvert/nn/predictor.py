@@ -38,7 +38,7 @@ class WideLinear(nn.Linear):
             # Not of a tracer's stand-in, nor of a compiler's.
             type(x) is Tensor
             and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # documented, but not in __all__
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and x.dim() == 2

@@ -267,7 +267,7 @@ def _record(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     real: bool,
-    held: Mapping[int, str],
+    held: dict[int, str],
 ) -> Observation:
     """One run in eval mode.
 
@@ -297,7 +297,7 @@ def _training_step(
     kwargs: dict[str, Any],
     real: bool,
     reads: dict[str, set[str]],
-    held: Mapping[int, str],
+    held: dict[int, str],
 ) -> dict[str, list[Call]] | None:
     """The calls of one step in training mode, forward and backward; None if the model can't take it."""
     model.train()
