@@ -27,8 +27,10 @@ if TYPE_CHECKING:
         RecipeError,
         TrainingError,
     )
+    from dyconvert.exporting.executorch_pte import export_executorch
     from dyconvert.exporting.export import export_onnx, export_torch
     from dyconvert.exporting.exported import Exported
+    from dyconvert.exporting.openvino_ir import export_openvino
     from dyconvert.finetuning import Recipe, finetune, load_recipe
     from dyconvert.methods import METHODS, Method
     from dyconvert.models.preprocess import preprocessing
@@ -68,8 +70,10 @@ _HOMES = {
         "RecipeError",
         "TrainingError",
     ),
+    "exporting.executorch_pte": ("export_executorch",),
     "exporting.export": ("export_onnx", "export_torch"),
     "exporting.exported": ("Exported",),
+    "exporting.openvino_ir": ("export_openvino",),
     "finetuning": ("Recipe", "finetune", "load_recipe"),
     "methods": ("METHODS", "Method"),
     "models.preprocess": ("preprocessing",),
@@ -130,7 +134,9 @@ __all__ = [
     "collapse",
     "compress",
     "convert",
+    "export_executorch",
     "export_onnx",
+    "export_openvino",
     "export_torch",
     "finetune",
     "fuse",

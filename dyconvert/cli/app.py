@@ -50,7 +50,7 @@ EXAMPLES = {
     "export": (
         "dyconvert export resnet50-dynet-g6",
         "dyconvert export runs/mine --batch 1 --fp16 -o mine.onnx",
-        "dyconvert export runs/mine --to torch --dynamic-size",
+        "dyconvert export runs/mine --to openvino --dynamic-size",
     ),
     "predict": (
         "dyconvert predict runs/mine cat.jpg",

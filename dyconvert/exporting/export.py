@@ -15,9 +15,10 @@ from dyconvert.errors import ExportError, brief
 from dyconvert.exporting.chunks import ChunksAsSlices
 from dyconvert.exporting.exported import (
     Exported,
+    Inputs,
     check_inputs,
     difference_of_onnx,
-    difference_of_torch,
+    difference_of_program,
     explained,
     quiet,
     taken,
@@ -64,18 +65,42 @@ def export_onnx(
             or node prevents it; the file can't be written, or computes something else.
     """
     file = as_path(file, ExportError)
-    _require("onnx", "onnxscript")
+    require("ONNX", "onnx", "onnx", "onnxscript")
+    arguments, axes = example_and_axes(model, example, dynamic_batch, dynamic_size)
+    reference = on_cpu(model)
+    onnx_program, inputs = onnx_program_of(model, reference, arguments, axes, fp16)
+    with written(file) as part:
+        save_onnx(onnx_program, part)
+        difference = difference_of_onnx(reference, part, inputs, fp16)
+        size = sum(each.stat().st_size for each in part.parent.iterdir())
+    shapes = tuple(tuple(each[0].shape) for each in inputs) if difference is not None else ()
+    return Exported(file, size, onnx_program.model.opset_imports[""], difference, shapes)
+
+
+def onnx_program_of(
+    model: nn.Module,
+    reference: nn.Module,
+    arguments: tuple[Tensor, ...],
+    axes: tuple[dict[int, str], ...],
+    fp16: bool = False,
+) -> tuple[Any, list[Inputs]]:
+    """A model as torch's ONNXProgram, and the inputs at which what is made of it is to be compared with torch.
+
+    Args:
+        model: the user's, whose forward names the inputs.
+        reference: it, by :func:`on_cpu`.
+        arguments, axes: by :func:`example_and_axes`.
+    """
     from dyconvert.exporting.onnx_conv import prepared, translations
 
-    arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
-    reference = _on_cpu(model)
+    dynamic_batch = any("batch" in each.values() for each in axes)
     exported = skeleton(reference, lambda t: t)  # shares all tensors
     exported = replace_everywhere(exported, prepared(exported, dynamic_batch))
     inputs_named = _input_names(model, len(arguments))
-    outputs_named = output_names(_returned(reference, arguments), inputs_named)
+    outputs_named = output_names(what_it_returns(reference, arguments), inputs_named)
     exported = NamedOutputs(exported, outputs_named)
     with ChunksAsSlices() as cuts:
-        program = _program(_Half(exported) if fp16 else exported, reference, arguments, (axes,))
+        program = program_of(_Half(exported) if fp16 else exported, reference, arguments, (axes,))
     names = tuple(each or None for each in axes)
     with explained("The graph can't be written as ONNX", reference), quiet():
         onnx_program = torch.onnx.export(
@@ -92,14 +117,13 @@ def export_onnx(
             dynamic_shapes=names if any(names) else None,
         )
         _tidy(onnx_program.model)
+    return onnx_program, taken(reference, check_inputs(reference, arguments, axes, cuts.parts))
+
+
+def save_onnx(onnx_program: Any, file: Path) -> None:
+    """Write the file, and beside it, in `<file>.data`, weights that are too large to stand in it."""
     weights = sum(value.const_value.nbytes for value in onnx_program.model.graph.initializers.values())
-    with written(file) as part:
-        onnx_program.save(part, external_data=weights > LARGEST_FILE)
-        inputs = taken(reference, check_inputs(reference, arguments, axes, cuts.parts))
-        difference = difference_of_onnx(reference, part, inputs, fp16)
-        size = sum(each.stat().st_size for each in part.parent.iterdir())
-    shapes = tuple(tuple(each[0].shape) for each in inputs) if difference is not None else ()
-    return Exported(file, size, onnx_program.model.opset_imports[""], difference, shapes)
+    onnx_program.save(file, external_data=weights > LARGEST_FILE)
 
 
 def export_torch(
@@ -117,14 +141,14 @@ def export_torch(
             computes something else once it is loaded again.
     """
     file = as_path(file, ExportError)
-    arguments, axes = _arguments(model, example, dynamic_batch, dynamic_size)
-    reference = _on_cpu(model)
-    returned = _returned(reference, arguments)
+    arguments, axes = example_and_axes(model, example, dynamic_batch, dynamic_size)
+    reference = on_cpu(model)
+    returned = what_it_returns(reference, arguments)
     if is_plain(returned):
-        program = _program(reference, reference, arguments, axes)
+        program = program_of(reference, reference, arguments, axes)
     else:
         named = NamedOutputs(reference, output_names(returned), as_dict=True)
-        program = _program(named, reference, arguments, (axes,))
+        program = program_of(named, reference, arguments, (axes,))
     with written(file) as part:
         with explained("The program can't be written", reference), quiet():
             # Where the disk is full, torch's own writer of files ends the process.
@@ -134,7 +158,7 @@ def export_torch(
             del content
             loaded = torch.export.load(part).module()
         inputs = taken(reference, check_inputs(reference, arguments, axes))
-        difference = difference_of_torch(reference, loaded, inputs)
+        difference = difference_of_program(reference, loaded, inputs)
         size = part.stat().st_size
     return Exported(file, size, None, difference, tuple(tuple(each[0].shape) for each in inputs))
 
@@ -155,21 +179,22 @@ class _Half(nn.Module):
         return cast(self.model(*cast(arguments, torch.float16)), dtype)
 
 
-def _require(*packages: str) -> None:
+def require(target: str, extra: str, *packages: str) -> None:
+    """Say which packages of an extra are missing for what is to be exported."""
     from importlib.util import find_spec
 
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise ExportError(f"ONNX export needs {' and '.join(missing)}. Run `{install_command('onnx')}`.")
+        raise ExportError(f"{target} export needs {' and '.join(missing)}. Run `{install_command(extra)}`.")
 
 
-def _on_cpu(model: nn.Module) -> nn.Module:
+def on_cpu(model: nn.Module) -> nn.Module:
     if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
         raise ExportError("The model is on the meta device and has no values to export. Load its weights first.")
     copy = in_eval_mode(skeleton(model, lambda t: t.detach().cpu()))
     return copy.requires_grad_(False)
 
 
-def _arguments(
+def example_and_axes(
     model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bool
 ) -> tuple[tuple[Any, ...], tuple[dict[int, str], ...]]:
     """The example on the CPU, with two images or more where their number is dynamic, and the dynamic axes."""
@@ -206,7 +231,7 @@ def _input_names(model: nn.Module, count: int) -> list[str]:
     return parameters[:count] if len(parameters) >= count else [f"input_{i}" for i in range(count)]
 
 
-def _returned(model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+def what_it_returns(model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
     try:
         with torch.no_grad():
             return model(*arguments)
@@ -216,9 +241,16 @@ def _returned(model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
         ) from error
 
 
-def _program(model: nn.Module, users: nn.Module, arguments: tuple[Tensor, ...], axes: Any) -> Any:
-    """The exported program of `model`, which is the user's or is around it; `axes` as its forward's arguments are."""
-    shapes = tree_map_only(str, lambda _: torch.export.Dim.DYNAMIC, axes)
+def program_of(
+    model: nn.Module, users: nn.Module, arguments: tuple[Tensor, ...], axes: Any, largest: dict[str, int] | None = None
+) -> Any:
+    """The exported program of `model`, which is the user's or is around it; `axes` as its forward's arguments are.
+
+    Args:
+        largest: the bound of each axis, by name, where sizes aren't to be unlimited.
+    """
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = tree_map_only(str, lambda axis: dynamic(max=largest[axis]) if largest else dynamic, axes)
     with explained(f"{type(users).__name__} can't be exported", users), quiet(), torch.no_grad():
         return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
 

@@ -9,7 +9,7 @@ import site
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,9 +36,10 @@ class Exported:
     """What was written.
 
     Attributes:
-        file: the exported file; for ONNX above 2 GB, the weights are beside it in `<file>.data`.
+        file: the exported file; for ONNX above 2 GB, the weights are beside it in `<file>.data`, for OpenVINO in the
+            `.bin` of the same name.
         bytes: size of all that was written.
-        opset: the ONNX operator set's version; None for torch.
+        opset: the ONNX operator set's version; None for other formats.
         difference: largest difference of an output from torch's, over all checked inputs, relative to the output's
             largest absolute value; None if onnxruntime isn't installed to run the file.
         checked: the shapes of the first input that were compared.
@@ -276,8 +277,10 @@ def difference_of_onnx(model: nn.Module, file: Path, inputs: Sequence[Inputs], f
     return _accepted(max(differences), fp16)
 
 
-def difference_of_torch(model: nn.Module, loaded: Any, inputs: Sequence[Inputs]) -> float:
-    """The largest relative difference of the loaded program's outputs from the model's.
+def difference_of_program(
+    model: nn.Module, run: Callable[..., Any], inputs: Sequence[Inputs], fp16: bool = False
+) -> float:
+    """The largest relative difference from the model's outputs of what an exported program, run by `run`, returns.
 
     Raises:
         ExportError: the program can't be run at one of the inputs, or computes something else.
@@ -286,14 +289,16 @@ def difference_of_torch(model: nn.Module, loaded: Any, inputs: Sequence[Inputs])
     for arguments in inputs:
         try:
             with torch.no_grad():
-                outputs = [t for _, t in tensors_in(loaded(*arguments), numbers=False)]
+                outputs = [t for _, t in tensors_in(run(*arguments), numbers=False)]
+        except DyconvertError:
+            raise
         except Exception as error:
             raise ExportError(
                 f"The exported program rejects an input {list(arguments[0].shape)}: {error} Nothing was written. "
                 "Try a fixed batch, `dynamic_batch=False`."
             ) from error
         differences.append(_difference(_run(model, arguments), outputs))
-    return _accepted(max(differences), fp16=False)
+    return _accepted(max(differences), fp16)
 
 
 def _run(model: nn.Module, arguments: Inputs) -> list[Tensor]:

@@ -108,7 +108,10 @@ class CoefficientPredictor(nn.Module):
         self.register_buffer("temperature", torch.tensor(method.temperature, dtype=dtype))
 
     def forward(self, x: Tensor | Any) -> tuple[Mixture, ...]:
-        z = _pooled(x)  # [N, C]
+        return self.of_pooled(_pooled(x))
+
+    def of_pooled(self, z: Tensor) -> tuple[Mixture, ...]:
+        """The mixtures for an input that is pooled already, `[N, in_channels]`."""
         if self.hidden is not None:
             z = self.hidden(z)
             z = (z if self.norm is None else self.norm(z)).relu()
