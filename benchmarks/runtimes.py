@@ -1,7 +1,7 @@
 """Latency of narrowed models in the runtimes that they are exported to, against the static originals.
 
     python benchmarks/runtimes.py [MODEL ...] [--threads 1 2] [--runtimes onnxruntime openvino executorch] [--g 6]
-        [--files DIR] [--json docs/results/runtimes.json]
+        [--cpu-time] [--files DIR] [--json docs/results/runtimes.json]
 
 Batch 1, batch norms fused, the same runtime for the original and the dynamic model, float32, in turns. Medians, with
 half the distance of the quartiles. Weights are random, which changes no time. Each file is checked against torch as it
@@ -118,7 +118,7 @@ def measure(name: str, known: dict[str, Any], arguments: argparse.Namespace, fol
         _, suffix, load = RUNTIMES[runtime]
         for threads in arguments.threads:
             calls = {label: load(folder / f"{name}-{label}{suffix}", image, threads) for label in labels}
-            timings = in_turns(calls, arguments.repeats, arguments.seconds)
+            timings = in_turns(calls, arguments.repeats, arguments.seconds, cpu=arguments.cpu_time and threads == 1)
             base = timings["original"].median
             for label in labels:
                 timing = timings[label]
@@ -128,6 +128,7 @@ def measure(name: str, known: dict[str, Any], arguments: argparse.Namespace, fol
                         "form": label,
                         "runtime": runtime,
                         "threads": threads,
+                        "clock": "cpu" if arguments.cpu_time and threads == 1 else "wall",
                         "ms": round(1e3 * timing.median, 4),
                         "spread_ms": round(1e3 * (timing.high - timing.low) / 2, 4),
                         "disturbed": round(timing.disturbed, 3),
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--g", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=6, help="for one model, runtime and number of threads")
+    parser.add_argument("--cpu-time", action="store_true", help="for one thread, on a machine that is in use")
     parser.add_argument("--files", type=Path, help="where the exported files are, or will be")
     parser.add_argument("--export-only", action="store_true", help="write the files and time nothing")
     parser.add_argument("--json", type=Path)

@@ -83,6 +83,7 @@ def onnx_program_of(
     arguments: tuple[Tensor, ...],
     axes: tuple[dict[int, str], ...],
     fp16: bool = False,
+    by_terms: bool = False,
 ) -> tuple[Any, list[Inputs]]:
     """A model as torch's ONNXProgram, and the inputs at which what is made of it is to be compared with torch.
 
@@ -90,12 +91,13 @@ def onnx_program_of(
         model: the user's, whose forward names the inputs.
         reference: it, by :func:`on_cpu`.
         arguments, axes: by :func:`example_and_axes`.
+        by_terms: as in :func:`~dyconvert.exporting.onnx_conv.prepared`.
     """
     from dyconvert.exporting.onnx_conv import prepared, translations
 
     dynamic_batch = any("batch" in each.values() for each in axes)
     exported = skeleton(reference, lambda t: t)  # shares all tensors
-    exported = replace_everywhere(exported, prepared(exported, dynamic_batch))
+    exported = replace_everywhere(exported, prepared(exported, dynamic_batch, by_terms))
     inputs_named = _input_names(model, len(arguments))
     outputs_named = output_names(what_it_returns(reference, arguments), inputs_named)
     exported = NamedOutputs(exported, outputs_named)

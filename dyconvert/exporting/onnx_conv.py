@@ -25,10 +25,14 @@ from dyconvert.surgery.apply import hand_over
 _WRITTEN = (DynamicConv1d, DynamicConv2d, DynamicConv3d)
 
 
-def prepared(model: nn.Module, dynamic_batch: bool) -> dict[nn.Module, nn.Module]:
+def prepared(model: nn.Module, dynamic_batch: bool, by_terms: bool = False) -> dict[nn.Module, nn.Module]:
     """What to put in the place of each dynamic conv of `model` before it is exported.
 
     Others, the transposed ones, are exported operation by operation, where a group count fixes the batch.
+
+    Args:
+        by_terms: kernels whose output channels have coefficients of their own are mixed by g products and their sum,
+            not by a batched MatMul: up to three times as fast in OpenVINO, which makes one loop of them.
 
     Raises:
         DyconvertError: one of those is to be exported with a dynamic batch.
@@ -40,7 +44,7 @@ def prepared(model: nn.Module, dynamic_batch: bool) -> dict[nn.Module, nn.Module
                 "with `dynamic_batch=False`, don't convert it, or export for torch (export_torch, --to torch)."
             )
     found = (m for m in model.modules() if isinstance(m, DynamicConv) and type(m) in _WRITTEN)
-    convs: dict[nn.Module, nn.Module] = {m: MixedConv(m, dynamic_batch) for m in found}
+    convs: dict[nn.Module, nn.Module] = {m: MixedConv(m, dynamic_batch, by_terms) for m in found}
     return convs | {m: PackedLinear(m) for m in model.modules() if isinstance(m, CompressedLinear)}
 
 
@@ -50,9 +54,10 @@ class MixedConv(nn.Module):
     Args:
         conv: what it computes; its tensors are shared where their order allows it.
         dynamic_batch: the number of images is not a constant of the graph.
+        by_terms: as in :func:`prepared`.
     """
 
-    def __init__(self, conv: DynamicConv, dynamic_batch: bool) -> None:
+    def __init__(self, conv: DynamicConv, dynamic_batch: bool, by_terms: bool = False) -> None:
         super().__init__()
         self.bank_shape = tuple(conv.weight.shape)
         # As F.pad takes it.
@@ -60,6 +65,7 @@ class MixedConv(nn.Module):
         self.coefficient_predictor = conv.coefficient_predictor
         self.block_predictor = conv.block_predictor
         self._handed: Mixture | None = None
+        self.by_terms = by_terms
         self.tap_by_tap = dynamic_batch  # as patches lie
         self.per_channel = conv.sizes.per_channel
 
@@ -122,6 +128,7 @@ class MixedConv(nn.Module):
             padding,
             list(self.dilation),
             self.groups,
+            self.by_terms,
         )
 
 
@@ -168,12 +175,28 @@ def mixed_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    by_terms: bool,
 ) -> Tensor:
     raise NotImplementedError("dyconvert::mixed_conv stands in graphs that are being exported, and doesn't run.")
 
 
 @mixed_conv.register_fake
-def _(x, bank, coefficients, factors, bias, mean, scale, out_channels, kernel_size, stride, padding, dilation, groups):
+def _(
+    x,
+    bank,
+    coefficients,
+    factors,
+    bias,
+    mean,
+    scale,
+    out_channels,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    by_terms,
+):
     x = F.pad(x, list(padding))
     kernel = x.new_empty(out_channels, x.shape[1] // groups, *kernel_size)
     return CONV[len(kernel_size)](x, kernel, None, stride, 0, dilation, groups)
@@ -201,10 +224,11 @@ def mixed_conv_nodes(
     padding: Sequence[int] = (),
     dilation: Sequence[int] = (),
     groups: int = 1,
+    by_terms: bool = False,
 ):
     """The ONNX nodes of one dynamic conv; the arguments are graph values and the operator's constants."""
     batch = x.shape[0]
-    bank = (bank, mean, scale)
+    bank = (bank, mean, scale, by_terms)
     # ONNX pads before every dimension, first to last, and then after.
     pads = [*padding[-2::-2], *padding[::-2]]
     geometry = (list(kernel_size), list(stride), pads, list(dilation), groups)
@@ -222,7 +246,7 @@ def _mixed(bank, coefficients, factors, shape: list[int], by_group: list[int], i
     """
     from onnxscript import opset20 as op
 
-    bank, mean, scale = bank
+    bank, mean, scale, by_terms = bank
     g = coefficients.shape[1]
     per_channel = coefficients.shape[2] != 1
     if mean is not None:
@@ -231,6 +255,8 @@ def _mixed(bank, coefficients, factors, shape: list[int], by_group: list[int], i
         bank = op.Reshape(bank, _ints([channels, g, elements] if per_channel else [g, channels * elements]))
     if not per_channel:
         kernel = op.MatMul(op.Squeeze(coefficients, _ints([2])), bank)  # [N, C_out K]
+    elif by_terms and mean is None:
+        kernel = _sum_of_terms(bank, coefficients)
     else:
         kernel = op.MatMul(op.Transpose(coefficients, perm=[2, 0, 1]), bank)  # [C_out, N, K]
         if images != 1:
@@ -243,6 +269,20 @@ def _mixed(bank, coefficients, factors, shape: list[int], by_group: list[int], i
     if factors is not None:
         kernel = op.Mul(op.Reshape(kernel, _ints(by_group)), factors)
     return op.Reshape(kernel, _ints(shape))
+
+
+def _sum_of_terms(bank, coefficients):
+    """Kernels `[N, C_out, K]` of a bank `[C_out, g, K]` and coefficients `[N, g, C_out]`, expert by expert."""
+    from onnxscript import opset20 as op
+
+    channels, g, elements = bank.shape
+    total = None
+    for index in range(g):
+        expert = op.Reshape(_slice(bank, 1, index, g - 1 - index, 1), _ints([channels, elements]))
+        factor = op.Reshape(_slice(coefficients, 1, index, g - 1 - index, 1), _ints([-1, channels, 1]))
+        term = op.Mul(expert, factor)
+        total = term if total is None else op.Add(total, term)
+    return total
 
 
 def _widened(rows, scale, dtype):
