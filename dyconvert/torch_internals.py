@@ -1,5 +1,6 @@
 """Each private API of torch that is used, once, with its reason."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -129,3 +130,12 @@ def constant_result(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply bfloat16 (AVX-512's or AMX), which torch's convs use.
+
+    There is no public question for it.
+    """
+    return torch.cpu._is_avx512_bf16_supported()

@@ -2,7 +2,7 @@
 
 import torch
 
-from dyconvert.torch_internals import DispatchMode, without_modes
+from dyconvert.torch_internals import DispatchMode, multiplies_bfloat16, without_modes
 
 
 class Names(DispatchMode):
@@ -23,3 +23,7 @@ def test_a_dispatch_mode_sees_operators_but_for_those_without_modes():
         x = x + 1
     assert mode.names == ["ones.default", "add.Tensor"]
     assert x.tolist() == [4.0, 4.0]
+
+
+def test_whether_a_processor_multiplies_bfloat16():
+    assert multiplies_bfloat16() in (True, False)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dyconvert.nn import choice, fitting, native, recompute, tiles
+from dyconvert.nn import adapted, choice, fitting, native, recompute, tiles
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key
@@ -54,8 +54,8 @@ def by_rule(
 ) -> tuple[Engine, Any]:
     """The engine for a call, and how it is to compute it; padding as numbers.
 
-    On a CPU the compiled kernels where they were built and know the conv, else tiles; in other dtypes and on other
-    devices plain operations.
+    On a CPU the compiled kernels where they were built and know the conv, as it is or in another form, else tiles; in
+    other dtypes and on other devices plain operations.
 
     Args:
         backward: whether a backward may follow.
@@ -63,13 +63,25 @@ def by_rule(
     Raises:
         ArgumentError: the arguments don't fit together.
     """
+    if x.shape[:1] != (0,) and adapted.takes(x, weight, mixing, geometry, backward=backward):
+        fitting.check(x, weight, bias, mixing, geometry, shift)
+        return adapted, backward
     if x.is_cpu and x.dtype in _TILED_DTYPES and x.shape[:1] != (0,):
         call = native.prepare(x, weight, bias, mixing, geometry, shift)  # which checks them
+        if call is not None and _is_matmuls(x, weight, geometry):
+            return tiles, None
         if call is not None and (not backward or (call.differentiable and weight.dtype == x.dtype)):
             return native, call
         return tiles, None
     fitting.check(x, weight, bias, mixing, geometry, shift)
     return recompute, recompute.by_rule(x, weight, geometry)
+
+
+def _is_matmuls(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether it is a 1 x 1 conv of several images with channels last: matmuls of what lies as torch takes it, which
+    the kernels would turn round."""
+    pointwise = weight.dim() == 4 and weight.shape[2:].numel() == 1 and geometry.groups == 1
+    return pointwise and x.shape[0] > 1 and tiles.is_channels_last(x) and not any(geometry.padding)
 
 
 # Engines by the names that they have as strategies; the CPU's stand in the rule alone.

@@ -1,0 +1,140 @@
+"""Convs that the compiled kernels compute in another form: an engine.
+
+- 1-d convs are 2-d ones of one row.
+- Maps of half precision are computed with in float32, and added up in it; banks of half precision are read as they are.
+- Channels last, in training, are turned round: the kernels' gradients are of channels first.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dyconvert.nn import native, tiles
+from dyconvert.nn.mixture import Mixing
+from dyconvert.nn.strategies import Geometry
+from dyconvert.torch_internals import multiplies_bfloat16
+
+_HALF = (torch.float16, torch.bfloat16)
+# Pixels of all the output's maps from which on a processor that multiplies bfloat16 is faster by torch's convs,
+# although their kernels are mixed first: on Zen 4, 1.2 to 2.6 times; below, the kernels are 1.5 to 7 times as fast.
+_PIXELS = 512
+
+
+def takes(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry, *, backward: bool) -> bool:
+    """Whether this is for a conv that the kernels don't know as it is.
+
+    Args:
+        backward: whether one may follow.
+    """
+    if not x.is_cpu or x.dim() not in (3, 4) or weight.dim() != x.dim():
+        return False
+    if native.library() is None or mixing.factors is not None:
+        return False
+    if x.dtype in _HALF:
+        return weight.dtype == x.dtype and not (x.dtype is torch.bfloat16 and _is_torchs(x, geometry))
+    if weight.dtype not in native.BANKS.get(x.dtype, ()):
+        return False
+    if x.dim() == 3:
+        return True
+    # 1 x 1 convs with channels last are matmuls, which tiles do as they lie.
+    return backward and tiles.is_channels_last(x) and weight.shape[2:].numel() > 1
+
+
+def _is_torchs(x: Tensor, geometry: Geometry) -> bool:
+    """Whether torch's own convs multiply bfloat16 so much faster that kernels may be mixed for them.
+
+    What is mixed is used for all pixels: on few of them mixing, which they leave to matmuls, is what takes the time.
+    """
+    if not multiplies_bfloat16():
+        return False
+    pixels = x.shape[0]
+    for length, stride in zip(x.shape[2:], geometry.stride, strict=True):
+        pixels *= -(-length // stride)
+    return pixels >= _PIXELS
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mixing: Mixing,
+    geometry: Geometry,
+    how: bool,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """A dynamic conv without autograd.
+
+    Args:
+        x, weight, bias, mixing, geometry, shift: as a strategy takes them, padding as numbers.
+        how: whether a backward may follow.
+    """
+    form = _Form.of(x, geometry, training=how)
+    args = (form.maps(x), form.bank(weight), form.vector(bias), Mixing(form.vector(mixing.coefficients)), form.geometry)
+    shift = form.vector(shift)
+    call = native.prepare(*args, shift)  # None: too large for the kernels
+    out = tiles.forward(*args, shift=shift) if call is None else native.forward(*args, call, shift)
+    return form.back(out, x)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mixing: Mixing,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool, bool],
+    how: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x`, `weight`, the coefficients and factors, those that are needed; without autograd."""
+    form = _Form.of(x, geometry, training=True)
+    maps, bank, eta = form.maps(x), form.bank(weight), Mixing(form.vector(mixing.coefficients))
+    call = native.prepare(maps, bank, None, eta, form.geometry)
+    if call is None or not call.differentiable:
+        found = tiles.backward(form.maps(grad), maps, bank, eta, form.geometry, needs)
+    else:
+        found = native.backward(form.maps(grad), maps, bank, eta, form.geometry, needs, call)
+    grad_x, grad_bank, grad_eta, _ = found
+    return (
+        None if grad_x is None else form.back(grad_x, x),
+        None if grad_bank is None else grad_bank.view(weight.shape).to(weight.dtype),
+        None if grad_eta is None else grad_eta.to(mixing.coefficients.dtype),
+        None,
+    )
+
+
+class _Form(NamedTuple):
+    """In what form a conv is computed."""
+
+    dtype: torch.dtype
+    one_dim: bool
+    training: bool
+    geometry: Geometry
+
+    @classmethod
+    def of(cls, x: Tensor, geometry: Geometry, *, training: bool) -> "_Form":
+        one_dim = x.dim() == 3
+        if one_dim:
+            (stride,), (padding,), (dilation,), groups = geometry
+            geometry = Geometry((1, stride), (0, padding), (1, dilation), groups)
+        return cls(torch.float32 if x.dtype in _HALF else x.dtype, one_dim, training, geometry)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """An input, or an output's gradient."""
+        x = x.unsqueeze(2) if self.one_dim else x
+        return x.to(self.dtype, memory_format=torch.contiguous_format if self.training else torch.preserve_format)
+
+    def bank(self, weight: Tensor) -> Tensor:
+        """The bank, of its own dtype: the kernels widen it."""
+        if self.training:
+            weight = weight.contiguous().to(self.dtype)
+        return weight.unsqueeze(2) if self.one_dim else weight
+
+    def vector(self, vector: Tensor | None) -> Tensor | None:
+        """Coefficients, a bias or a shift."""
+        return None if vector is None else vector.to(self.dtype)
+
+    def back(self, out: Tensor, like: Tensor) -> Tensor:
+        """An output, or an input's gradient, in the form of the conv that was asked for."""
+        out = (out.squeeze(2) if self.one_dim else out).to(like.dtype)
+        return out.contiguous(memory_format=torch.channels_last) if tiles.is_channels_last(like) else out
