@@ -50,7 +50,7 @@ def coefficient_spread(model: nn.Module, images: Tensor) -> float:
     """How far the coefficients differ from image to image: their standard deviation, the median over predictors."""
     spreads = []
     handles = [
-        module.register_forward_hook(lambda module, args, output: spreads.append(output[0].std(0).mean().item()))
+        module.register_forward_hook(lambda module, args, out: spreads.append(out[0].experts.std(0).mean().item()))
         for module in model.modules()
         if isinstance(module, dyconvert.CoefficientPredictor)
     ]
