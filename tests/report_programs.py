@@ -1,6 +1,6 @@
 """What the checks of random programs find, kind by kind, and in random mixtures: a table for the terminal.
 
-    python tests/report_programs.py             # every pattern and style by itself, for three methods
+    python tests/report_programs.py             # every pattern and style by itself, for all methods
     python tests/report_programs.py --mixed 500 # and random programs
 
 It runs on any version of dyconvert that can be imported.

@@ -36,7 +36,7 @@ def moved(model: nn.Module, method="dynet", **choices) -> nn.Module:
     return with_statistics(dynamic).eval()
 
 
-@pytest.mark.parametrize("method", ["dynet", "condconv", "dyconv"])
+@pytest.mark.parametrize("method", dyconvert.METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_computes_nearly_the_same(net, dtype, method):
     dynamic = moved(net, method)
