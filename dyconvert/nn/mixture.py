@@ -104,7 +104,9 @@ class Mixture(NamedTuple):
         """
         positions = None if self.positions is None else self.positions.reshape(-1, 1, 1, *kernel_size)
         if self.inputs is None:
-            return positions if positions is None else positions.expand(-1, -1, per_group, *kernel_size)
+            if positions is None or per_group == 1:
+                return positions
+            return positions.expand(-1, -1, per_group, *kernel_size)
         inputs = self.inputs.reshape(-1, groups, per_group, *[1] * len(kernel_size))
         return inputs.expand(-1, -1, -1, *kernel_size) if positions is None else inputs * positions
 
