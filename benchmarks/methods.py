@@ -1,6 +1,7 @@
 """What one method's mixtures cost over another's, by default DyNet's over CondConv's: times of one dynamic conv.
 
 python benchmarks/methods.py [--method dynet] [--than condconv] [--train] [--batch 1,8,32] [--repeats 21]
+    [--threads 1 --cpu-time]
 """
 
 import argparse
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time: for a busy machine, with --threads 1")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batches = [int(batch) for batch in options.batch.split(",")]
@@ -33,7 +35,7 @@ def main() -> None:
                 name: layer_calls(layer, batch, get_method(name, g=6), options.train, only="dynamic")["dynamic"]
                 for name in (options.than, options.method)
             }
-            found = in_turns(calls, options.repeats)
+            found = in_turns(calls, options.repeats, cpu=options.cpu_time)
             ratios.append(found[options.method].median / found[options.than].median)
         rows.append(f"| {layer.label} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
         all_ratios += ratios
