@@ -7,7 +7,7 @@ from rich.table import Table
 
 from dyconvert.cli import completing
 from dyconvert.cli.common import parse_device, with_common
-from dyconvert.cli.options import METHOD, Json
+from dyconvert.cli.options import METHOD, Compress, Json, check_compress
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
@@ -125,6 +125,7 @@ def model(
     bank_dtype: Annotated[
         str | None, typer.Option(help="float16 or bfloat16: keep the experts in half precision. Fuses as well.")
     ] = None,
+    compress: Compress = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile all that is compared: about a minute each.")
     ] = False,
@@ -141,21 +142,25 @@ def model(
 
     sizes = _batches(batch)
     models.check(model)
-    if fuse and train:
-        raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
+    check_compress(compress)
+    if (fuse or bank_dtype or compress) and train:
+        raise ModelError(
+            "--train with --fuse, --bank-dtype or --compress: such a model isn't trained. Leave one of them out."
+        )
+    if bank_dtype and compress:
+        raise ModelError("--bank-dtype with --compress: the experts are kept in one way. Leave one of them out.")
 
     import torch
 
     from dyconvert.analysis import bench, timing
     from dyconvert.cli.opening import example_of
+    from dyconvert.surgery.compress import compress as compress_model
     from dyconvert.surgery.convert import convert
     from dyconvert.surgery.fuse import fuse as fuse_model
     from dyconvert.surgery.observe import example_for
 
     half = _half(bank_dtype)
     fuse = fuse or half is not None
-    if fuse and train:
-        raise ModelError("--train with --fuse or --bank-dtype: a fused model isn't trained. Leave one of them out.")
     place = _place(device, cpu_time)
     _set_threads(threads)
     static, source = models.create(model, "none", {})
@@ -167,6 +172,8 @@ def model(
     if fuse:
         dynamic = fuse_model(dynamic.eval(), examples[0], bank_dtype=half)
         static = fuse_model(static.eval(), examples[0])
+    if compress is not None:
+        dynamic = compress_model(dynamic.eval(), compress, check=False)  # of random weights it says nothing
     other = models.create(against, "none", {})[0].to(place) if against else None
     networks = [network for network in (static, dynamic, other) if network is not None]
     examples = bench.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
