@@ -186,11 +186,18 @@ def bars(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _conditions(found: dict[str, Any]) -> str:
+    """How the parts were measured, each way once."""
+    parts = [found[part] for part in PARTS if part in found]
+    kinds = {(part["threads"], "CPU" if part["cpu_time"] else "wall") for part in parts}
+    return ", ".join(f"{threads} thread{'s' * (threads > 1)}, {clock} time" for threads, clock in sorted(kinds))
+
+
 def tables() -> None:
     """Write the table of all processors into the page."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
     columns = [bars(each) for each in found]
-    names = [f"{each.get('about') or each['processor']} ({each['kernels']})" for each in found]
+    names = [f"{each.get('about') or each['processor']} ({each['kernels']}); {_conditions(each)}" for each in found]
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(found)]
     lines += ["| " + " | ".join([title, *(column[title] for column in columns)]) + " |" for title in columns[0]]
     text = PAGE.read_text(encoding="utf-8")
