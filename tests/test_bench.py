@@ -112,6 +112,9 @@ def test_a_model_against_its_original(cli, options):
         (("layers", "--method", "dinet"), "dynet"),
         (("model", "digits-resnet8", "--bank-dtype", "int8"), "float16 or bfloat16"),
         (("model", "digits-resnet8", "--fuse", "--train"), "isn't trained"),
+        (("model", "digits-resnet8", "--compress", "int8", "--train"), "isn't trained"),
+        (("model", "digits-resnet8", "--compress", "int8", "--bank-dtype", "float16"), "in one way"),
+        (("model", "digits-resnet8", "--compress", "int4"), "int8 or bfloat16"),
     ],
 )
 def test_bad_input(cli, arguments, said):
