@@ -21,7 +21,7 @@ def next_steps(analysis: Analysis) -> list[Step]:
     convs = analysis.coefficients.convs if analysis.coefficients is not None else []
     if analysis.coefficients is None:
         steps.append(Step("Look at the coefficients on images.", "dyconvert report DIR --data images/"))
-    elif convs and all(conv.spread < UNTRAINED for conv in convs):
+    elif convs and all(conv.varies < UNTRAINED for conv in convs):
         steps.append(
             Step(
                 "The conversion hasn't been trained. Take a recipe near to your task, put your data in, and fine-tune.",
