@@ -108,14 +108,14 @@ def export(
     batches = f"{batch} image{'s' if batch > 1 else ''}" if batch else "any number of images"
     if planned and not batch:
         batches = f"up to {LARGEST_BATCH} images"
-    size = "x".join(map(str, example[0].shape[1:]))
+    pixels = "x".join(map(str, example[0].shape[1:]))
     if dynamic_size:
-        size = f"up to {LARGEST_SIZE} times {size}" if planned else "any size"
+        pixels = f"up to {LARGEST_SIZE} times {pixels}" if planned else "any size"
     opset = f", opset {done.opset}" if done.opset else ""
     out.print(f"wrote {done.file}: {count(done.bytes)}B{opset}, in {seconds:.1f} s", soft_wrap=True)
     computes = ", and computes in float16" if fp16 and to is Format.onnx else ""
     dtype = str(example[0].dtype).removeprefix("torch.")
-    out.print(f"takes {batches}, {size}, in {dtype}{computes}")
+    out.print(f"takes {batches}, {pixels}, in {dtype}{computes}")
     if found := compression_of(model):
         out.print(str(found))
     if done.difference is None:

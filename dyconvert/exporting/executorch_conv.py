@@ -11,7 +11,7 @@ slower. So a dynamic conv is written as what XNNPACK has:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ def prepared(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
     Others, of three dimensions and transposed, are exported operation by operation, to ExecuTorch's portable ones.
     """
-    convs = {m: _replacement(m) for m in model.modules() if type(m) in _WRITTEN}
+    found = (m for m in model.modules() if isinstance(m, DynamicConv) and type(m) in _WRITTEN)
+    convs: dict[nn.Module, nn.Module] = {m: _replacement(m) for m in found}
     return convs | {m: _plain(m) for m in model.modules() if isinstance(m, CompressedLinear)}
 
 
@@ -45,7 +46,8 @@ def _replacement(conv: DynamicConv) -> nn.Module:
 
 def _plain(layer: CompressedLinear) -> nn.Linear:
     """The layer with its weight unpacked: XNNPACK's linear layers take constants only."""
-    linear = nn.Linear(*reversed(layer.weight.shape), device="meta")
+    outputs, inputs = layer.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
     weight = layer.weight.detach().to(layer.bias.dtype)
     if layer.scale is not None:
         weight = weight * layer.scale.detach().unsqueeze(1)
@@ -69,7 +71,7 @@ class _Mixed(nn.Module):
         self.register_parameter("shift", None if conv.shift is None else nn.Parameter(conv.shift.detach(), False))
 
     def forward(self, input: Tensor, coefficients: Tensor | Mixture | None = None) -> Tensor:
-        mixture = mixture_for(self, input) if coefficients is None else coefficients
+        mixture = mixture_for(cast(DynamicConv, self), input) if coefficients is None else coefficients
         mixing = Mixing.of(mixture, self.bank_shape, self.groups)
         x, amounts = input, self._amounts
         if self.padding_mode != "zeros":

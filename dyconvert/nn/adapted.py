@@ -5,7 +5,8 @@
 - Channels last, in training, are turned round: the kernels' gradients are of channels first.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -115,8 +116,9 @@ class _Form(NamedTuple):
     def of(cls, x: Tensor, geometry: Geometry, *, training: bool) -> "_Form":
         one_dim = x.dim() == 3
         if one_dim:
-            (stride,), (padding,), (dilation,), groups = geometry
-            geometry = Geometry((1, stride), (0, padding), (1, dilation), groups)
+            (stride,), (dilation,) = geometry.stride, geometry.dilation
+            (padding,) = cast(Sequence[int], geometry.padding)
+            geometry = Geometry((1, stride), (0, padding), (1, dilation), geometry.groups)
         return cls(torch.float32 if x.dtype in _HALF else x.dtype, one_dim, training, geometry)
 
     def maps(self, x: Tensor) -> Tensor:
