@@ -21,6 +21,7 @@ from sweep_rows import Rows, measure_here
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "coverage.jsonl"
+PACKAGES = DOCS / "coverage-packages.jsonl"  # of tests/make_packages.py
 TABLE = DOCS / "coverage.md"
 TITLES = {"torchvision": "torchvision", "timm": "timm", "smp": "segmentation-models-pytorch", "hf": "HF transformers"}
 
@@ -114,8 +115,9 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def write_table() -> None:
-    cases = all_cases()
     rows = SWEEP.measured()
+    cases = all_cases()
+    cases += [case for case in rows if case not in cases]  # of libraries that aren't installed here
     lines = [
         "# Coverage",
         "",
@@ -155,8 +157,21 @@ def write_table() -> None:
             ]
     if missing := [case for case in cases if case not in rows]:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    lines += ["", *_of_packages()]
     TABLE.write_text("\n".join(lines) + "\n")
     print(f"{TABLE}: {len(cases) - len(missing)} of {len(cases)} models")
+
+
+def _of_packages() -> list[str]:
+    import packages_covering
+    import packages_table
+    import packages_zoo
+
+    rows = Rows(PACKAGES, packages_covering.Row, "", 0).measured()
+    packages = list(packages_zoo.table())
+    wanted = sorted(packages_zoo.names(), key=lambda case: packages.index(case.partition(":")[0]))
+    measured = [rows[case] for case in wanted if case in rows]
+    return packages_table.section(measured, [case for case in wanted if case not in rows])
 
 
 def main() -> None:

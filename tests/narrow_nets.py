@@ -314,6 +314,25 @@ class HalfAffine(Trunk):
         return self.norm(super().features(x))
 
 
+class LinearAttention(Trunk):
+    """EfficientViT's (arXiv:2205.14756): queries, keys and values of two scales, in heads, and maps again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.join = nn.Conv2d(32, 48, 1), nn.Conv2d(32, 32, 1)
+        self.wider = nn.Sequential(nn.Conv2d(48, 48, 5, padding=2, groups=48), nn.Conv2d(48, 48, 1, groups=6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        qkv = self.qkv(x)
+        heads = torch.cat([qkv, self.wider(qkv)], 1).reshape(len(x), -1, 24, x[0, 0].numel()).transpose(-1, -2)
+        q, k, v = heads.chunk(3, -1)
+        v = F.pad(v, (0, 1), value=1.0)
+        made = F.relu(q) @ (F.relu(k).transpose(-1, -2) @ v)
+        made = (made[..., :-1] / (made[..., -1:] + 1e-3)).transpose(-1, -2)
+        return self.head((x + self.join(made.reshape(len(x), -1, *x.shape[2:]))).mean((2, 3)))
+
+
 PROGRAMS: dict[str, Callable[[], nn.Module]] = {
     "reshape(-1, C)": Tokens,
     "contiguous": Contiguous,
@@ -336,6 +355,7 @@ PROGRAMS: dict[str, Callable[[], nn.Module]] = {
     "looks at values": LooksAtValues,
     "gains": Gains,
     "half affine": HalfAffine,
+    "linear attention": LinearAttention,
 }
 
 

@@ -95,6 +95,20 @@ def test_versions_of_modules(tmp_path, monkeypatch):
     assert dyconvert.load(tmp_path / "first", seeded(Versioned)).scale.item() == pytest.approx(1 / 3)
 
 
+class LoadsItself(FlatNet):
+    """A model with a `load_state_dict` of its own, as CompressAI's, which takes no `assign`."""
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True) -> object:
+        return super().load_state_dict(state_dict, strict=strict)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_load_state_dict_of_the_models_own(device, tmp_path):
+    dynamic = trained(seeded(LoadsItself), g=2)
+    dyconvert.save(dynamic, tmp_path / "saved")
+    assert same(dyconvert.load(tmp_path / "saved", seeded(LoadsItself, seed=1).to(device)), dynamic)
+
+
 def test_a_module_that_rejects_its_state(tmp_path, monkeypatch):
     dyconvert.save(dyconvert.convert(seeded(Versioned), g=2), tmp_path / "saved")
 

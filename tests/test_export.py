@@ -390,6 +390,33 @@ def test_large_models_keep_their_weights_beside_the_file(net, tmp_path, monkeypa
     assert [p.name for p in done.file.parent.iterdir()] == ["m.onnx"]
 
 
+class Conditioned(nn.Module):
+    """Images, a step for each, and tokens, as a diffusion model takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.steps, self.words = nn.Embedding(10, 8), nn.Embedding(20, 8)
+
+    def forward(self, x: Tensor, step: Tensor, tokens: Tensor) -> Tensor:
+        scale = self.steps(step) + self.words(tokens).mean(1)
+        return self.conv(self.stem(x).relu() * scale[:, :, None, None])
+
+
+def test_inputs_that_are_no_maps(tmp_path):
+    def given(batch: int) -> tuple[Tensor, ...]:
+        return images(batch), torch.arange(batch), torch.arange(5 * batch).view(batch, 5) % 20
+
+    model = randomised(dyconvert.convert(seeded(Conditioned), example=given(2)))
+    done = export_onnx(model, tmp_path / "m.onnx", given(2))
+    run = session(done.file)
+    feeds = dict(zip([each.name for each in run.get_inputs()], (t.numpy() for t in given(3)), strict=True))
+    with torch.no_grad():
+        expected = model(*given(3))
+    assert (torch.from_numpy(run.run(None, feeds)[0]) - expected).abs().max() < AGREES * expected.abs().max()
+    export_torch(model, tmp_path / "m.pt2", given(2))
+
+
 @pytest.mark.parametrize("example", [(), ([torch.zeros(3, 16, 16)],), torch.zeros(5), (torch.zeros(2, 3, 8, 8), 4)])
 def test_other_inputs_are_refused(net, example, tmp_path):
     with pytest.raises(ExportError, match=r"\[N, C, \*spatial\]"):

@@ -251,3 +251,29 @@ def test_on_a_cuda_device() -> None:
     # TF32 would round to ten bits; the default for convs on recent devices.
     with torch.backends.cudnn.flags(allow_tf32=False):
         assert dyconvert.verify(model, dynamic, image().cuda()).relative < 1e-4
+
+
+class Packs(nn.Module):
+    """As Tacotron 2's encoder: how long each sequence is must be values, of which none may be zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(8, 8, 5, padding=2), nn.Conv1d(8, 8, 5, padding=2)
+        self.lstm = nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(self.conv1(x.mul_(2)).relu()).transpose(1, 2)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+def test_examples_of_models_that_look_at_values_keep_theirs() -> None:
+    model = seeded(Packs)
+    x, lengths = torch.randn(2, 8, 20), torch.tensor([20, 15])
+    given = x.clone()
+    plan = dyconvert.plan(model, example=(x, lengths), include_stem=True)
+    assert [conv.name for conv in plan.converted] == ["conv1", "conv2"]
+    assert torch.equal(x, given)
+    dynamic = dyconvert.convert(model, plan)
+    with torch.no_grad():
+        assert torch.allclose(dynamic(x.clone(), lengths), model(x.clone(), lengths), atol=1e-5)

@@ -147,7 +147,11 @@ def load_weights(
         else:
             state[name] = read[origin[name]]
     try:
-        model.load_state_dict(with_versions(state, model, saved), assign=assign)
+        if assign:
+            # By torch's own: a model's override, as CompressAI's, may not know of assigning.
+            nn.Module.load_state_dict(model, with_versions(state, model, saved), assign=True)
+        else:
+            model.load_state_dict(with_versions(state, model, saved))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         # A module's own code reads its part of the state.
         raise RuntimeError(f"{type(model).__name__} rejects the state that was saved: {brief(error)}") from error

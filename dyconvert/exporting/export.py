@@ -51,7 +51,7 @@ def export_onnx(
         model: converted or static; exported in eval mode, on the CPU, and left as it is. Fused first
             (:func:`~dyconvert.surgery.fuse.fuse`), it becomes a smaller graph.
         file: replaced if it exists, in one step.
-        example: an input `[N, C, *spatial]`, or the tuple of the forward's arguments.
+        example: an input `[N, C, *spatial]`, or the tuple of the forward's arguments, all of them tensors.
         dynamic_batch: the file takes any number of images. False: the example's.
         dynamic_size: the file takes any spatial size that the model takes. False: the example's.
         fp16: weights and computation in float16, half the size. Inputs and outputs stay as they are.
@@ -202,10 +202,13 @@ def example_and_axes(
     """The example on the CPU, with two images or more where their number is dynamic, and the dynamic axes."""
     check_module(model)
     arguments = as_arguments(example)
-    if not arguments or not all(isinstance(a, Tensor) and a.dim() > 2 for a in arguments):
+    tensors = [a for a in arguments if isinstance(a, Tensor) and a.dim()]
+    # Beside images there may be what conditions them: a step [N], tokens [N, L].
+    if len(tensors) < len(arguments) or not any(a.dim() > 2 for a in tensors):
         raise ExportError(
             f"{type(model).__name__} is to be exported with an example of {', '.join(map(_kind, arguments)) or '()'}. "
-            "Models whose inputs are tensors [N, C, *spatial] can be exported; export such a part of this one."
+            "Models whose inputs are tensors, one of them [N, C, *spatial], can be exported; export such a part of "
+            "this one."
         )
     arguments = tree_map_only(Tensor, lambda t: t.detach().cpu(), arguments)
     if dynamic_batch and len({a.shape[0] for a in arguments}) == 1 and arguments[0].shape[0] == 1:

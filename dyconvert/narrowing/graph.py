@@ -23,6 +23,7 @@ from dyconvert.narrowing.obstacles import Obstacles, Padding, follow_padding
 
 STEM = "the stem"
 OUTPUT = "the model's output"
+ENDLESS = "they are reshaped in ways that don't fit together"
 SINGLE = "a single channel"
 
 
@@ -290,7 +291,13 @@ def _group(
     place = {channel: position for position, channel in enumerate(rest)}
     members, kept = [], None
     unit = torch.arange(len(rest))
-    for node, side, numbers, roots in bridge.coupled(traced.graph, module, rest):
+    try:
+        coupled = list(bridge.coupled(traced.graph, module, rest))
+    except bridge.Endless:
+        covered.setdefault(name, set()).update(rest)
+        cutters[name] = bridge.cutter(traced.graph, module)
+        return Group(name, len(rest), [Member(name, "out", torch.tensor(rest), unit)], unit, ENDLESS)
+    for node, side, numbers, roots in coupled:
         target = node.module
         if kept is None and (kept := traced.obstacles.of(node, max(numbers) + 1)) and id(target) in names:
             kept = f"{names[id(target)]}: {kept}"

@@ -122,11 +122,53 @@ def cutter(graph: DependencyGraph, module: Any) -> Any:
     return graph.get_pruner_of_module(module)
 
 
+class Endless(Exception):
+    """Ever more channels are coupled: reshapes on a way around don't fit together."""
+
+
 def coupled(graph: DependencyGraph, module: nn.Module, channels: list[int]) -> Iterator[Coupled]:
-    """All that goes along with output channels of a module, itself first."""
+    """All that goes along with output channels of a module, itself first.
+
+    Raises:
+        Endless: there is no end of it.
+    """
+    dependencies = [dependency for node in nodes(graph) for dependency in node.dependencies]
+    steps = _Steps(4 * len(dependencies) * len(channels))
+    for dependency in dependencies:
+        dependency.index_mapping = _Counted(dependency.index_mapping, steps)
     for item in graph.get_pruning_group(module, cutter(graph, module).prune_out_channels, channels):
         side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
         yield Coupled(item.dep.target, side, list(item.idxs), list(item.root_idxs))
+
+
+class _Steps:
+    """Counts the channels that are gone through.
+
+    Args:
+        expected: so many may be, or a million; the largest group of DenseNet-121 and ResNet50 takes a third of that.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self.limit = max(expected, 1_000_000)
+        self.done = 0
+
+    def __call__(self, channels: list[Any]) -> list[Any]:
+        self.done += len(channels)
+        if self.done > self.limit:
+            raise Endless
+        return channels
+
+
+class _Counted(list):
+    """A dependency's mappings of channels from one place to the next, and the counter behind them."""
+
+    def __init__(self, mappings: list[Any], steps: _Steps) -> None:
+        super().__init__(mappings)
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        yield self._steps
 
 
 def channels_out(graph: DependencyGraph, node: Node) -> int | None:

@@ -49,6 +49,7 @@ class Observation:
     Attributes:
         args, kwargs: the arguments that the model was called with, on the meta device.
         real: the run was one with values, for the model looks at them.
+        values: the same arguments with the values of that run, where it was one with values.
         hooked: the model's own hooks took part in the run, for it doesn't run without them.
         calls: every call of every watched module in eval mode, by name, in the order of their first calls.
         training: the same of the training step, backward included; None: the model can't be trained on the example.
@@ -68,6 +69,7 @@ class Observation:
     outputs: list[Any] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
     edits: bool = False
+    values: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     @property
     def example(self) -> Any:
@@ -76,7 +78,7 @@ class Observation:
 
     def placed(self, runner: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for another run of a copy that :func:`trial_copy` made."""
-        return _placed(runner, (self.args, self.kwargs), self.real)
+        return _placed(runner, self.values or (self.args, self.kwargs), self.real)
 
     @property
     def image_channels(self) -> int | None:
@@ -129,6 +131,7 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
                     break
                 continue
             observation.real, observation.hooked = real, hooked
+            observation.values = (args, kwargs) if real else None
             if train:
                 runner = trial_copy(model, real, hooked)
                 versions = [p._version for p in runner.parameters()]
@@ -346,7 +349,7 @@ def _placed(model: nn.Module, values: Any, real: bool) -> Any:
     def place(t: Tensor) -> Tensor:
         if t.device.type == "meta" and device.type != "meta":
             return torch.zeros(t.shape, dtype=t.dtype, device=device)
-        return t.detach().to(device)
+        return t.detach().to(device, copy=True)  # a forward may write into it
 
     return tree_map_only(Tensor, place, values)
 
