@@ -229,3 +229,15 @@ def test_the_command_line(cli, tmp_path):
     refused = cli("digits-resnet8", "--compress", "int4", "-o", tmp_path / "c")
     assert refused.code == 2
     assert "int8 or bfloat16" in refused.said
+
+
+def test_predictors_that_int8_would_shift_are_kept_in_bfloat16(net, tmp_path, monkeypatch):
+    monkeypatch.setattr("dyconvert.surgery.compress._CLOSE", 1e-6)
+    small = dyconvert.compress(moved(net), "int8", images())
+    assert "(the predictors to bfloat16)" in str(small.dyconvert_compression)
+    assert small.layer1[0].conv1.weight.dtype == torch.int8
+    layers = [m for m in small.modules() if isinstance(m, CompressedLinear)]
+    assert {m.weight.dtype for m in layers} == {torch.bfloat16}
+    dyconvert.save(small, tmp_path / "small")
+    loaded = dyconvert.load(tmp_path / "small", seeded(ResidualNet))
+    assert dyconvert.verify(small, loaded, images()).absolute == 0

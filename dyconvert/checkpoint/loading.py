@@ -72,7 +72,8 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
                 static = rebuild_narrowed(static, description.narrowing)
             result = static if description.plan is None else rebuild(static, description.plan)
             if description.compression is not None:
-                compress_in_place(result, description.compression.dtype, fill=False)
+                compression = description.compression
+                compress_in_place(result, compression.dtype, compression.predictors, fill=False)
             load_weights(result, weights, description.extra_state, old_prefixes(description.plan))
         except (PlanError, RuntimeError, SafetensorError, LimitError) as error:
             raise CheckpointError(

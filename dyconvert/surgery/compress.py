@@ -1,6 +1,6 @@
 """compress(model): a converted model whose experts and predictors take fewer bits, for inference."""
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -16,6 +16,8 @@ from dyconvert.surgery.convert import example_of
 
 # Relative to the largest output: beyond, a compressed model doesn't compute what it did.
 TOLERANCE = {"int8": 5e-2, "bfloat16": 2e-2}
+# Beyond, predictors are kept in bfloat16 where experts are in int8.
+_CLOSE = 1e-2
 # A predictor's linear layers: attributes of `CoefficientPredictor`.
 _LAYERS = ("hidden", "linear")
 
@@ -24,7 +26,8 @@ class Compression(BaseModel):
     """How a model was compressed.
 
     Attributes:
-        dtype: of the experts' differences and the predictors' weights, `"int8"` or `"bfloat16"`.
+        dtype: of the experts' differences, `"int8"` or `"bfloat16"`.
+        predictors: of the predictors' weights.
         difference: how far the outputs for the example were from those before, relative to the largest; None: there was
             no example.
     """
@@ -32,11 +35,13 @@ class Compression(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dtype: Literal["int8", "bfloat16"]
+    predictors: Literal["int8", "bfloat16"]
     difference: float | None = None
 
     def __str__(self) -> str:
         found = "not compared" if self.difference is None else f"largest difference {self.difference:.1e} relative"
-        return f"compressed to {self.dtype}, {found}"
+        also = "" if self.predictors == self.dtype else f" (the predictors to {self.predictors})"
+        return f"compressed to {self.dtype}{also}, {found}"
 
 
 def compress(model: nn.Module, dtype: str = "int8", example: Any = None, *, check: bool = True) -> nn.Module:
@@ -48,7 +53,8 @@ def compress(model: nn.Module, dtype: str = "int8", example: Any = None, *, chec
 
     Args:
         model: a converted model, trained or not, fused or not; left as it is.
-        dtype: `"int8"`, with a scale for each expert and output channel, or `"bfloat16"`.
+        dtype: `"int8"`, with a scale for each expert and output channel, or `"bfloat16"`. With int8, the predictors are
+            kept in bfloat16 where the outputs would differ by more than 1e-2 otherwise.
         example: an input, or the tuple of the forward's arguments, on which the outputs are compared. None: that of the
             conversion, or random images of a common size that fits.
         check: compare the outputs, and refuse a model that computes something else.
@@ -63,32 +69,47 @@ def compress(model: nn.Module, dtype: str = "int8", example: Any = None, *, chec
     """
     _check(model, dtype)
     replaced = {id(p) for module in _compressible(model) for p in module.parameters(recurse=False)}
-    # What is about to be replaced may be shared with the original until then.
-    result = skeleton(model, lambda t: t.detach() if id(t) in replaced else t.detach().clone())
-    in_eval_mode(compress_in_place(result, dtype))
-    difference = _difference(model, result, dtype, example) if check else None
-    mark_compression(
-        result, Compression(dtype=cast(Any, dtype), difference=None if difference is None else difference.relative)
-    )
+
+    def made(predictors: str) -> tuple[nn.Module, Differences | None]:
+        # What is about to be replaced may be shared with the original until then.
+        result = skeleton(model, lambda t: t.detach() if id(t) in replaced else t.detach().clone())
+        in_eval_mode(compress_in_place(result, dtype, predictors))
+        return result, _compared(model, result, example) if check else None
+
+    predictors = dtype
+    result, found = made(predictors)
+    if dtype == "int8" and found is not None and found.relative > _CLOSE:
+        # What predictors read is much alike in all images, so their rounding shifts all images' coefficients alike.
+        predictors = "bfloat16"
+        result, found = made(predictors)
+    if found is not None and found.relative > TOLERANCE[dtype]:
+        _refuse(model, found, dtype, example)
+    difference = None if found is None else found.relative
+    mark_compression(result, Compression(dtype=_named(dtype), predictors=_named(predictors), difference=difference))
     return result
 
 
-def compress_in_place(model: nn.Module, dtype: str, *, fill: bool = True) -> nn.Module:
+def _named(dtype: str) -> Any:
+    """A dtype's name, as one of those that are known."""
+    return dtype
+
+
+def compress_in_place(model: nn.Module, dtype: str, predictors: str, *, fill: bool = True) -> nn.Module:
     """Put what is compressed in the place of what isn't, without a check.
 
     Args:
+        dtype, predictors: of the experts' differences, and of the predictors' weights.
         fill: False: with no values, which will be loaded.
     """
-    torch_dtype = DTYPES[dtype]
     for module in _compressible(model):
         if isinstance(module, DynamicConv):
-            module.compress(torch_dtype, fill=fill)
+            module.compress(DTYPES[dtype], fill=fill)
             continue
         for name in _LAYERS:
             layer = getattr(module, name)
             if layer is not None:
                 make = CompressedLinear.of if fill else CompressedLinear.empty_like
-                setattr(module, name, make(layer, torch_dtype).train(layer.training))
+                setattr(module, name, make(layer, DTYPES[predictors]).train(layer.training))
     return model.requires_grad_(False)
 
 
@@ -119,17 +140,18 @@ def _check(model: nn.Module, dtype: str) -> None:
             raise ModelError(f"An expert of {name or 'the model'} isn't finite, and can't be compressed.")
 
 
-def _difference(model: nn.Module, result: nn.Module, dtype: str, example: Any) -> Differences | None:
+def _compared(model: nn.Module, result: nn.Module, example: Any) -> Differences | None:
+    """How far the outputs are apart; None: no input is known."""
     with kept_random_state():
         example = example_of(model, plan_of(model), example)
-        if example is None:
-            return None
-        found = verify(model, result, example)
-        if found.relative <= TOLERANCE[dtype]:
-            return found
-        # A model that draws random numbers by itself differs from itself.
-        if verify(model, sharing_copy(model), example).relative >= found.relative / 10:
-            return found
+        return None if example is None else verify(model, result, example)
+
+
+def _refuse(model: nn.Module, found: Differences, dtype: str, example: Any) -> None:
+    # A model that draws random numbers by itself differs from itself.
+    itself = _compared(model, sharing_copy(model), example)
+    if itself is not None and itself.relative >= found.relative / 10:
+        return
     raise ModelError(
         f"Compressed to {dtype}, {type(model).__name__} computes something else: {found}; {TOLERANCE[dtype]:g} "
         "relative is allowed. Nothing was changed. Take 'bfloat16', or check=False and measure the accuracy."
