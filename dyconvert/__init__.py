@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from dyconvert.checkpoint import load, save
+    from dyconvert.checkpoint import load, push, save
     from dyconvert.differences import Differences, verify
     from dyconvert.errors import (
         CheckpointError,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 # Where each name is defined. A name's module is imported when the name is first asked for: torch and all that stands on
 # it take seconds to import. Type checkers read the imports above instead; a test compares the two.
 _HOMES = {
-    "checkpoint": ("load", "save"),
+    "checkpoint": ("load", "push", "save"),
     "differences": ("Differences", "verify"),
     "errors": (
         "CheckpointError",
@@ -146,6 +146,7 @@ __all__ = [
     "pair_experts",
     "plan",
     "preprocessing",
+    "push",
     "save",
     "set_trainable",
     "tune",

@@ -13,6 +13,8 @@ from typing import Any
 
 # dyconvert.json of the largest models of timm (1,000 convs) has 0.5 MB, a report.json of 1,000 images 20 MB.
 JSON_BYTES = 64 * 2**20
+# A model card: the longest on the Hub have 200 kB.
+CARD_BYTES = 2**20
 # Plans and reports have 8 levels; Python's own reading gives up at about 1,000, and what recurses over it sooner.
 DEPTH = 50
 # The longest shipped recipe has 4 kB and 100 values; sweeps of many runs a few thousand.

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dyconvert.errors import DyconvertError, brief
+from dyconvert.errors import DyconvertError
+from dyconvert.limits import IMAGE_PIXELS, INPUT_SIDE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # By channel, as torchvision and timm normalise.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SIZE = Annotated[int, Field(ge=1, le=1 << 16)]
+_SIZE = Annotated[int, Field(ge=1, le=INPUT_SIDE)]
+_NUMBER = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Preprocessing(BaseModel):
@@ -39,8 +40,8 @@ class Preprocessing(BaseModel):
     keep: bool = False
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     on: Literal["image", "tensor"] = "image"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[_NUMBER, ...] = IMAGENET_MEAN
+    std: tuple[_NUMBER, ...] = IMAGENET_STD
     classes: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
@@ -57,21 +58,50 @@ class Preprocessing(BaseModel):
         """The image, a PIL image or a file, as the model takes it: `[C, H, W]`, float32.
 
         Raises:
-            DyconvertError: the file can't be read as an image.
+            DyconvertError: the file can't be read as an image, or would become too large.
         """
         from torchvision.transforms.v2 import functional as F
 
-        found: Any = read_image(image) if isinstance(image, str | os.PathLike) else image
-        found = found.convert("L" if self.size[0] == 1 else "RGB")
+        found: Any = self._decoded(image)
         if self.on == "tensor":
             found = F.pil_to_tensor(found)
         height, width = self.size[1:]
         if self.resize is not None and not (self.keep and tuple(F.get_size(found)) == (height, width)):
             sides = [self.resize] if isinstance(self.resize, int) else list(self.resize)
+            self._check_resized(*F.get_size(found))
             found = F.resize(found, sides, interpolation=F.InterpolationMode(self.interpolation), antialias=True)
         found = F.center_crop(found, [height, width])
         tensor = found if self.on == "tensor" else F.pil_to_tensor(found)
         return F.normalize(tensor.float() / 255, list(self.mean), list(self.std))
+
+    def _decoded(self, image: Any) -> "Image":
+        from PIL import Image
+
+        from dyconvert.pictures import PictureError, in_mode, read_picture
+
+        mode = "L" if self.size[0] == 1 else "RGB"
+        name = "The image"
+        try:
+            if isinstance(image, Image.Image):
+                return in_mode(image, mode)
+            if not isinstance(image, str | os.PathLike):
+                raise DyconvertError(f"An image is a PIL image or a file, and not a {type(image).__name__}.")
+            name = str(image)
+            if not os.path.exists(image):
+                raise DyconvertError(f"There is no image {image}. Give the path of an existing file.")
+            return read_picture(image, mode)
+        except (PictureError, ValueError) as error:
+            raise DyconvertError(
+                f"{name} can't be read as an image: {error}. It is damaged, or of another kind."
+            ) from error
+
+    def _check_resized(self, height: int, width: int) -> None:
+        """Refuse what would grow beyond all measure: a long line, whose shorter side is one pixel."""
+        if isinstance(self.resize, int) and self.resize**2 * max(height, width) > IMAGE_PIXELS * min(height, width):
+            raise DyconvertError(
+                f"An image of {width:,} x {height:,} pixels, whose shorter side is to have {self.resize:,}, would have "
+                f"more than {IMAGE_PIXELS:,}. Crop it first."
+            )
 
     def batch(self, images: Sequence[Any]) -> "Tensor":
         """Several images, `[N, C, H, W]`.
@@ -86,24 +116,3 @@ class Preprocessing(BaseModel):
     def class_name(self, index: int) -> str:
         """The name of an output; its number where it has none."""
         return self.classes[index] if self.classes is not None and index < len(self.classes) else str(index)
-
-
-def read_image(file: str | os.PathLike[str]) -> "Image":
-    """Decode an image file.
-
-    Raises:
-        DyconvertError: it is missing, or no image.
-    """
-    from PIL import Image
-
-    path = Path(file)
-    if not path.is_file():
-        raise DyconvertError(f"There is no image {path}. Give the path of an existing file.")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:
-        raise DyconvertError(
-            f"{path} can't be read as an image: {brief(error)}. It is damaged, or of another kind."
-        ) from error

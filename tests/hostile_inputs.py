@@ -616,6 +616,8 @@ def images(rng: random.Random, good: Path) -> Iterator[Case]:
             ["convert", "digits-resnet8", "--model-arg", "width=2", "--weights", "none", "--width", "0.5", "--static",
              "--data", "data/train", "--round-to", "1"],
             ["inspect", "saved", "--data", "data/train"],
+            ["predict", "saved", "data/train"],
+            ["predict", "saved", "data/train/a/x.png", "--json"],
             ["collapse", "saved", "--data", "data/train", "-o", "c.pth"],
             ["report", "saved", "--data", "data/train", "--sizes", "none", "--seconds", "0"],
             [*from_folder, "--dry-run"],
@@ -656,6 +658,7 @@ OPTIONS: list[tuple[list[str], str]] = [
         "--round-to --method --weights --model-arg --keep --init --std --data --calibration-images --device",
     ),
     (["inspect", "saved"], "--input-size --limit --data --model --mean --std --device"),
+    (["predict", "saved", "data"], "--top --input-size --mean --std --batch-size --model --device"),
     (
         ["collapse", "saved", "-o", "c.safetensors"],
         "--input-size --limit --data --model --output --coefficients --batch-size",
@@ -730,6 +733,8 @@ def python_arguments(rng: random.Random, good: Path) -> Iterator[Case]:
         text = found if isinstance(found, str) else None
         number = found if isinstance(found, int | float) else 2
         calls: dict[str, Callable[[], Any]] = {
+            "hub": lambda v=text: dyconvert.load(f"hf://{v}" if v else "hf://user/name"),
+            "push": lambda v=text: dyconvert.push("saved", v or ""),
             "load": lambda v=text: dyconvert.load(v or "saved"),
             "save": lambda v=text: dyconvert.save(dynamic, v or "saved/x", force=True),
             "load_recipe": lambda v=text, n=found: dyconvert.load_recipe(v or "quickstart", [f"train.lr={n}"]),

@@ -14,7 +14,7 @@ from torch import nn
 import dyconvert
 from dyconvert import CheckpointError, ModelError, models
 
-WHOLE = ["dyconvert.json", "model.safetensors"]
+WHOLE = ["README.md", "dyconvert.json", "model.safetensors"]
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_an_older_save_is_replaced(saved, net):
         newer = trained(net, seed=seed)
         dyconvert.save(newer, directory)
         assert same(dyconvert.load(directory, net), newer)
-        assert len(listed(directory)) == 2
+        assert len(listed(directory)) == 3
 
 
 # ---- What is refused ----

@@ -111,7 +111,7 @@ def test_killed_while_saving(tmp_path, net):
         assert same(dyconvert.load(tmp_path / step, net), trained(net, seed=seed)), step
         dyconvert.save(newest, tmp_path / step)
         assert same(dyconvert.load(tmp_path / step, net), newest)
-        assert len(listed(tmp_path / step)) == 2
+        assert len(listed(tmp_path / step)) == 3
 
 
 LIMITED = """
@@ -139,5 +139,5 @@ def test_a_file_may_grow_no_further(tmp_path, net):
         timeout=120,
     )
     assert "can't be written" in child.stdout, child.stderr
-    assert listed(tmp_path / "saved") == ["dyconvert.json", "model.safetensors"]
+    assert listed(tmp_path / "saved") == ["README.md", "dyconvert.json", "model.safetensors"]
     assert same(dyconvert.load(tmp_path / "saved", net), trained(net))

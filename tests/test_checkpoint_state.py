@@ -296,5 +296,5 @@ def test_two_savers_and_a_reader(rounds, tmp_path):
     assert queue.empty()
     assert read
     assert any(same(dyconvert.load(directory, net), each) for each in known)
-    assert len(listed(directory)) == 2
+    assert len(listed(directory)) == 3
     assert listed(tmp_path) == ["race"]

@@ -22,7 +22,11 @@ def narrowed_by_hand(net: nn.Module) -> nn.Module:
 
 
 def test_a_static_model(tmp_path, net):
-    assert listed(dyconvert.save(net, tmp_path / "saved", static=True)) == ["dyconvert.json", "model.safetensors"]
+    assert listed(dyconvert.save(net, tmp_path / "saved", static=True)) == [
+        "README.md",
+        "dyconvert.json",
+        "model.safetensors",
+    ]
     loaded = dyconvert.load(tmp_path / "saved", seeded(ResidualNet, seed=1))
     assert same(loaded, net)
     assert not loaded.training

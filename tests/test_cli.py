@@ -139,7 +139,7 @@ def test_force_replaces_what_is_there(cli, models_file, tmp_path):
     for options in ([], ["--g", 2, "--force"]):
         ran = cli(f"{models_file}:net", "--input-size", 16, "--output", "out", *options)
     assert converted(ran, tmp_path / "out").layer1[0].conv1.g == 2
-    assert len(listed(tmp_path / "out")) == 2
+    assert len(listed(tmp_path / "out")) == 3
 
 
 # ---- Factories and weights files ----

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def good(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _imported() -> None:
+def _imported() -> Iterator[None]:
     """What the commands import lazily is imported before the forks."""
+    import huggingface_hub
     import matplotlib.pyplot  # noqa: F401
     import timm  # noqa: F401
 
@@ -56,6 +58,11 @@ def _imported() -> None:
     import dyconvert.finetuning.run
     import dyconvert.finetuning.sweeps.runner
     import dyconvert.report.page  # noqa: F401
+
+    with pytest.MonkeyPatch.context() as patch:
+        # What asks the Hub would be taken for code that connects to somewhere.
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
 
 
 def attempt(case: Case) -> dict[str, object]:

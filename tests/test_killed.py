@@ -89,7 +89,7 @@ def test_save(over_an_old_one, times, tmp_path):
         dyconvert.save(new, directory)
         assert same(dyconvert.load(directory, net), new)
         assert not leftovers(tmp_path)
-        assert len(listed(directory)) == 2
+        assert len(listed(directory)) == 3
 
     killed(lambda: dyconvert.save(new, directory), times, prepare, check)
 
@@ -112,7 +112,7 @@ def test_convert(times, tmp_path, monkeypatch):
         states[2] = states[2] or dyconvert.load("out")
         assert same(dyconvert.load("out"), states[2])
         assert listed(tmp_path) == ["out"]
-        assert len(listed(tmp_path / "out")) == 2
+        assert len(listed(tmp_path / "out")) == 3
 
     killed(lambda: run([*words, "2"]), times, lambda: dyconvert.save(old, "out", force=True), check)
 

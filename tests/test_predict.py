@@ -1,9 +1,12 @@
 """predict: images prepared as the model's library or recipe does, classes by their names."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
+from hostile_inputs import png
 from nets import ResidualNet, listed, seeded
 from PIL import Image
 
@@ -163,3 +166,60 @@ def test_a_fine_tuned_model_knows_its_classes(cli):
         found = dyconvert.preprocessing(dyconvert.load(place, trust_code=True))
         assert found.classes == tuple("0123456789")
         assert found.size == (1, 8, 8)
+
+
+def test_grey_images_of_16_bits_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    for channels in (1, 3):
+        prepare = Preprocessing(size=(channels, 8, 8), mean=(0.0,) * channels, std=(1.0,) * channels)
+        for given in (tmp_path / "ramp.png", Image.open(tmp_path / "ramp.png")):
+            found = prepare(given)
+            assert found.shape == (channels, 8, 8)
+            assert torch.allclose(found[0], torch.from_numpy(ramp.astype(np.float32)) / 65535, atol=1 / 255)
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (10_000, 9_000), (20_000, 1)])
+def test_images_that_would_fill_the_memory(size, tmp_path):
+    (tmp_path / "big.png").write_bytes(png(*size))
+    with pytest.raises(dyconvert.DyconvertError, match=r"at most|Crop it|bomb"):
+        Preprocessing(size=(3, 224, 224), resize=256)(tmp_path / "big.png")
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "empty", "text", "nothing", "/dev/zero"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_what_is_no_image(what, tmp_path):
+    file = tmp_path / "x.png"
+    if what == "pipe":
+        os.mkfifo(file)
+    elif what == "folder":
+        file.mkdir()
+    elif what == "/dev/zero":
+        file.symlink_to(what)
+    elif what != "nothing":
+        file.write_text("" if what == "empty" else "text")
+    with pytest.raises(dyconvert.DyconvertError, match=r"x\.png"):
+        Preprocessing(size=(3, 8, 8))(file)
+
+
+@pytest.mark.parametrize("value", [5, None, torch.zeros(3, 8, 8), b"x"], ids=lambda value: type(value).__name__)
+def test_other_kinds_of_images(value):
+    with pytest.raises(dyconvert.DyconvertError, match="PIL image or a file"):
+        Preprocessing(size=(3, 8, 8))(value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": (3, 10**6, 8)},
+        {"resize": 10**6},
+        {"mean": (float("nan"), 0, 0)},
+        {"std": (float("inf"), 1, 1)},
+        {"std": (0, 1, 1)},
+        {"size": (2, 8, 8)},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense(change):
+    with pytest.raises(ValueError, match="validation error"):
+        Preprocessing(**({"size": (3, 8, 8)} | change))

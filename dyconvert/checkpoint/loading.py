@@ -13,10 +13,10 @@ from torch import nn
 from dyconvert import models
 from dyconvert.arguments import check_module
 from dyconvert.checkpoint.description import DESCRIPTION, Description, described, read_description, source_in
+from dyconvert.checkpoint.hub import local
 from dyconvert.checkpoint.tensors import count_tensors, load_weights
 from dyconvert.copying import copied, in_eval_mode
 from dyconvert.errors import CheckpointError, PlanError
-from dyconvert.files import as_path
 from dyconvert.limits import WEIGHTS_BYTES, LimitError, check_ordinary
 from dyconvert.marks import mark_compression, mark_preprocessing, mark_source
 from dyconvert.narrowing.record import rebuild_narrowed
@@ -36,7 +36,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     """Load a model that :func:`save` wrote, in eval mode, on the CPU or on `model`'s device, in the dtype saved.
 
     Args:
-        directory: what was saved.
+        directory: what was saved, or where it is on the Hugging Face Hub: `"hf://user/name"`, or
+            `"hf://user/name@revision"` for one commit, tag or branch.
         model: the static architecture, of the original width, with any weights; left as it is. On the meta device
             it needs no memory, and the loaded one comes onto the CPU. None: it is built from its source.
         trust_code: run the source's code, where the source is a Python file or module of the user's own; and pass
@@ -44,9 +45,9 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
 
     Raises:
         CheckpointError: nothing was saved there; the files were altered or truncated, or are of a newer version;
-            the architecture doesn't fit, or is needed.
+            the architecture doesn't fit, or is needed; the Hub has no such model, or can't be reached.
     """
-    directory = as_path(directory, CheckpointError)
+    directory = local(directory)
     if model is not None:
         check_module(model)
     text = read_description(directory)

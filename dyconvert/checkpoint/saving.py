@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from dyconvert import models
 from dyconvert.arguments import check_module
+from dyconvert.checkpoint.card import CARD, Figures, counted, may_replace, model_card
 from dyconvert.checkpoint.description import DESCRIPTION, WEIGHTS, Description, json_sha256
+from dyconvert.checkpoint.hub import check_repo, push
 from dyconvert.checkpoint.tensors import is_ours, write_weights
 from dyconvert.errors import CheckpointError
 from dyconvert.files import as_path, locked, private_folder, said, settle
@@ -31,6 +33,8 @@ def save(
     force: bool = False,
     static: bool = False,
     preprocessing: Preprocessing | None = None,
+    figures: Figures | None = None,
+    push_to: str | None = None,
 ) -> Path:
     """Save a converted or narrowed model, trained or not.
 
@@ -44,6 +48,9 @@ def save(
         force: write into a directory that holds other things, which stay as they are.
         preprocessing: what images go through before the model sees them, and the names of its classes. None: what it
             was fine-tuned, saved or loaded with, if anything.
+        figures: rows of the model card's table, before and after by name: whole numbers are counts, others percentages.
+            None: the parameters.
+        push_to: put it onto the Hugging Face Hub as well, as `"user/name"`; see :func:`~dyconvert.push`.
         static: save a model that wasn't converted or narrowed as well, as a control.
 
     Returns:
@@ -72,6 +79,8 @@ def save(
         raise CheckpointError(
             f"preprocessing has to be a dyconvert.Preprocessing, not a {type(preprocessing).__name__}."
         )
+    if push_to is not None:
+        check_repo(push_to)
     narrowing = narrowing_of(model)
     plan = _plan_of(model, static or narrowing is not None)
     source = source or source_of(model)
@@ -103,6 +112,9 @@ def save(
                 preprocessing=preprocessing or preprocessing_of(model),
                 compression=compression_of(model),
             )
+            card = model_card(description, counted(model) if figures is None else figures, str(directory))
+            (made / CARD).write_bytes(card.encode("utf-8", "replace"))
+            settle(made / CARD)
             if exists or not _took_its_name(made, directory, description):
                 with locked(directory):
                     _replace(made, directory, description)
@@ -110,6 +122,8 @@ def save(
         mark_source(model, source)
     if preprocessing is not None:
         mark_preprocessing(model, preprocessing)
+    if push_to is not None:
+        push(directory, push_to)
     return directory
 
 
@@ -184,6 +198,9 @@ def _replace(made: Path, directory: Path, description: Description) -> None:
         if _used_weights(directory) != name:
             (directory / name).unlink(missing_ok=True)
         raise
+    # What a user wrote or edited stays.
+    if may_replace(directory):
+        os.replace(made / CARD, directory / CARD)
     for other in {*ours} - {name}:
         (directory / other).unlink(missing_ok=True)
 

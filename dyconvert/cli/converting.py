@@ -32,6 +32,7 @@ from dyconvert.surgery.plan import Plan
 
 # float32's rounding, through the deepest models, stays well below.
 TOLERANCE = 1e-4
+_TITLES = {"parameters": "parameters", "macs": "MACs, one image", "accuracy": "accuracy on 360 test digits"}
 
 
 @dataclass
@@ -110,7 +111,14 @@ def convert_and_save(
             dynamic = compress_model(dynamic, compress, example)
             figures["bytes"] = [size, tensor_bytes(dynamic)]
         tell(f"saving to {wanted}", 0, None)
-        checkpoint.save(dynamic, wanted, source=source, force=force, preprocessing=preprocessing_for(source))
+        checkpoint.save(
+            dynamic,
+            wanted,
+            source=source,
+            force=force,
+            preprocessing=preprocessing_for(source),
+            figures={_TITLES[name]: (before, after) for name, (before, after) in figures.items()},
+        )
     if as_json:
         result = {
             "model": source.to_json(),
@@ -203,8 +211,7 @@ def _print_figures(figures: dict[str, list[float]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "before", "after", ""):
         table.add_column(name, justify="right" if name else "left")
-    titles = {"parameters": "parameters", "macs": "MACs, one image", "accuracy": "accuracy on 360 test digits"}
-    for key, title in titles.items():
+    for key, title in _TITLES.items():
         if key in figures:
             before, after = figures[key]
             if key == "accuracy":

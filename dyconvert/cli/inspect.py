@@ -47,8 +47,9 @@ def inspect(
     from dyconvert.surgery.convert import plan as plan_model
 
     with progress(f"reading {directory}"):
-        description = checkpoint.describe(directory)
-        found = opened(str(directory), "default", trust_code, device, factory)
+        place = checkpoint.local(directory)
+        description = checkpoint.describe(place)
+        found = opened(str(place), "default", trust_code, device, factory)
         model = found.model
         check_finite(model, str(directory))
         example = example_of(model, None, size or image_size_for(found, data), 1)

@@ -34,6 +34,7 @@ def restored(directory: Path, trust_code: bool, factory: str | None) -> nn.Modul
     """A saved model; its static one is built by `--model`, if that is given, which is trusted for being named."""
     if factory is None:
         return checkpoint.load(directory, trust_code=trust_code)
+    directory = checkpoint.local(directory)
     saved = checkpoint.source_of(directory)
     arguments = {} if saved is None else saved.arguments
     # Numbers shape an architecture; a path or a name in a file isn't passed on to the user's code.
@@ -49,12 +50,12 @@ def restored(directory: Path, trust_code: bool, factory: str | None) -> nn.Modul
 def opened(text: str, weights: str, trust_code: bool, device: str | None = None, factory: str | None = None) -> Opened:
     """A model that dyconvert saved, if `text` is such a directory, or one that `convert` takes; on `--device`."""
     place = parse_device(device)
-    directory = Path(text)
+    directory = checkpoint.local(text)
     if directory.is_dir() or (directory / checkpoint.DESCRIPTION).exists():
         model = restored(directory, trust_code, factory).to(place)
         source = source_of(model)
         size = source.input_size if source else None
-        return Opened(model, name_of(directory), source, True, size or _size_in_plan(model))
+        return Opened(model, name_of(Path(text)), source, True, size or _size_in_plan(model))
     model, source = models.create(text, weights, {})
     return Opened(model.to(place), source.specifier.rpartition(":")[2], source, False, source.input_size)
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dyconvert import checkpoint
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.console import err
-from dyconvert.errors import RecipeError
+from dyconvert.errors import CheckpointError, RecipeError
 from dyconvert.finetuning.data.augment import preprocessing_of_data
 from dyconvert.finetuning.data.datasets import Part, check_classes, load_part
 from dyconvert.finetuning.data.loading import Prepared, steps_per_epoch, train_loader, val_loader
@@ -37,7 +38,7 @@ from dyconvert.finetuning.training.teacher_cache import kept_outputs
 from dyconvert.finetuning.training.trainers import check_devices, is_main_process, make_trainer
 from dyconvert.marks import mark_preprocessing
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.run_files import CHECKPOINT, LAST, PRETRAIN, RECIPE
+from dyconvert.run_files import CHECKPOINT, EMA, LAST, PRETRAIN, RECIPE
 
 Report = Callable[[str], None]
 
@@ -182,9 +183,31 @@ class _Session:
             seconds=results.elapsed(),
         )
         if is_main_process():
+            self._write_cards(summary)
             summary.save()
             file.unlink(missing_ok=True)
         return summary
+
+    def _write_cards(self, summary: Summary) -> None:
+        """What the run reached, in the model cards of what it saved."""
+        directory = Path(summary.directory)
+        for place, reached in (
+            (directory, summary.best),
+            (directory / LAST, summary.finetuned),
+            (directory / EMA, summary.ema),
+        ):
+            if reached is None or not (place / checkpoint.DESCRIPTION).is_file():
+                continue
+            figures: dict[str, tuple[float, float]] = {
+                f"{summary.metric}, %": (float(summary.original), float(reached)),
+                "parameters": summary.parameters,
+            }
+            if summary.macs is not None:
+                figures["MACs, one image"] = summary.macs
+            try:
+                checkpoint.write_card(place, figures)
+            except CheckpointError as error:
+                self.report(str(error))  # the run is whole without it
 
     def _module(self, model: nn.Module, learning: bool = False) -> FineTuner:
         recipe, networks = self.recipe, self.networks
