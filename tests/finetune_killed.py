@@ -47,12 +47,15 @@ def at_step(step: int, number: int = signal.SIGKILL) -> None:
     FineTuner.on_train_batch_start = hook
 
 
-def in_validation(epoch: int) -> None:
-    before = FineTuner.validation_step
+def in_validation(epoch: int, number: int = signal.SIGKILL) -> None:
+    before, done = FineTuner.validation_step, False
 
     def hook(self: FineTuner, *arguments: object) -> None:
-        if self.trainer.training is False and self.trainer.state.fn == "fit" and self.current_epoch == epoch:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal done
+        fitting = self.trainer.training is False and self.trainer.state.fn == "fit"
+        if fitting and self.current_epoch == epoch and not done:
+            done = True
+            os.kill(os.getpid(), number)
         before(self, *arguments)
 
     FineTuner.validation_step = hook
@@ -79,6 +82,8 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "validation": lambda: in_validation(1),
     "checkpoint": lambda: in_checkpoint(5),
     "ctrl-c": lambda: at_step(7, signal.SIGINT),
+    "ctrl-c in the last validation": lambda: in_validation(2, signal.SIGINT),
+    "the last validation": lambda: in_validation(2),
 }
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -345,3 +346,27 @@ def test_a_directory_that_is_a_link_to_itself(cli, tmp_path):
         ran = cli(command, "loop")
         assert ran.code == 2, ran.said
         assert "Error:" in ran.said
+
+
+def test_where_the_code_has_moved(cli, models_file, tmp_path):
+    assert cli(f"{models_file}:net", "--input-size", 16, "-o", "first", "-q").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    Path(models_file).rename(tmp_path / "elsewhere" / "code.py")
+    (tmp_path / "first").rename(tmp_path / "elsewhere" / "saved")
+    factory = "elsewhere/code.py:net"
+    commands = {
+        "inspect": ["inspect", "elsewhere/saved"],
+        "export": ["export", "elsewhere/saved", "--to", "torch", "-o", "x.pt2"],
+        "collapse": ["collapse", "elsewhere/saved", "-o", "x.pth"],
+        "report": ["report", "elsewhere/saved", "--sizes", "none", "--seconds", "0"],
+    }
+    for name, command in commands.items():
+        ran = cli(*command)
+        assert ran.code == 2, name
+        assert "--model FILE.py:FACTORY" in " ".join(ran.said.split())
+        ran = cli(*command, "--model", factory)
+        assert ran.code == 0, f"{name}: {ran.said}"
+    for wrong, says in (("elsewhere/code.py:mlp", "isn't the one"), ("nothing.py:net", "nothing.py"), ("x", "'x'")):
+        ran = cli("inspect", "elsewhere/saved", "--model", wrong)
+        assert ran.code == 2
+        assert says in " ".join(ran.said.split()), ran.said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from finetune_nets import recipe
 
 import dyconvert
 from dyconvert import RecipeError, TrainingError, finetune
+from dyconvert.files import Claim
+from dyconvert.run_files import LOCK
 
 HERE = Path(__file__).parent
 
@@ -53,7 +56,7 @@ def comparable(summary: dict) -> dict:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(moment, killed, uninterrupted):
     folder, ended, _ = killed
-    assert ended[moment] == ("130" if moment == "ctrl-c" else "-9")
+    assert ended[moment] == ("130" if "ctrl-c" in moment else "-9")
     found = finetune(everything(folder / moment), resume=True, progress=False, trust_code=True)
     expected, summary = uninterrupted
     got = weights(folder / moment / "run")
@@ -132,3 +135,26 @@ def test_divergence_stops_with_the_step_the_layer_and_what_to_try(tmp_path):
     if file.exists():
         state = torch.load(file, weights_only=False)["state_dict"]
         assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_one_run_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ready, written = os.pipe()
+    if (other := os.fork()) == 0:
+        taken = Claim(folder / LOCK).take()
+        os.write(written, b"y" if taken else b"n")
+        signal.pause()
+    try:
+        assert os.read(ready, 1) == b"y"
+        with pytest.raises(RecipeError, match=r"A run is going on in .*run\. Wait for its end"):
+            finetune(recipe(tmp_path, train={"epochs": 1}), progress=False, trust_code=True)
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    # A dead process holds nothing, though its file is there.
+    assert (folder / LOCK).exists()
+    finetune(recipe(tmp_path, train={"epochs": 1}), progress=False, trust_code=True)
+    assert not (folder / LOCK).exists()
