@@ -366,7 +366,7 @@ def test_where_the_code_has_moved(cli, models_file, tmp_path):
         assert "--model FILE.py:FACTORY" in " ".join(ran.said.split())
         ran = cli(*command, "--model", factory)
         assert ran.code == 0, f"{name}: {ran.said}"
-    for wrong, says in (("elsewhere/code.py:mlp", "isn't the one"), ("nothing.py:net", "nothing.py"), ("x", "'x'")):
+    for wrong, says in (("elsewhere/code.py:mlp", "has no convs"), ("nothing.py:net", "nothing.py"), ("x", "'x'")):
         ran = cli("inspect", "elsewhere/saved", "--model", wrong)
         assert ran.code == 2
         assert says in " ".join(ran.said.split()), ran.said
