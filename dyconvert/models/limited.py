@@ -5,10 +5,12 @@ checkpoint or a recipe only those are passed that shape an architecture.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dyconvert.limits import INPUT_SIDE
-from dyconvert.models.source import Source
+
+if TYPE_CHECKING:
+    from dyconvert.models.source import Source
 
 # The largest number that each argument takes. Of classes, ImageNet-21k has 21,841 and face recognition 360,000.
 _CLASSES = 2**20
@@ -79,7 +81,7 @@ _WORDS = frozenset(
 )
 
 
-def untrusted(source: Source) -> str | None:
+def untrusted(source: "Source") -> str | None:
     """The first argument of a library's builder that only the user may give, as `name=value`; None: there is none."""
     known = ARGUMENTS.get(source.specifier.partition(":")[0], {})
     for name, value in source.arguments.items():

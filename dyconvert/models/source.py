@@ -9,6 +9,7 @@ from typing import Any
 
 from dyconvert.errors import ModelError
 from dyconvert.limits import INPUT_SIDE
+from dyconvert.models.limited import untrusted
 
 # The sources that list their models by name. Every other specifier names a factory, code of the user's own.
 LIBRARIES = ("torchvision", "timm", "builtin")
@@ -36,8 +37,6 @@ class Source:
     @property
     def needs_trust(self) -> bool:
         """Whether `load` builds it only where it is told to trust the file."""
-        from dyconvert.models.limited import untrusted
-
         return self.runs_user_code or untrusted(self) is not None
 
     @property

@@ -4,6 +4,7 @@ A compiler that is shown a dynamic conv operation by operation makes matmuls of 
 the time. Exported programs keep the plain operations: they are to run without dyconvert.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dyconvert.errors import ArgumentError
 from dyconvert.nn import engines, fitting, native
-from dyconvert.nn.compressed import Compressed
+from dyconvert.nn.compressed import Compressed, plain_linear
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
 from dyconvert.torch_internals import constant_result
@@ -199,6 +200,14 @@ def compressed_conv(
     return torch.ops.dyconvert.compressed_conv(x, *bank, bias, *mixing, shift, *numbers, geometry.groups)
 
 
+_compressed_engine: list[Callable[..., Tensor]] = []
+
+
+def implement_compressed(engine: Callable[..., Tensor]) -> None:
+    """Say what computes `compressed_conv`: it is made of all strategies, which know this file and not the reverse."""
+    _compressed_engine[:] = [engine]
+
+
 @torch.library.impl(_library, "compressed_conv", "CPU")
 def _compressed_forward(
     x: Tensor,
@@ -214,12 +223,9 @@ def _compressed_forward(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    # It stands above this file: it reads what this file compiles.
-    from dyconvert.nn.dispatch import mixed_compressed
-
     bank = Compressed(mean, differences, scale)
     geometry = Geometry(stride, padding, dilation, groups)
-    out = mixed_compressed(x, bank, bias, Mixing(coefficients, factors), geometry, shift)
+    out = _compressed_engine[0](x, bank, bias, Mixing(coefficients, factors), geometry, shift)
     return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out.contiguous()
 
 
@@ -250,9 +256,8 @@ def compressed_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Ten
 
 @torch.library.impl(_library, "compressed_linear", "CPU")
 def _compressed_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
-    from dyconvert.nn.compress import linear
-
-    return linear(x, weight, scale, bias)
+    out = native.linear(x, weight, scale, bias)
+    return plain_linear(x, weight, scale, bias) if out is None else out
 
 
 @torch.library.register_fake("dyconvert::compressed_linear", lib=_library)  # type: ignore[untyped-decorator]

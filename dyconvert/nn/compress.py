@@ -10,11 +10,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyconvert.nn import compile_op, native
-from dyconvert.nn.compressed import Compressed
+from dyconvert.nn.compressed import Compressed, plain_linear
 from dyconvert.nn.trials import needs_backward, observed
 
 # What differences can be kept in.
@@ -115,8 +114,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Ten
             return compile_op.compressed_linear(x, weight, scale, bias)
         if (out := native.linear(x, weight, scale, bias)) is not None:
             return out
-    weight = weight.to(bias.dtype)
-    return F.linear(x, weight if scale is None else weight * scale.unsqueeze(1), bias)
+    return plain_linear(x, weight, scale, bias)
 
 
 torch.fx.wrap("linear")

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,3 +18,9 @@ class Compressed(NamedTuple):
     mean: Tensor
     differences: Tensor
     scale: Tensor | None
+
+
+def plain_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
+    """A linear layer of compressed weights in plain operations, `[N, out_features]`."""
+    weight = weight.to(bias.dtype)
+    return F.linear(x, weight if scale is None else weight * scale.unsqueeze(1), bias)

@@ -184,6 +184,9 @@ def mixed_compressed(
     return _computed(x, unpacked(bank, mixing.g, geometry.groups).flatten(0, 1), bias, mixing, geometry, shift)
 
 
+compile_op.implement_compressed(mixed_compressed)
+
+
 def _run(
     strategy: str,
     x: Tensor,
