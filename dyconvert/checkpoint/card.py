@@ -99,9 +99,10 @@ def may_replace(directory: Path) -> bool:
 
 def at_address(text: str, address: str) -> str:
     """A card of ours, with another address to load from; any other text as it is."""
-    if not is_own(text):
+    mark = _MARK.search(text)
+    if mark is None or not is_own(text):
         return text
-    body = text[: _MARK.search(text).start()].removesuffix("\n")
+    body = text[: mark.start()].removesuffix("\n")
     return signed(_LOADED.sub(lambda _: f"dyconvert.load({json.dumps(address)}", body))
 
 

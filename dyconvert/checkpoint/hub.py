@@ -23,12 +23,12 @@ _ADDRESS = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^@]+))?/
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
-def is_address(place: str | os.PathLike) -> bool:
+def is_address(place: str | os.PathLike[str]) -> bool:
     """Whether a place is on the Hub, and no directory."""
-    return isinstance(place, str | os.PathLike) and re.match("hf:/", str(place)) is not None
+    return isinstance(place, str | os.PathLike[str]) and re.match("hf:/", str(place)) is not None
 
 
-def local(place: str | os.PathLike) -> Path:
+def local(place: str | os.PathLike[str]) -> Path:
     """The directory of a saved model: itself, or where the Hub's files are once they are fetched.
 
     Raises:
@@ -121,7 +121,6 @@ def _fetched(repo: str, name: str, revision: str | None, limit: int) -> str:
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    known = {"library_name": "dyconvert", "library_version": __version__}
     if re.fullmatch("[0-9a-f]{40}", revision or ""):
         # What a commit holds doesn't change.
         there = hub.try_to_load_from_cache(repo, name, revision=revision)
@@ -129,10 +128,17 @@ def _fetched(repo: str, name: str, revision: str | None, limit: int) -> str:
             return there
     try:
         url = hub.hf_hub_url(repo, name, revision=revision, endpoint=_endpoint())
-        size = hub.get_hf_file_metadata(url, **known).size
+        size = hub.get_hf_file_metadata(url, library_name="dyconvert", library_version=__version__).size
         if size is None or size > limit:
             raise CheckpointError(f"{name} of {repo} has {size or 0:,} bytes, and at most {limit:,} are read.")
-        return hub.hf_hub_download(repo, name, revision=revision, endpoint=_endpoint(), **known)
+        return hub.hf_hub_download(
+            repo,
+            name,
+            revision=revision,
+            endpoint=_endpoint(),
+            library_name="dyconvert",
+            library_version=__version__,
+        )
     except CheckpointError:
         raise
     except Exception as error:

@@ -159,7 +159,7 @@ class _Steps:
         return channels
 
 
-class _Counted(list):
+class _Counted(list[Any]):
     """A dependency's mappings of channels from one place to the next, and the counter behind them."""
 
     def __init__(self, mappings: list[Any], steps: _Steps) -> None:
