@@ -227,10 +227,10 @@ def _time_sizes(
     mine = "dynamic" if result.dynamic else "static" if original is not None else "original"
     models = {"original": original, mine: model, "narrow": narrow}
     models = {name: each for name, each in models.items() if each is not None}
-    if not sizes or seconds <= 0:
-        result.left_out["resolution"] = "no times were asked for"
-    elif not takes_images(models):
+    if not takes_images(models):
         result.left_out["resolution"] = "the model doesn't take two-dimensional images"
+    elif not sizes or seconds <= 0:
+        result.left_out["resolution"] = "no times were asked for"
     else:
         try:
             result.resolution = resolution(

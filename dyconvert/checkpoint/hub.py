@@ -25,7 +25,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 def is_address(place: str | os.PathLike[str]) -> bool:
     """Whether a place is on the Hub, and no directory."""
-    return isinstance(place, str | os.PathLike[str]) and re.match("hf:/", str(place)) is not None
+    return isinstance(place, str | os.PathLike) and re.match("hf:/", str(place)) is not None
 
 
 def local(place: str | os.PathLike[str]) -> Path:

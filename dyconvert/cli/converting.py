@@ -32,7 +32,12 @@ from dyconvert.surgery.plan import Plan
 
 # float32's rounding, through the deepest models, stays well below.
 TOLERANCE = 1e-4
-_TITLES = {"parameters": "parameters", "macs": "MACs, one image", "accuracy": "accuracy on 360 test digits"}
+_TITLES = {
+    "parameters": "parameters",
+    "macs": "MACs, one image",
+    "bytes": "bytes of weights",
+    "accuracy": "accuracy on 360 test digits",
+}
 
 
 @dataclass
@@ -103,13 +108,12 @@ def convert_and_save(
         tell("comparing the outputs", 0, None)
         differences = (verify if narrowing.wanted else _checked)(static, dynamic, example)
         figures = _figures(static, dynamic, example)
-        if source.specifier == "builtin:digits-resnet8":
-            figures["accuracy"] = [builtin.accuracy(static.cpu()), builtin.accuracy(dynamic.cpu())]
         if compress is not None:
             tell("compressing", 0, None)
-            size = tensor_bytes(dynamic)
             dynamic = compress_model(dynamic, compress, example)
-            figures["bytes"] = [size, tensor_bytes(dynamic)]
+            figures["bytes"] = [tensor_bytes(static), tensor_bytes(dynamic)]
+        if source.specifier == "builtin:digits-resnet8":
+            figures["accuracy"] = [builtin.accuracy(static.cpu()), builtin.accuracy(dynamic.cpu())]
         tell(f"saving to {wanted}", 0, None)
         checkpoint.save(
             dynamic,
@@ -189,8 +193,7 @@ def _report(
     else:
         out.print(f"\nlargest difference {differences.relative:.1e} relative, on random images: it needs fine-tuning")
     if compression := compression_of(model):
-        before, after = figures["bytes"]
-        out.print(f"{compression}: {count(before)}B became {count(after)}B")
+        out.print(str(compression))
     out.print(f"loaded and {'converted' if plan else 'narrowed'} in {seconds:.1f} s")
     out.print(f"saved to {saved}", soft_wrap=True)
     # A source that is code of the user's own runs only where they say so.
