@@ -25,9 +25,14 @@ def line(row: Row) -> str:
         exponent(row.loaded),
         exponent(row.fused) + (f" ({row.norms})" if row.norms else ""),
         onnx,
-        "; ".join(said).replace("|", "/"),
+        _as_text("; ".join(said)),
     )
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _as_text(said: str) -> str:
+    """Errors quote code, whose bars and brackets would be a table's and a link's."""
+    return said.replace("|", "/").replace("[", "\\[").replace("]", "\\]")
 
 
 def _first_sentence(text: str) -> str:

@@ -14,6 +14,7 @@ import dyconvert
 from dyconvert.nn import dispatch as kernels
 from dyconvert.nn import tiles
 from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
+from dyconvert.nn.mixture import Mixing
 
 # dims, c_in, c_out, kernel, stride, padding, dilation, groups, bias
 CASES = {
@@ -117,11 +118,12 @@ def test_strategies_agree(strategy, case, per):
 @pytest.mark.parametrize("case", CASES)
 def test_small_tiles_agree(case, per):
     tensors, geometry = arguments(case, 5, per)
+    *others, eta = tensors
     for tile in (tiles.Tile(2, 6), tiles.Tile(2, 4) if geometry[3] == 1 else tiles.Tile(1, 6)):
         run = kernels.Geometry(*geometry)
-        compare(kernels.tiled(*tensors, run, tile=tile), tensors, geometry)
+        compare(kernels.tiled(*others, Mixing(eta), run, tile=tile), tensors, geometry)
         with torch.no_grad():
-            compare(kernels.tiled(*tensors, run, tile=tile), tensors, geometry)
+            compare(kernels.tiled(*others, Mixing(eta), run, tile=tile), tensors, geometry)
 
 
 @pytest.mark.parametrize("per", ["layer", "channel"])
