@@ -312,6 +312,15 @@ def test_sizes_that_a_model_refuses():
         resolution({"original": seeded(ResidualNet, dims=1)}, (24,))
 
 
+def test_sizes_around_the_models_own(net):
+    """Where none are named: half of to twice what the example has."""
+    result = analyse(trained(net), [image(6)], example=image(1), seconds=0.01)
+    sizes = [each.size for each in result.resolution.sizes]
+    assert min(sizes) == 8
+    assert 16 in sizes
+    assert max(sizes) == 32
+
+
 def test_other_numbers_of_dimensions():
     net = seeded(ResidualNet, dims=1)
     result = analyse(trained(net), [image(6, dims=1)], example=image(1, dims=1), seconds=0.01)

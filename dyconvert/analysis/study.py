@@ -159,7 +159,7 @@ def analyse(
     result.cost = cost(model, plan, one, original, seconds=seconds, clock=clock)
     result.seconds["cost"] = time.perf_counter() - began
     began = time.perf_counter()
-    sizes = around(one) if sizes is None else sizes
+    sizes = around(one[0] if one else None) if sizes is None else sizes
     _time_sizes(result, model, original, narrow, sizes, seconds, cpu_time, tell)
     result.seconds["resolution"] = time.perf_counter() - began
     if ablation is None:
