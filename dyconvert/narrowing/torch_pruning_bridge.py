@@ -133,10 +133,16 @@ def coupled(graph: DependencyGraph, module: nn.Module, channels: list[int]) -> I
         Endless: there is no end of it.
     """
     dependencies = [dependency for node in nodes(graph) for dependency in node.dependencies]
+    mappings = [dependency.index_mapping for dependency in dependencies]
     steps = _Steps(4 * len(dependencies) * len(channels))
-    for dependency in dependencies:
-        dependency.index_mapping = _Counted(dependency.index_mapping, steps)
-    for item in graph.get_pruning_group(module, cutter(graph, module).prune_out_channels, channels):
+    for dependency, mapping in zip(dependencies, mappings, strict=True):
+        dependency.index_mapping = _Counted(mapping, steps)
+    try:
+        group = list(graph.get_pruning_group(module, cutter(graph, module).prune_out_channels, channels))
+    finally:  # each module's channels are counted for themselves
+        for dependency, mapping in zip(dependencies, mappings, strict=True):
+            dependency.index_mapping = mapping
+    for item in group:
         side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
         yield Coupled(item.dep.target, side, list(item.idxs), list(item.root_idxs))
 
