@@ -123,14 +123,14 @@ class _Form(NamedTuple):
 
     def maps(self, x: Tensor) -> Tensor:
         """An input, or an output's gradient."""
-        x = x.unsqueeze_(2) if self.one_dim else x
+        x = x.unsqueeze(2) if self.one_dim else x
         return x.to(self.dtype, memory_format=torch.contiguous_format if self.training else torch.preserve_format)
 
     def bank(self, weight: Tensor) -> Tensor:
         """The bank, of its own dtype: the kernels widen it."""
         if self.training:
             weight = weight.contiguous().to(self.dtype)
-        return weight.unsqueeze_(2) if self.one_dim else weight
+        return weight.unsqueeze(2) if self.one_dim else weight
 
     def vector(self, vector: Tensor | None) -> Tensor | None:
         """Coefficients, a bias or a shift."""
