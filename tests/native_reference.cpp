@@ -58,6 +58,7 @@ Shape random_shape(bool channels_last) {
   s.x_column = channels_last ? c.in : 1;
   s.out_channel = channels_last ? 1 : s.pixels(), s.out_pixel = channels_last ? c.out : 1;
   const bool per_channel = below(2);
+  s.factor_groups = below(2) ? 0 : below(2) ? c.groups : 1;
   s.eta_image = s.g * (per_channel ? c.out : 1), s.eta_expert = per_channel ? c.out : 1, s.eta_channel = per_channel;
   return s;
 }
@@ -109,15 +110,23 @@ double run(const Library& library, DyconvertType type) {
   const auto eta_of = [&](i64 n, i64 i, i64 t) {
     return double(eta[n * s.eta_image + i * s.eta_expert + t * s.eta_channel]);
   };
-  std::vector<double> mixed(s.images * kernel), wanted(s.images * s.out_channels * s.pixels());
+  const bool with_factors = s.factor_groups > 0;
+  const auto factors = random_values<T>(s.images * s.factor_groups * k);
+  const auto factor_of = [&](i64 n, i64 t, i64 e) {
+    return with_factors ? double(factors[s.factors_at(n, t) + e]) : 1;
+  };
+  std::vector<double> unscaled(s.images * kernel), mixed(s.images * kernel);
+  std::vector<double> wanted(s.images * s.out_channels * s.pixels());
   for (i64 n = 0; n < s.images; n++)
     for (i64 t = 0; t < s.out_channels; t++) {
       for (i64 i = 0; i < s.g; i++) {
-        for (i64 e = 0; e < k; e++) mixed[n * kernel + t * k + e] += eta_of(n, i, t) * bank[i * kernel + t * k + e];
+        for (i64 e = 0; e < k; e++) unscaled[n * kernel + t * k + e] += eta_of(n, i, t) * bank[i * kernel + t * k + e];
         for (i64 p = 0; p < s.pixels(); p++)
           wanted[n * s.out_channels * s.pixels() + t * s.out_channel + p * s.out_pixel] +=
               eta_of(n, i, t) * bias[i * s.out_channels + t];
       }
+      for (i64 e = 0; e < k; e++)
+        mixed[n * kernel + t * k + e] = unscaled[n * kernel + t * k + e] * factor_of(n, t, e);
     }
   each_product(s, [&](i64 n, i64 t, i64 pixel, i64 at, i64 e) {
     wanted[n * s.out_channels * s.pixels() + t * s.out_channel + pixel * s.out_pixel] +=
@@ -125,13 +134,16 @@ double run(const Library& library, DyconvertType type) {
   });
   std::vector<T> out(wanted.size());
   using Conv = int(const void*, DyconvertParallelFor, const void*, const void*, const void*, const void*, const void*,
-                   const void*, const void*, void*, int, int);
-  int failed = library.function<Conv>("dyconvert_conv")(&s, in_order, x.data(), bank.data(), nullptr, nullptr, eta.data(),
-                                                        bias.data(), nullptr, out.data(), type, type);
+                   const void*, const void*, const void*, void*, int, int);
+  const void* given = with_factors ? factors.data() : nullptr;
+  int failed = library.function<Conv>("dyconvert_conv")(&s, in_order, x.data(), bank.data(), nullptr, nullptr,
+                                                        eta.data(), given, bias.data(), nullptr, out.data(), type,
+                                                        type);
   double worst = failed ? NAN : error(out, wanted);
   if (last) return worst;  // no gradients
   const auto grad = random_values<T>(wanted.size());
-  std::vector<double> grad_x(x.size()), grad_kernel(mixed.size()), grad_bank(bank.size()), grad_eta(eta.size());
+  std::vector<double> grad_x(x.size()), grad_kernel(mixed.size()), grad_bank(bank.size()), grad_eta(eta.size()),
+      grad_factors(factors.size());
   each_product(s, [&](i64 n, i64 t, i64 pixel, i64 at, i64 e) {
     const double g = grad[(n * s.out_channels + t) * s.pixels() + pixel];
     grad_x[at] += g * mixed[n * kernel + t * k + e];
@@ -141,20 +153,26 @@ double run(const Library& library, DyconvertType type) {
     for (i64 i = 0; i < s.g; i++)
       for (i64 t = 0; t < s.out_channels; t++)
         for (i64 e = 0; e < k; e++) {
-          const double own = grad_kernel[n * kernel + t * k + e];
+          const double own = grad_kernel[n * kernel + t * k + e] * factor_of(n, t, e);
           grad_bank[i * kernel + t * k + e] += eta_of(n, i, t) * own;
           grad_eta[n * s.eta_image + i * s.eta_expert + t * s.eta_channel] += bank[i * kernel + t * k + e] * own;
+          if (with_factors && i == 0)
+            grad_factors[s.factors_at(n, t) + e] +=
+                unscaled[n * kernel + t * k + e] * grad_kernel[n * kernel + t * k + e];
         }
-  std::vector<T> found_x(x.size()), found_bank(bank.size()), found_eta(eta.size());
-  using InputGradient = int(const void*, DyconvertParallelFor, const void*, const void*, const void*, void*, int);
+  std::vector<T> found_x(x.size()), found_bank(bank.size()), found_eta(eta.size()),
+      found_factors(factors.size());
+  using InputGradient = int(const void*, DyconvertParallelFor, const void*, const void*, const void*, const void*,
+                            void*, int);
   using BankGradient = int(const void*, DyconvertParallelFor, const void*, const void*, const void*, const void*,
-                           void*, void*, int);
+                           const void*, void*, void*, void*, int);
   failed = library.function<InputGradient>("dyconvert_input_gradient")(&s, in_order, grad.data(), bank.data(),
-                                                                       eta.data(), found_x.data(), type);
-  failed += library.function<BankGradient>("dyconvert_bank_gradient")(&s, in_order, grad.data(), x.data(), bank.data(),
-                                                                      eta.data(), found_bank.data(), found_eta.data(),
-                                                                      type);
+                                                                       eta.data(), given, found_x.data(), type);
+  failed += library.function<BankGradient>("dyconvert_bank_gradient")(
+      &s, in_order, grad.data(), x.data(), bank.data(), eta.data(), given, found_bank.data(), found_eta.data(),
+      with_factors ? found_factors.data() : nullptr, type);
   worst = max(worst, failed ? NAN : error(found_x, grad_x));
+  if (with_factors) worst = max(worst, error(found_factors, grad_factors));
   return max(max(worst, error(found_bank, grad_bank)), error(found_eta, grad_eta));
 }
 

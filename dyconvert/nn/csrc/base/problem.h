@@ -32,7 +32,7 @@ struct Shape {
   i64 out_channel, out_pixel;                   // strides of the output
   i64 bank_last;                                // 1: a kernel lies as [kH, kW, C_in], 0: as [C_in, kH, kW]
   i64 eta_image, eta_expert, eta_channel;       // strides of the coefficients; eta_channel 0: one for all
-  i64 factor_groups;                            // groups with factors of their own; 1: all have the same
+  i64 factor_groups;                            // groups with factors of their own; 1: all have the same; 0: none
   i64 threads;
 
   i64 taps() const { return kernel_height * kernel_width; }
