@@ -200,33 +200,28 @@ def compressed_conv(
     return torch.ops.dyconvert.compressed_conv(x, *bank, bias, *mixing, shift, *numbers, geometry.groups)
 
 
-_compressed_engine: list[Callable[..., Tensor]] = []
-
-
 def implement_compressed(engine: Callable[..., Tensor]) -> None:
     """Say what computes `compressed_conv`: it is made of all strategies, which know this file and not the reverse."""
-    _compressed_engine[:] = [engine]
 
-
-@torch.library.impl(_library, "compressed_conv", "CPU")
-def _compressed_forward(
-    x: Tensor,
-    mean: Tensor,
-    differences: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    factors: Tensor | None,
-    shift: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    bank = Compressed(mean, differences, scale)
-    geometry = Geometry(stride, padding, dilation, groups)
-    out = _compressed_engine[0](x, bank, bias, Mixing(coefficients, factors), geometry, shift)
-    return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out.contiguous()
+    @torch.library.impl(_library, "compressed_conv", "CPU")
+    def _(
+        x: Tensor,
+        mean: Tensor,
+        differences: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        coefficients: Tensor,
+        factors: Tensor | None,
+        shift: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
+        bank = Compressed(mean, differences, scale)
+        geometry = Geometry(stride, padding, dilation, groups)
+        out = engine(x, bank, bias, Mixing(coefficients, factors), geometry, shift)
+        return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out.contiguous()
 
 
 @torch.library.register_fake("dyconvert::compressed_conv", lib=_library)  # type: ignore[untyped-decorator]

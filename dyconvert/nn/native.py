@@ -304,12 +304,12 @@ def forward(
         _parallel_for(),
         _address(x),
         _address(weight),
-        None if mean is None else _address(mean),
-        None if scale is None else _address(scale),
+        _address_or_none(mean),
+        _address_or_none(scale),
         _address(mixing.coefficients),
-        _address_of_factors(factors),
-        None if bias is None else _address(bias),
-        None if shift is None else _address(shift),
+        _address_or_none(factors),
+        _address_or_none(bias),
+        _address_or_none(shift),
         _address(out),
         _TYPES[x.dtype],
         _TYPES[weight.dtype],
@@ -373,7 +373,7 @@ def backward(
     grad = grad.to(x.dtype).contiguous()
     dtype = _TYPES[x.dtype]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    mixed_from = _address(weight), _address(coefficients), _address_of_factors(factors)
+    mixed_from = _address(weight), _address(coefficients), _address_or_none(factors)
     if grad_x is not None:
         failed = library().dyconvert_input_gradient(
             call.shape, _parallel_for(), _address(grad), *mixed_from, _address(grad_x), dtype
@@ -389,9 +389,9 @@ def backward(
             _address(grad),
             _address(x),
             *mixed_from,
-            None if grad_bank is None else _address(grad_bank),
-            None if grad_eta is None else _address(grad_eta),
-            _address_of_factors(grad_factors),
+            _address_or_none(grad_bank),
+            _address_or_none(grad_eta),
+            _address_or_none(grad_factors),
             dtype,
         )
         _check(failed, call)
@@ -405,8 +405,8 @@ def _laid_out(factors: Tensor | None, weight: Tensor) -> Tensor | None:
     return factors.contiguous() if weight.is_contiguous() else factors.movedim(2, -1).contiguous()
 
 
-def _address_of_factors(factors: Tensor | None) -> int | None:
-    return None if factors is None else _address(factors)
+def _address_or_none(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else _address(tensor)
 
 
 def _address(tensor: Tensor) -> int:
