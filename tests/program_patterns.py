@@ -647,6 +647,27 @@ y = x * 1.0
 y[chosen] = self.c@(x[chosen])
 x = y
 """,
+    "chosen by numbers": """
+self.c@ = CONV
+---
+rows = torch.where(x.mean((1, 2, 3)) > -0.2)[0]
+x = x.index_copy(0, rows, self.c@(x[rows]))
+""",
+    "reversed for some values": """
+self.c@ = CONV
+---
+x = self.c@(x.flip(0)).flip(0) if x.abs().max() > 3 else self.c@(x)
+""",
+    "reversed for some values, by numpy": """
+self.c@ = CONV
+---
+x = self.c@(x.flip(0)).flip(0) if x.detach().numpy().max() > 3 else self.c@(x)
+""",
+    "two reversed": """
+self.c@ = CONV
+---
+x = self.c@(x.flip(0)).flip(0) if x.shape[0] == 2 else self.c@(x)
+""",
     "first alone": """
 self.c@ = CONV
 ---

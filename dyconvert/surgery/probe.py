@@ -2,8 +2,10 @@
 
 A conv may take its coefficients from the block's predictor if each image of the predictor's input is the same image of
 the conv's input. So the block runs on three images as they come, with two of them swapped, and rolled by one; the
-conv's input has to follow both. Only the identity commutes with both permutations, so no reordering passes. Groups,
-windows or time folded into the batch show by the batch's size.
+conv's input has to follow both. Only the identity commutes with both permutations, so no reordering passes. Of two
+images one is changed: the same one has to change in the conv's input. Groups, windows or time folded into the batch
+show by the batch's size. What is chosen by the values of the images (`x[mask]`, `if x.max() > 1`) may be chosen
+otherwise for other images, so no run shows it: convs that are called after it have predictors of their own.
 """
 
 import types
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dyconvert.errors import brief
 from dyconvert.nn.handing import maps_in
 from dyconvert.randomness import random_state, same_state, set_random_state
+from dyconvert.surgery.choices import Choices
 from dyconvert.surgery.observe import Call
 
 # How far rounding takes the same image in another place of the batch, relative to the largest value.
@@ -24,6 +27,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, tor
 
 OTHER_BATCH = "it sees another batch than its block (groups, windows, time or parts folded into or cut from it)"
 OTHER_ORDER = "it sees the images in another order, or mixed with one another"
+BY_VALUE = "its block chooses by the values of the images (a mask, a branch) before it is called"
 
 
 class Prober:
@@ -36,6 +40,8 @@ class Prober:
     def __init__(self, model: nn.Module, convs: set[str]) -> None:
         self._known: dict[Any, dict[str, str]] = {}
         self._inputs: dict[int, list[Any]] = {}
+        self._choices = Choices()
+        self._chosen: set[int] = set()
         for name, module in model.named_modules():
             if name in convs:
                 module.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -43,6 +49,8 @@ class Prober:
     def _see(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs.get("input")
         self._inputs.setdefault(id(conv), []).append(value.detach().clone() if isinstance(value, Tensor) else None)
+        if self._choices.made:
+            self._chosen.add(id(conv))
 
     def unfit(self, block: nn.Module, convs: Mapping[str, nn.Module], call: Call, read: Any) -> dict[str, str]:
         """Why convs of a block can't take coefficients that are predicted from `read`, a value in the call's arguments.
@@ -64,7 +72,8 @@ class Prober:
         # Code may branch on the number of images, on their size and on the mode. Maps of the model's own size are the
         # dearest to run on, so the rest is shown on small ones, where the block takes them.
         trained = False
-        for images, small, training in ((3, False, False), (4, True, False), (4, True, True), (3, False, True)):
+        runs = ((3, False, False), (2, True, False), (4, True, False), (4, True, True), (3, False, True))
+        for images, small, training in runs:
             if not small and training and trained:
                 continue
             try:
@@ -87,12 +96,13 @@ class Prober:
         training: bool,
     ) -> dict[str, str]:
         state = random_state()
-        permutations = [list(range(images)), [1, 0, *range(2, images)], [images - 1, *range(images - 1)]]
+        changes = _changes(call, images)
+        self._chosen.clear()
         try:
             seen = []
-            for index, permutation in enumerate(permutations):
+            for index, (changed, _) in enumerate(changes):
                 set_random_state(state)
-                seen.append(self._run(block, convs, _permuted(call, images, permutation), training))
+                seen.append(self._run(block, convs, changed, training))
                 if index == 0 and training and not same_state(state, random_state()):
                     break  # what is drawn stands at a place in the batch, and doesn't move with the image
         finally:
@@ -107,8 +117,11 @@ class Prober:
             if not isinstance(first[0], Tensor) or first[0].dim() == 0 or first[0].shape[0] != images:
                 reasons[name] = OTHER_BATCH
                 continue
-            for permutation, other in zip(permutations[1:], seen[1:], strict=False):
-                if len(other.get(name, [])) != 1 or not _same(first[0][permutation], other[name][0]):
+            if id(convs[name]) in self._chosen:
+                reasons[name] = BY_VALUE
+                continue
+            for (_, follows), other in zip(changes[1:], seen[1:], strict=False):
+                if len(other.get(name, [])) != 1 or not follows(first[0], other[name][0]):
                     reasons[name] = OTHER_ORDER
         return reasons
 
@@ -118,7 +131,7 @@ class Prober:
         """What each conv is given in one call of the block."""
         self._inputs.clear()
         block.train(training)
-        with torch.no_grad():
+        with torch.no_grad(), self._choices:
             block(*call.args, **call.kwargs)
         return {name: self._inputs.get(id(conv), []) for name, conv in convs.items()}
 
@@ -138,6 +151,28 @@ class Prober:
             return reaching
         finally:
             set_random_state(state)
+
+
+def _changes(call: Call, images: int) -> list[tuple[Call, Callable[[Tensor, Any], bool]]]:
+    """A call with its images as they come, then changed; each with a test of what a conv is given before and after."""
+
+    def follows(permutation: list[int]) -> Callable[[Tensor, Any], bool]:
+        return lambda before, after: _same(before[permutation], after)
+
+    if images == 2:  # the one permutation of two images commutes with itself
+        return [(_permuted(call, 2, [0, 1]), follows([0, 1])), (_first_disturbed(call), _first_changed)]
+    permutations = [list(range(images)), [1, 0, *range(2, images)], [images - 1, *range(images - 1)]]
+    return [(_permuted(call, images, permutation), follows(permutation)) for permutation in permutations]
+
+
+def _first_changed(before: Tensor, after: Any) -> bool:
+    """Whether no other of two images changed more than the first."""
+    if not isinstance(after, Tensor) or before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    if before.is_meta or not (before.is_floating_point() or before.is_complex()):
+        return True
+    first, second = (before - after).nan_to_num().abs().flatten(1).amax(1).tolist() if before.numel() else (0.0, 0.0)
+    return first >= second
 
 
 def _same(a: Tensor, b: Any) -> bool:
@@ -181,6 +216,18 @@ def _copied(call: Call) -> Call:
 
 def _permuted(call: Call, images: int, permutation: list[int]) -> Call:
     return _changed(call, lambda t: t[permutation] if t.dim() and t.shape[0] == images else t.clone())
+
+
+def _first_disturbed(call: Call) -> Call:
+    generator = torch.Generator("cpu").manual_seed(2)
+
+    def disturb(t: Tensor) -> Tensor:
+        t = t.clone()
+        if t.dim() and t.shape[0] == 2 and t.is_floating_point():
+            t[0] += _noise(t[0], generator)
+        return t
+
+    return _changed(call, disturb)
 
 
 def _disturbed(call: Call, value: Any) -> Call:
