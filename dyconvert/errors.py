@@ -1,7 +1,17 @@
 """What can go wrong, in a few types. Each message says what happened, why, and what to do next.
 
-Below the types: how messages list many things, and how they quote other errors.
+Below the types: how messages list many things, how they quote other errors, and how they name arguments.
 """
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+# The library writes arguments of its functions in backticks; those of a recipe, such as train.lr=0.01, are the same
+# everywhere.
+_ARGUMENT = re.compile(r"`(\w+)=([^`]*)`")
+# Where the next sentence begins, in the same line.
+_NEXT = re.compile(r"(?<=[.!?]) (?=[A-Z`])")
 
 
 class DyconvertError(Exception):
@@ -47,3 +57,41 @@ def brief(error: BaseException) -> str:
     # Before the mark, torch advises to load the file with its code; after the first line comes help.
     lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def reworded(message: str, word: Callable[[str], str | None]) -> str:
+    """Return the message with the arguments that it names in other words.
+
+    Args:
+        word: what an argument is called where the user gives it. None: it can't be given there, so that a sentence
+            which advises it is left out.
+    """
+    return "\n".join(_line(line, word) for line in message.split("\n"))
+
+
+@contextlib.contextmanager
+def said_as(words: Mapping[str, str | None]) -> Iterator[None]:
+    """Name the arguments in `words` by these in the errors of the block; None as for `reworded`, others as they are."""
+    try:
+        yield
+    except DyconvertError as error:
+        text = reworded(str(error), lambda name: words.get(name, ""))
+        error.args = (text, *error.args[1:])
+        raise
+
+
+def _line(line: str, word: Callable[[str], str | None]) -> str:
+    return " ".join(
+        _ARGUMENT.sub(lambda found: _worded(found, word), sentence)
+        for sentence in _NEXT.split(line)
+        if all(word(found[1]) is not None for found in _ARGUMENT.finditer(sentence))
+    )
+
+
+def _worded(found: re.Match[str], word: Callable[[str], str | None]) -> str:
+    name, value = word(found[1]), found[2].strip("'\"")
+    if not name:
+        return found[0]
+    if " " in name or value in ("True", "...", "[...]"):
+        return name
+    return f"{name} {value}" if name.startswith("--") else f"{name}={value}"

@@ -220,7 +220,7 @@ def test_help(arguments, words, cli):
 def test_no_help_is_cut_or_without_examples(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
-    commands = ["convert", "finetune", "collapse", "export", "inspect", "report", "ls", "methods", "predict"]
+    commands = ["convert", "finetune", "collapse", "export", "inspect", "report", "ls", "methods", "predict", "push"]
     commands += [
         "bench layers",
         "bench model",

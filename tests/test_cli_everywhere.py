@@ -220,9 +220,55 @@ def test_messages_name_arguments_in_python_and_options_in_a_command():
 
     import inspect
 
-    said = "Replace it with `force=True`; try `dynamic_batch=False`, `example=...`, `other=1`, train.force=True."
+    said = (
+        "It's there. Replace it with `force=True`; try `dynamic_batch=False`, `example=...`, train.force=True. Or else "
+        "give `other=1`, `force=True`. `force=True` does it.\nNor `data=...`."
+    )
     found = in_options(said, inspect.signature(command))
-    assert found == "Replace it with --force; try --batch N, --input-size 3,224,224, `other=1`, train.force=True."
+    assert found == (
+        "It's there. Replace it with --force; try --batch N, --input-size 3,224,224, train.force=True. "
+        "--force does it.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["predict", "digits", "empty"], "empty holds no images"),
+        (["bench", "model", "w.pth"], "w.pth holds weights"),
+        (["bench", "model", "mine.py:net", "--against", "w.pth"], "w.pth holds weights"),
+        (["report", "digits", "--against", "digits-resnet8", "--against-weights", "w"], "--against-weights FILE"),
+        (["report", "digits", "--narrow", "resnet18", "--sizes", "none", "--seconds", "0"], ""),
+        (["report", "mine.py:net", "--weights", "other.pth"], "with its arguments."),
+        (["finetune", "r.yaml", "model.weights=w"], "model.weights=FILE"),
+        (["finetune", "r.yaml", "model.weights=other.pth"], "model.arguments={'num_classes': 10}"),
+        (["finetune", "r.yaml", "model.specifier=w.pth"], "model.weights=w.pth"),
+        (["finetune", "r.yaml", "distill={teacher: resnet18, teacher_weights: w}"], "distill.teacher_weights=FILE"),
+        (["finetune", "r.yaml", "output.directory=full"], "Choose another: output.directory."),
+        (["finetune", "r.yaml", "output.directory=digits"], "Choose another: output.directory."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_messages_name_nothing_that_the_command_does_not_have(arguments, says, cli, models_file, tmp_path):
+    if arguments[0] == "finetune":
+        pytest.importorskip("lightning")
+    assert cli("digits-resnet8", "-o", "digits", "-q").code == 0
+    for folder in ("empty", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    torch.save(seeded(ResidualNet, 4).state_dict(), tmp_path / "other.pth")
+    (tmp_path / "w.pth").touch()
+    (tmp_path / "r.yaml").write_text(
+        "model: {specifier: digits-resnet8, weights: none}\ndata: {dataset: fake, size: 8, channels: 1, mean: [0], "
+        "std: [1], images: 40, workers: 0, num_classes: 10}\ntrain: {batch: 8, max_steps: 1, accelerator: cpu}\n"
+    )
+    ran = cli(*arguments)
+    assert ran.code == (2 if says else 0), ran.said
+    assert says in ran.said, ran.said
+    assert "=..." not in ran.said
+    assert "--force" not in ran.said
+    if "--against-weights" not in arguments:
+        assert "--weights" not in ran.said
 
 
 def test_install_commands(monkeypatch, tmp_path):

@@ -177,6 +177,8 @@ def tried(case: Case, good: Path, folder: Path) -> str | None:
         )
         if case.argv is not None and (strange := named - options_of(case.argv)):
             return f"names {strange}, which this command doesn't have: {result['said']}"
+        if case.argv is not None and (python := re.search(r"`\w+=[^`]*`", result["said"])):
+            return f"names {python[0]}, which is an argument in Python: {result['said']}"
         changed = {n for n in before.keys() | after.keys() if n != "said.txt" and before.get(n) != after.get(n)}
         changed = {name for name in changed if not _is_allowed(name)}
         if changed:

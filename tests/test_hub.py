@@ -219,3 +219,53 @@ def test_the_command_line(hub, digits, tmp_path, cli):
     assert ran.code == 0, ran.said
     assert cli("inspect", "hf://user/nothing").code == 2
     assert "There is no model user/nothing" in cli("predict", "hf://user/nothing", "x.png").said
+
+
+def test_push_as_a_command(hub, digits, tmp_path, cli):
+    model, source = digits
+    dyconvert.save(model, tmp_path / "saved", source=source)
+    said = cli("push", "saved", REPO).stdout
+    assert said.split() == ["pushed", "to", f"{ADDRESS}@{hub.repos[REPO][-1][0]}"]
+    assert same(dyconvert.load(ADDRESS), model)
+    assert json.loads(cli("push", "saved", REPO, "--json").stdout)["address"].startswith(f"{ADDRESS}@")
+    assert not cli("push", "saved", REPO, "-q").stdout
+    for arguments, says in (
+        (("nothing", REPO), "no model was saved"),
+        (("saved", "name"), "Write user/name"),
+        (("saved", ADDRESS), "Write user/name"),
+        (("saved",), "USER/NAME"),
+    ):
+        ran = cli("push", *arguments)
+        assert ran.code == 2
+        assert says in ran.said, ran.said
+
+
+@pytest.mark.parametrize("how", ["python", "command", "the hub is away"])
+def test_a_run_is_pushed_at_its_end(how, hub, tmp_path, cli, monkeypatch):
+    pytest.importorskip("lightning")
+    (tmp_path / "r.yaml").write_text(
+        "model: {specifier: digits-resnet8, weights: none, arguments: {width: 2}}\nconvert: {g: 2}\n"
+        "data: {dataset: fake, size: 8, channels: 1, mean: [0], std: [1], images: 40, workers: 0, num_classes: 10}\n"
+        "train: {batch: 8, epochs: 1, max_steps: 1, accelerator: cpu}\noutput: {directory: run}\n"
+    )
+    with pytest.raises(CheckpointError, match="Write user/name"):
+        dyconvert.finetune("r.yaml", push_to="name")
+    assert "Write user/name" in cli("finetune", "./r.yaml", "--push-to", "name").said
+    assert "run" not in listed(tmp_path)
+    if how == "python":
+        dyconvert.finetune("./r.yaml", push_to=REPO, progress=False)
+    elif how == "command":
+        assert f"pushed to {ADDRESS}@" in cli("finetune", "./r.yaml", "--push-to", REPO).said
+    else:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        ran = cli("finetune", "./r.yaml", "--push-to", REPO)
+        assert ran.code == 2
+        assert "fine-tuned" in ran.stdout
+        assert "The run is finished" in ran.said
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        # As the message advises, or so.
+        assert cli("finetune", "./r.yaml", "--resume", "--push-to", REPO).code == 0
+    assert same(dyconvert.load(ADDRESS), dyconvert.load(tmp_path / "run"))
+    card = newest(hub)["README.md"].decode()
+    assert str(tmp_path) not in card
+    assert str(tmp_path).encode() not in newest(hub)["dyconvert.json"]

@@ -138,13 +138,15 @@ def image_files(folder: Path) -> list[Path]:
         ModelError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise ModelError(f"`data={folder}` is no folder. Give a folder of images, or `digits`.")
+        raise ModelError(f"{folder} is no folder. Give a folder of images, or `digits`.")
     try:
         found = picture_files(folder)
     except OSError as error:
-        raise ModelError(f"`data={folder}` can't be read: {error.strerror}. Give a folder of images.") from None
+        raise ModelError(f"{folder} can't be read: {error.strerror}. Give a folder of images.") from None
     if not found:
-        raise ModelError(f"`data={folder}` holds no images ({', '.join(sorted(SUFFIXES))}), nor do its subfolders.")
+        raise ModelError(
+            f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}), nor do its subfolders. Give another folder."
+        )
     return found
 
 

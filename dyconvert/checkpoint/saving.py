@@ -154,11 +154,11 @@ def _check_writable(directory: Path, replace: bool, force: bool) -> None:
     if (directory / DESCRIPTION).exists():
         if not replace:
             raise CheckpointError(
-                f"{directory} holds a model already. Replace it with `force=True`, or choose another: `directory=...`."
+                f"{directory} holds a model already. Choose another: `directory=...`. To replace it, add `force=True`."
             )
     else:
         raise CheckpointError(
-            f"{directory} holds other files. Write there with `force=True`, or choose another: `directory=...`."
+            f"{directory} holds other files. Choose another: `directory=...`. To write beside them, add `force=True`."
         )
 
 

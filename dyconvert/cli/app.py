@@ -20,6 +20,7 @@ from dyconvert.cli import (
     ls,
     methods,
     predict,
+    push,
     recipes,
     report,
 )
@@ -56,6 +57,11 @@ EXAMPLES = {
         "dyconvert predict runs/mine cat.jpg",
         "dyconvert predict runs/mine images/ --top 3",
         "dyconvert predict runs/mine cat.jpg dog.jpg --json",
+    ),
+    "push": (
+        "dyconvert push resnet50-dynet-g6 user/resnet50-dynet",
+        "dyconvert push runs/mine user/mine",
+        "dyconvert push runs/mine/ema user/mine --json",
     ),
     "inspect": (
         "dyconvert inspect resnet50-dynet-g6",
@@ -166,6 +172,7 @@ for function, panel, how in (
     (finetune.finetune, _CONVERTING, {"silent": True, "device": True}),
     (collapse.collapse, _CONVERTING, {"silent": True, "device": True}),
     (export.export, _CONVERTING, {"silent": True, "device": True}),
+    (push.push, _CONVERTING, {"silent": True}),
     (predict.predict, _LOOKING, {"device": True}),
     (inspect.inspect, _LOOKING, {"device": True}),
     (report.report, _LOOKING, {"silent": True, "device": True}),

@@ -35,6 +35,12 @@ def finetune(
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Run the Python file or module that the recipe names.")
     ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER/NAME", help="Put the best model onto the Hugging Face Hub at the end, as `push` does."
+        ),
+    ] = None,
     as_json: Json = False,
     device: str | None = None,
 ) -> None:
@@ -42,10 +48,13 @@ def finetune(
 
     `dyconvert recipes ls` lists the recipes. Ctrl-C saves, and says how to continue.
     """
+    from dyconvert.checkpoint.hub import check_repo
     from dyconvert.finetuning import finetune as run
     from dyconvert.finetuning import load_recipe
 
     loaded = load_recipe(recipe, [*(overrides or []), *_on(device)])
+    if push_to is not None:
+        check_repo(push_to)
     if dry_run:
         from dyconvert.finetuning.dry_run import preview
 
@@ -59,6 +68,7 @@ def finetune(
     with progress("importing torch and Lightning"), contextlib.suppress(ImportError):  # run() says what is missing
         importlib.import_module("dyconvert.finetuning.run")
     summary = run(loaded, resume=resume, progress=not err.quiet, trust_code=trust_code)
+    from dyconvert.finetuning.run import push_run
     from dyconvert.finetuning.training.trainers import is_main_process
 
     if not is_main_process():  # of several; all have the same summary
@@ -67,6 +77,11 @@ def finetune(
         write_json(summary.to_json())
     else:
         out.print(summary)
+    if push_to is not None:
+        # After the figures, which a failure here is not to keep back.
+        address = push_run(loaded, push_to)
+        if not as_json:
+            out.print(f"pushed to {address}", soft_wrap=True)
 
 
 def _on(device: str | None) -> list[str]:

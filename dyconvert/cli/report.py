@@ -12,7 +12,7 @@ from dyconvert.cli import completing
 from dyconvert.cli.options import Factory, Mean, Size, Std, Trust, parse_size
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
-from dyconvert.errors import ModelError
+from dyconvert.errors import ModelError, said_as
 from dyconvert.run_files import SWEEP
 
 
@@ -86,8 +86,11 @@ def report(
         main = opened(model, weights, trust_code, device, factory)
         if not any(isinstance(module, DynamicConv) for module in main.model.modules()):
             check_convertible(main.model)
-        original = opened(against, against_weights, trust_code, device) if against else original_of(main, device)
-        static = opened(narrow, "default", trust_code, device) if narrow else None
+        with said_as({"weights": "--against-weights", "model": None}):
+            original = opened(against, against_weights, trust_code, device) if against else original_of(main, device)
+        with said_as({"model": None}):
+            # It is timed, for which any weights will do.
+            static = opened(narrow, "none", trust_code, device) if narrow else None
         example = example_of(main.model, None, size or image_size_for(main, data), 1)
         images = images_for(data, main.model, example, mean, std, limit) if data is not None else None
         result = analyse(

@@ -18,6 +18,7 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
     trust_code: bool = False,
+    push_to: str | None = None,
 ) -> "Summary":
     """Convert a model and fine-tune it, as a recipe says.
 
@@ -28,6 +29,8 @@ def finetune(
         progress: print progress and tables on stderr.
         trust_code: run code of the recipe's own: a model's factory in a Python file or module, arguments that may
             name files, a dataset's script. Models of torchvision, timm and this package just run.
+        push_to: put the best model onto the Hugging Face Hub at the end, as `"user/name"`; see
+            :func:`~dyconvert.push`. No recipe can ask for it: what is published is for you to say.
 
     Returns:
         The metrics of the original, the converted and the fine-tuned model, and where the result is:
@@ -38,6 +41,8 @@ def finetune(
             aren't there or don't fit.
         ModelError, PlanError: the model can't be built or converted.
         TrainingError: training diverged.
+        CheckpointError: `push_to` is no name of a repository; or the Hub can't be written to: then the run is finished
+            all the same.
     """
     from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 
@@ -50,7 +55,7 @@ def finetune(
         raise RecipeError(f"Fine-tuning needs more packages: {error}. Run `{install_command('train')}`.") from error
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    return run.finetune(recipe, resume=resume, progress=progress, trust_code=trust_code)
+    return run.finetune(recipe, resume=resume, progress=progress, trust_code=trust_code, push_to=push_to)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.checkpoint import check_writable
-from dyconvert.errors import RecipeError, brief, some
+from dyconvert.errors import RecipeError, brief, said_as, some
 from dyconvert.files import Claim, write_file
 from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 from dyconvert.finetuning.summary import Summary, write_json
@@ -109,7 +109,8 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
             )
         # All that a run killed at its very start can leave.
         if not (directory.is_dir() and {each.name for each in directory.iterdir()} == {LOCK}):
-            check_writable(directory)
+            with said_as({"directory": "output.directory", "force": None}):
+                check_writable(directory)
         return Run(recipe)
     if not exists:
         raise RecipeError(

@@ -14,9 +14,10 @@ from torch import nn
 from dyconvert import models
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.console import count
-from dyconvert.errors import RecipeError
+from dyconvert.errors import RecipeError, said_as
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.trust import check_trusted
+from dyconvert.finetuning.recipes.words import KEYS
 from dyconvert.models.source import names_file
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.convert import plan as plan_model
@@ -166,11 +167,16 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None, t
             said in the result.
         ModelError, PlanError: the model can't be built or converted.
     """
+    check_trusted(recipe, trust_code)
+    with said_as(KEYS):
+        return _previewed(recipe, report)
+
+
+def _previewed(recipe: Recipe, report: Callable[[str], None]) -> DryRun:
     from dyconvert.finetuning.data.datasets import check_classes, load_part
     from dyconvert.finetuning.data.loading import steps_per_epoch
     from dyconvert.finetuning.network import count_outputs
 
-    check_trusted(recipe, trust_code)
     section = recipe.model
     if names_file(section.weights) and not Path(section.weights).expanduser().is_file():
         raise RecipeError(f"There is no weights file {section.weights} (model.weights).")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dyconvert import checkpoint
 from dyconvert.analysis.flops import macs, parameters
+from dyconvert.checkpoint.hub import check_repo
 from dyconvert.console import err
-from dyconvert.errors import CheckpointError, RecipeError
+from dyconvert.errors import CheckpointError, RecipeError, said_as
 from dyconvert.finetuning.data.augment import preprocessing_of_data
 from dyconvert.finetuning.data.datasets import Part, check_classes, load_part
 from dyconvert.finetuning.data.loading import Prepared, steps_per_epoch, train_loader, val_loader
@@ -25,6 +26,7 @@ from dyconvert.finetuning.directory import Run, open_run
 from dyconvert.finetuning.network import Networks, count_outputs, create_original, transform
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.trust import check_trusted
+from dyconvert.finetuning.recipes.words import KEYS
 from dyconvert.finetuning.summary import Summary
 from dyconvert.finetuning.training.checkpoints import Checkpoints, position
 from dyconvert.finetuning.training.display import Display
@@ -48,8 +50,39 @@ _PAIRING_IMAGES = 500
 _TEACHER_BATCHES = 5
 
 
-def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True, trust_code: bool = False) -> Summary:
+def finetune(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    trust_code: bool = False,
+    push_to: str | None = None,
+) -> Summary:
     """Convert a model and fine-tune it; `dyconvert.finetune` documents it."""
+    if push_to is not None:
+        check_repo(push_to)
+    summary = _finished(recipe, resume, progress, trust_code)
+    if push_to is not None and is_main_process():
+        push_run(recipe, push_to)
+    return summary
+
+
+def push_run(recipe: Recipe, repo: str) -> str:
+    """Put the best model of a finished run onto the Hub, and return its address.
+
+    Raises:
+        CheckpointError: the Hub can't be written to. The run is whole without it.
+    """
+    try:
+        return checkpoint.push(recipe.directory, repo)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} The run is finished, in {recipe.directory}: `dyconvert push {recipe.directory} {repo}` tries "
+            "again."
+        ) from error
+
+
+def _finished(recipe: Recipe, resume: bool, progress: bool, trust_code: bool) -> Summary:
     check_trusted(recipe, trust_code)
     report = _reporter(progress)
     check_devices(recipe)
@@ -58,7 +91,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, progress: bool = True, tru
         if run.finished is not None:
             report(f"{recipe.directory} holds this run, finished")
             return run.finished
-        with _quiet():
+        with _quiet(), said_as(KEYS):
             return _run(recipe, run, resume, progress, report)
     finally:
         run.close()

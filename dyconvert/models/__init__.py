@@ -38,6 +38,7 @@ __all__ = [
     "names_code",
     "parse_arguments",
     "read_state_dict",
+    "split",
     "untrusted",
 ]
 

@@ -86,7 +86,7 @@ def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], pat
         listed = "".join(f"\n  {len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
         raise ModelError(
             f"{path} doesn't fit the model, which has {len(own)} tensors; the file has{listed}\n"
-            "Name the model that the file was saved from, with its arguments (`arguments={'num_classes': 10}`)."
+            "Name the model that the file was saved from, with its arguments. Such are `arguments={'num_classes': 10}`."
         )
     # A file of another program's, or a part of one, has no versions; its names and shapes are today's.
     known = versions(state_dict) if hasattr(state_dict, "_metadata") else None

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dyconvert import models
-from dyconvert.errors import RecipeError
+from dyconvert.errors import RecipeError, said_as
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.shipped import recipes_folder
+from dyconvert.finetuning.recipes.words import KEYS
 
 # torchvision's datasets that read pickles without a checksum of the publisher's.
 _PICKLED = {"LSUN", "LSUNClass"}
@@ -42,9 +43,12 @@ def _code_of(recipe: Recipe) -> Iterator[str]:
             kind = "file" if location.endswith(".py") else "module"
             if not (kind == "file" and _is_shipped(location)):
                 yield f"{key}: the function {function} of the {kind} {location}"
-    source = models.Source(section.specifier, section.arguments, None, None, section.num_classes)
-    if not models.names_code(section.specifier) and (argument := models.untrusted(source)):
-        yield f"model.arguments: {argument}, for {section.specifier}; only arguments that shape a network just run"
+    if not models.names_code(section.specifier):
+        with said_as(KEYS):
+            library, name = models.split(section.specifier)
+        source = models.Source(f"{library}:{name}", section.arguments, None, None, section.num_classes)
+        if argument := models.untrusted(source):
+            yield f"model.arguments: {argument}, for {source.specifier}; only arguments that shape a network just run"
     kind, _, name = data.dataset.partition(":")
     if kind == "huggingface":
         script = os.path.join(name, os.path.basename(os.path.normpath(name)) + ".py")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyconvert import models
-from dyconvert.errors import ModelError, RecipeError, brief
+from dyconvert.errors import ModelError, RecipeError, brief, said_as
 from dyconvert.finetuning.recipes.recipe import Recipe
+from dyconvert.finetuning.recipes.words import TEACHER
 from dyconvert.finetuning.training.outputs import outputs_of, reading
 from dyconvert.models.heads import find_head
 
@@ -108,7 +109,8 @@ def create_teacher(recipe: Recipe, original: nn.Module, num_classes: int) -> Tea
     if distill.teacher == "original":
         return Teacher(original, recipe)
     try:
-        module, _ = models.create(distill.teacher, distill.teacher_weights)
+        with said_as(TEACHER):
+            module, _ = models.create(distill.teacher, distill.teacher_weights)
     except ModelError as error:
         raise ModelError(f"The teacher (distill.teacher, distill.teacher_weights): {error}") from error
     teacher = Teacher(module, recipe)

@@ -1,0 +1,14 @@
+"""What functions of the library call an argument, in a recipe's words: their errors name the key that sets it."""
+
+KEYS = {
+    "arguments": "model.arguments",
+    "data": "data.root",
+    "example": "model.input_size",
+    "init": "narrow.init",
+    "keep": "narrow.keep",
+    "mean": "data.mean",
+    "std": "data.std",
+    "weights": "model.weights",
+}
+# Of a teacher that is another network; it takes no arguments.
+TEACHER = {"arguments": None, "example": "data.size", "weights": "distill.teacher_weights"}
