@@ -33,6 +33,8 @@ def fill_graph_module(copy: GraphModule, attributes: dict[str, Any], modes: dict
         attributes: the deep copy of the original's `__dict__`.
         modes: the original's train/eval switches, by name.
     """
+    if type(copy).train is not nn.Module.train:
+        copy.train(modes[""])  # torchvision's feature extractors change their graph with their mode
     for name, value in attributes.items():
         if name not in _OF_GRAPH_MODULES and (name not in vars(copy) or name == "training" or "hook" in name):
             vars(copy)[name] = value

@@ -13,7 +13,7 @@ from varied import randomised, with_statistics
 import dyconvert
 from dyconvert.analysis.flops import tensor_bytes
 from dyconvert.nn import dispatch, native
-from dyconvert.nn.compress import CompressedLinear
+from dyconvert.nn.linear import CompressedLinear
 from dyconvert.surgery.compress import TOLERANCE
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}

@@ -14,16 +14,16 @@ from varied import randomised
 
 import dyconvert
 from dyconvert.methods import get_method
-from dyconvert.nn import CoefficientPredictor
+from dyconvert.nn import CoefficientPredictor, native
+from dyconvert.nn.linear import LargeLinear
 from dyconvert.nn.mixture import Sizes
-from dyconvert.nn.predictor import WideLinear
 
 # float32's rounding of sums of 512 products.
 FLOAT32 = 1e-5
 
 
-def wide() -> CoefficientPredictor:
-    """One linear, of 2**20 weights and some."""
+def large() -> CoefficientPredictor:
+    """One linear, of more weights than lie in a core's cache."""
     torch.manual_seed(0)
     predictor = CoefficientPredictor(512, [Sizes(6, 256), Sizes(6, 128)], get_method("dynet", reduction=0))
     nn.init.normal_(predictor.linear.weight, std=0.05)
@@ -37,13 +37,31 @@ def plain(predictor: CoefficientPredictor, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_only_large_linears_are_of_a_class_of_their_own() -> None:
-    assert type(wide().linear) is WideLinear
+    assert type(large().linear) is LargeLinear
     assert type(CoefficientPredictor(16, [Sizes(6, 8)], get_method("dynet")).linear) is nn.Linear
 
 
+@pytest.mark.skipif(native.library() is None, reason="there are no compiled kernels here")
+def test_the_kernels_compute_it_for_a_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    linear = native.linear
+
+    def count(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor | None:
+        calls.append(len(x))
+        return linear(x, *others)
+
+    monkeypatch.setattr(native, "linear", count)
+    predictor = large()
+    predictor.linear(torch.randn(1, 512))  # with gradients: autograd is to see it
+    with torch.no_grad():
+        for images in (1, 8, 9):
+            predictor.linear(torch.randn(images, 512))
+    assert calls == [1, 8]
+
+
 @pytest.mark.parametrize("images", [0, 1, 2, 5, 8, 9, 64])
-def test_a_wide_linear_computes_what_a_plain_one_does(images: int) -> None:
-    predictor = wide()
+def test_a_large_linear_computes_what_a_plain_one_does(images: int) -> None:
+    predictor = large()
     x = torch.randn(images, 512)
     with torch.no_grad():
         expected, computed = plain(predictor, x), predictor.linear(x)
@@ -53,7 +71,7 @@ def test_a_wide_linear_computes_what_a_plain_one_does(images: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
-    predictor = wide()
+    predictor = large()
     x = torch.randn(2, 512)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert predictor.linear(x).dtype == torch.bfloat16
@@ -75,7 +93,7 @@ class Experts(nn.Module):
 
 
 def test_gradients_and_traces_go_through_it() -> None:
-    predictor = wide()
+    predictor = large()
     model = Experts(predictor)
     x = torch.randn(2, 512, 1, 1)
     model(x).sum().backward()
@@ -95,7 +113,7 @@ def test_gradients_and_traces_go_through_it() -> None:
 
 
 def test_the_bias_may_be_absent() -> None:
-    linear = WideLinear(512, 2048, bias=False)
+    linear = LargeLinear(512, 2048, bias=False)
     x = torch.randn(1, 512)
     with torch.no_grad():
         torch.testing.assert_close(linear(x), F.linear(x, linear.weight), rtol=FLOAT32, atol=FLOAT32)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyconvert.nn import CoefficientPredictor, DynamicConv, DynamicConv1d, DynamicConv2d
-from dyconvert.nn.compress import CompressedLinear
 from dyconvert.nn.handing import mixture_for
+from dyconvert.nn.linear import CompressedLinear
 from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.strategies import CONV

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dyconvert.errors import DyconvertError
 from dyconvert.nn import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.nn.compress import CompressedLinear
 from dyconvert.nn.handing import mixture_for
+from dyconvert.nn.linear import CompressedLinear
 from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.strategies import CONV

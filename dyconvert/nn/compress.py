@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyconvert.nn import compile_op, native
-from dyconvert.nn.compressed import Compressed, plain_linear
+from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.trials import needs_backward, observed
 
 # What differences can be kept in.
@@ -21,7 +21,7 @@ DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 # Kernels of fewer elements an output channel, those of depthwise convs mostly, aren't compressed: their scales would be
 # about as many bytes as what they save.
 SHORTEST = 32
-_LARGEST = 127
+LARGEST = 127
 
 
 def compressed(experts: Tensor, dtype: torch.dtype, groups: int, *, transposed: bool = False) -> Compressed:
@@ -44,9 +44,9 @@ def compressed(experts: Tensor, dtype: torch.dtype, groups: int, *, transposed: 
         difference = expert - mean
         factors: Tensor | float = 1.0
         if dtype is torch.int8:
-            scales.append(_scale(_by_output(difference, groups) if transposed else difference).to(experts.dtype))
+            scales.append(scale_of(_by_output(difference, groups) if transposed else difference).to(experts.dtype))
             factors = per_output(scales[-1].to(wide)[None], dims, groups, expert.shape[0] if transposed else None)[0]
-            place.copy_((difference / factors).round_().clamp_(-_LARGEST, _LARGEST))
+            place.copy_((difference / factors).round_().clamp_(-LARGEST, LARGEST))
         else:
             place.copy_(difference)
         lost += difference.sub_(place.to(wide).mul_(factors))
@@ -60,10 +60,10 @@ def _by_output(kernel: Tensor, groups: int) -> Tensor:
     return kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _scale(rows: Tensor) -> Tensor:
+def scale_of(rows: Tensor) -> Tensor:
     """By what int8 reaches each row's largest value, `[rows]`."""
     largest = rows.abs().flatten(1).amax(1)
-    return torch.where(largest > 0, largest / _LARGEST, 1)
+    return torch.where(largest > 0, largest / LARGEST, 1)
 
 
 def unpacked(bank: Compressed, g: int, groups: int, *, transposed: bool = False) -> Tensor:
@@ -105,57 +105,3 @@ def read_as_they_are(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting() and compile_op.built()
     return native.library() is not None and not torch.jit.is_tracing() and not observed()  # type: ignore[attr-defined]
-
-
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
-    """What :class:`CompressedLinear` computes of `x`, `[N, in_features]`."""
-    if read_as_they_are(x, weight, scale, bias):
-        if torch.compiler.is_compiling():
-            return compile_op.compressed_linear(x, weight, scale, bias)
-        if (out := native.linear(x, weight, scale, bias)) is not None:
-            return out
-    return plain_linear(x, weight, scale, bias)
-
-
-torch.fx.wrap("linear")
-
-
-class CompressedLinear(nn.Module):
-    r"""A predictor's linear layer with weights of few bits, :math:`y = s \odot (Q x) + b`.
-
-    Attributes:
-        weight: `[out_features, in_features]`, int8 or bfloat16.
-        scale: `[out_features]`, or None for bfloat16.
-        bias: `[out_features]`.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("scale", None if scale is None else nn.Parameter(scale, requires_grad=False))
-        self.bias = nn.Parameter(bias, requires_grad=False)
-
-    @classmethod
-    def of(cls, linear: nn.Linear, dtype: torch.dtype) -> "CompressedLinear":
-        """The layer that is nearest to `linear`."""
-        weight = linear.weight.detach()
-        scale = None
-        if dtype is torch.int8:
-            scale = _scale(weight).to(weight.dtype)
-            weight = (weight / scale.unsqueeze(1)).round_().clamp_(-_LARGEST, _LARGEST)
-        # The kernels read rows.
-        return cls(weight.to(dtype).contiguous(), scale, linear.bias.detach().clone())
-
-    @classmethod
-    def empty_like(cls, linear: nn.Linear, dtype: torch.dtype) -> "CompressedLinear":
-        """One without values."""
-        bias = linear.bias.detach()
-        weight = torch.empty(linear.weight.shape, dtype=dtype, device=bias.device)
-        return cls(weight, torch.empty_like(bias) if dtype is torch.int8 else None, torch.empty_like(bias))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.scale, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"

@@ -32,6 +32,7 @@ _TYPES = {
     torch.bfloat16: 3,
     torch.int8: 4,
 }  # as `csrc/native.cpp` numbers them
+_LINEAR_WEIGHTS = (torch.float32, torch.int8, torch.bfloat16)
 # What is computed in, and the banks that are read with it.
 BANKS = {
     torch.float32: (torch.float32, torch.float16, torch.bfloat16),
@@ -319,13 +320,13 @@ def forward(
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor | None:
-    """A linear layer of weights in int8 or bfloat16, `[outputs, inputs]`, read as they are; None if it can't.
+    """A linear layer of weights in float32, int8 or bfloat16, `[outputs, inputs]`, read as they are; None if it can't.
 
     Args:
         x: `[N, inputs]`, of float32, as are `scale`, `[outputs]` or None, and `bias`, `[outputs]`.
     """
     vectors = [t for t in (x, scale, bias) if t is not None]
-    if x.dim() != 2 or weight.dtype not in (torch.int8, torch.bfloat16) or x.shape[1] != weight.shape[1]:
+    if x.dim() != 2 or weight.dtype not in _LINEAR_WEIGHTS or x.shape[1] != weight.shape[1]:
         return None
     if not (_ordinary(weight) and weight.is_contiguous() and all(map(_ordinary, vectors))):
         return None

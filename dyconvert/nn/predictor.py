@@ -9,46 +9,8 @@ from torch import Tensor, nn
 
 from dyconvert.methods import Method
 from dyconvert.nn.handing import maps_in
+from dyconvert.nn.linear import predictor_linear
 from dyconvert.nn.mixture import Mixture, Sizes
-
-# From so many weights on, they don't stay in a core's cache, and reading them is most of what a linear for few images
-# costs.
-_WIDE = 2**20
-_FEW = 8  # images: with more of them, one matmul is as fast
-_PARTS = 16  # of which each is read in one stream
-
-
-class WideLinear(nn.Linear):
-    """A linear whose large weight is read in parts, in one batched matmul, where that is faster.
-
-    For few images one matmul reads a weight `[K, C]` at half of what the memory gives. So on the CPU, in float32 and
-    without gradients, its rows are multiplied in parts. Everywhere else it is a plain linear.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self._in_parts(input):
-            return super().forward(input)
-        x = input.t().expand(_PARTS, -1, -1)  # [16, C, N]
-        out = self.weight.view(_PARTS, -1, self.in_features).bmm(x)  # [16, K / 16, N]
-        out = out.view(self.out_features, -1).t()
-        return out if self.bias is None else out + self.bias
-
-    def _in_parts(self, x: Tensor) -> bool:
-        return (
-            # Not of a tracer's stand-in, nor of a compiler's.
-            type(x) is Tensor
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # documented, but not in __all__
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and x.dim() == 2
-            and x.shape[0] <= _FEW
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == self.weight.device.type == "cpu"
-            and type(self.weight) is nn.Parameter
-            and self.weight.is_contiguous()
-            and self.out_features % _PARTS == 0
-        )
 
 
 class CoefficientPredictor(nn.Module):
@@ -101,8 +63,7 @@ class CoefficientPredictor(nn.Module):
                 self.hidden.weight.uniform_(-bound, bound, generator=generator)
                 self.hidden.bias.uniform_(-bound, bound, generator=generator)
         self.norm = nn.LayerNorm(hidden, dtype=dtype) if hidden is not None and method.normalised else None
-        kind = WideLinear if total * (hidden or in_channels) >= _WIDE else nn.Linear
-        self.linear = kind(hidden or in_channels, total, device="meta", dtype=dtype)
+        self.linear = predictor_linear(hidden or in_channels, total, dtype)
         self.linear.weight = nn.Parameter(_zeros(self.linear.weight))
         self.linear.bias = nn.Parameter(_zeros(self.linear.bias))
         self.register_buffer("temperature", torch.tensor(method.temperature, dtype=dtype))

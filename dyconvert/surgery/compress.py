@@ -10,7 +10,8 @@ from dyconvert.differences import Differences, verify
 from dyconvert.errors import ModelError
 from dyconvert.marks import compression_of, mark_compression, plan_of
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.nn.compress import DTYPES, CompressedLinear, worth_it
+from dyconvert.nn.compress import DTYPES, worth_it
+from dyconvert.nn.linear import CompressedLinear
 from dyconvert.randomness import kept_random_state
 from dyconvert.surgery.convert import example_of
 

@@ -3,7 +3,8 @@
 A conv may take its coefficients from the block's predictor if each image of the predictor's input is the same image of
 the conv's input. So the block runs on three images as they come, with two of them swapped, and rolled by one; the
 conv's input has to follow both. Only the identity commutes with both permutations, so no reordering passes. Of two
-images one is changed: the same one has to change in the conv's input. Groups, windows or time folded into the batch
+images one is changed, for their one permutation commutes with itself: the same one has to change most in the conv's
+input. Groups, windows or time folded into the batch
 show by the batch's size. What is chosen by the values of the images (`x[mask]`, `if x.max() > 1`) may be chosen
 otherwise for other images, so no run shows it: convs that are called after it have predictors of their own.
 """
@@ -70,21 +71,27 @@ class Prober:
         batch = maps_in(read)[0].shape[0]
         reasons: dict[str, str] = {}
         # Code may branch on the number of images, on their size and on the mode. Maps of the model's own size are the
-        # dearest to run on, so the rest is shown on small ones, where the block takes them.
-        trained = False
-        runs = ((3, False, False), (2, True, False), (4, True, False), (4, True, True), (3, False, True))
-        for images, small, training in runs:
-            if not small and training and trained:
-                continue
-            try:
-                found = self._unfit_now(block, convs, _grown(call, batch, images, small), images, training)
-            except Exception as error:
-                if small or training:
-                    continue  # it doesn't take this size, or doesn't train on this: nothing is shown
-                return dict.fromkeys(convs, f"it can't be run on {images} images by itself ({brief(error)})")
-            trained = trained or training
-            for name, reason in found.items():
-                reasons.setdefault(name, reason)
+        # dearest to run on, so two images have them, and the rest is shown on small ones, where the block takes them.
+        for images, sizes, training in (
+            (2, (False,), False),
+            (3, (True, False), False),
+            (4, (True, False), False),
+            (4, (True, False), True),
+        ):
+            failure: Exception | None = None
+            for small in sizes:
+                try:
+                    found = self._unfit_now(block, convs, _grown(call, batch, images, small), images, training)
+                except Exception as error:
+                    failure = error
+                    continue
+                for name, reason in found.items():
+                    reasons.setdefault(name, reason)
+                break
+            else:
+                if not training:  # a block that can't be trained on this shows nothing in training
+                    why = f"it can't be run on {images} images by itself ({brief(failure)})"
+                    return dict.fromkeys(convs, why)
         return reasons
 
     def _unfit_now(

@@ -33,7 +33,7 @@ struct DyconvertTensors {
   const void *mean, *scale;  // of a compressed bank, or null
 };
 
-// A linear layer whose weights are compressed.
+// A linear layer.
 struct DyconvertLinear {
   const float* x;       // [images, inputs]
   const void* weights;  // [outputs, inputs]

@@ -116,7 +116,12 @@ inline void bank_gradient_any(const void* shape, ParallelFor parallel_for, const
 }
 
 inline void linear_any(const DyconvertLinear& layer, ParallelFor parallel_for, DyconvertType weight_type) {
-  weight_type == kInt8 ? linear<Int8>(layer, parallel_for) : linear<BFloat16>(layer, parallel_for);
+  if (weight_type == kInt8)
+    linear<Int8>(layer, parallel_for);
+  else if (weight_type == kBFloat16)
+    linear<BFloat16>(layer, parallel_for);
+  else
+    linear<float>(layer, parallel_for);
 }
 
 // What a target's file makes of all this.

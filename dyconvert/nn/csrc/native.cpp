@@ -87,7 +87,7 @@ DYCONVERT_EXPORT int dyconvert_bank_gradient(const void* shape, DyconvertParalle
   return ended([&] { used->bank_gradient(shape, parallel_for, tensors, static_cast<DyconvertType>(type)); });
 }
 
-// A linear layer with compressed weights.
+// A linear layer with weights of float32, bfloat16 or int8.
 DYCONVERT_EXPORT int dyconvert_linear(DyconvertParallelFor parallel_for, const float* x, const void* weights,
                                       const float* scale, const float* bias, float* out, int64_t images, int64_t inputs,
                                       int64_t outputs, int weight_type) {

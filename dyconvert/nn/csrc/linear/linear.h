@@ -1,13 +1,13 @@
-// A linear layer whose weights have fewer bits: what a predictor of compressed weights is made of. At a few images it is
-// bound by reading them.
+// A linear layer, what predictors are made of, with weights that may have fewer bits. At a few images it is bound by
+// reading them.
 #pragma once
 #include "base/half.h"
 #include "base/parallel.h"
 
 namespace DYCONVERT_TARGET {
 
-// Images that a row of weights is widened for at a time, and vectors of sums for each.
-constexpr int kLinearImages = 4, kLinearSums = 4;
+// Vectors of sums that hide the latency of adding to one.
+constexpr int kLinearSums = 4;
 
 // out[n * outputs] = sum_k x[n * inputs + k] w[k] scale + bias, for N images.
 template <typename B, int N>
@@ -20,7 +20,7 @@ inline void linear_row(const float* x, i64 inputs, const B* w, float scale, floa
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) {
       const Vector<float> weights = load_as<float>(w + k + j * lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) sums[n][j] += weights * load(x + n * inputs + k + j * lanes);
     }
   for (; k + lanes <= inputs; k += lanes) {
@@ -45,8 +45,10 @@ void linear(const DyconvertLinear& layer, ParallelFor parallel_for) {
       for (i64 n = 0; n < layer.images;) {
         const float* x = layer.x + n * layer.inputs;
         float* out = layer.out + n * layer.outputs + row;
-        if (layer.images - n >= kLinearImages)
-          linear_row<B, kLinearImages>(x, layer.inputs, w, scale, bias, out, layer.outputs), n += kLinearImages;
+        if (layer.images - n >= 8)
+          linear_row<B, 8>(x, layer.inputs, w, scale, bias, out, layer.outputs), n += 8;
+        else if (layer.images - n >= 4)
+          linear_row<B, 4>(x, layer.inputs, w, scale, bias, out, layer.outputs), n += 4;
         else
           linear_row<B, 1>(x, layer.inputs, w, scale, bias, out, layer.outputs), n++;
       }
