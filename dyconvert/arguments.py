@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.errors import ModelError
+from dyconvert.torch_internals.trees import tree_map_only
 
 
 def check_module(model: Any, name: str = "model") -> None:

@@ -12,7 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from dyconvert.errors import ModelError
 from dyconvert.nn.handing import is_handing
-from dyconvert.torch_internals import fill_graph_module, hook_tables, modes_of
+from dyconvert.torch_internals.copies import fill_graph_module, modes_of
+from dyconvert.torch_internals.modules import (
+    accumulation_hooks,
+    forward_hooks,
+    forward_pre_hooks,
+    gradient_hooks,
+    remove_hook,
+)
 
 
 def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -98,26 +105,24 @@ def keep_tensor_hooks(model: nn.Module, copy: nn.Module) -> None:
         new = copies.get(name)
         if new is None or new is parameter or not new.requires_grad:
             continue
-        for hook in (parameter._backward_hooks or {}).values():
+        for hook in gradient_hooks(parameter):
             new.register_hook(hook)
-        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        for hook in accumulation_hooks(parameter):
             new.register_post_accumulate_grad_hook(hook)
 
 
 def clear_hooks(model: nn.Module) -> None:
     """Remove the user's forward hooks: they are not to see a trial run's tensors. Those that hand coefficients stay."""
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not is_handing(hook)]:
-                del hooks[key]
-                for table in hook_tables(module):
-                    table.pop(key, None)
+        for hooks in (forward_hooks(module), forward_pre_hooks(module)):
+            for number in [number for number, hook in hooks.items() if not is_handing(hook)]:
+                remove_hook(module, number)
 
 
 def _adopt_hooks(model: nn.Module, memo: dict[int, Any]) -> None:
     """Have a copy's hooks work on the copy: `deepcopy` takes functions as they are, with the modules that they know."""
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hooks in (forward_hooks(module), forward_pre_hooks(module)):
             for key, hook in hooks.items():
                 if isinstance(hook, types.FunctionType) and hook.__closure__:
                     hooks[key] = _with_copied_cells(hook, memo)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_call, check_module
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import DynamicConv
 from dyconvert.outputs import tensors_in
+from dyconvert.torch_internals.modules import ConvNd
+from dyconvert.torch_internals.trees import tree_map_only
 from dyconvert.trial import fresh, kept
 
 # A gradient that should be zero is rounding: below this part of the largest of all, differences are relative to that.
@@ -182,7 +182,7 @@ def _difference(path: str, original: Tensor, dynamic: Tensor, least: float = 0.0
 
 
 def _compare_convs(model: nn.Module, dynamic: nn.Module, example: Any) -> tuple[Difference, ...]:
-    names = [name for name, module in dynamic.named_modules() if isinstance(module, DynamicConv | _ConvNd)]
+    names = [name for name, module in dynamic.named_modules() if isinstance(module, DynamicConv | ConvNd)]
     first, second = (_calls(each, names, example) for each in (model, dynamic))
     # What comes after a detector's proposals may differ in number by a rounding that ranks them otherwise.
     same = [(a, b) for a, b in zip(first, second, strict=False) if a[0] == b[0] and a[1].shape == b[1].shape]

@@ -7,6 +7,8 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+from dyconvert.torch_internals.messages import without_advice
+
 # The library writes arguments of its functions in backticks; those of a recipe, such as train.lr=0.01, are the same
 # everywhere.
 _ARGUMENT = re.compile(r"`(\w+)=([^`]*)`")
@@ -54,8 +56,8 @@ def some(items: list[str], count: int = 5) -> str:
 
 def brief(error: BaseException) -> str:
     """Return the error's type and the first line of what it says, to be quoted in a message of ours."""
-    # Before the mark, torch advises to load the file with its code; after the first line comes help.
-    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    # After the first line comes help.
+    lines = without_advice(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 

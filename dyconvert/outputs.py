@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
+
+from dyconvert.torch_internals.trees import tree_is_leaf, tree_leaves
 
 # What holds no outputs: a returned module's parameters are none, for one.
 _OPAQUE = (str, bytes, type, nn.Module, torch.Generator, types.ModuleType, types.FunctionType, types.MethodType)
@@ -76,8 +77,8 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
         inner = [
             (f".{field.name}", getattr(value, field.name)) for field in fields(value) if hasattr(value, field.name)
         ]
-    elif not _pytree.tree_is_leaf(value):
-        leaves = _pytree.tree_leaves(value, is_leaf=lambda each: each is not value)
+    elif not tree_is_leaf(value):
+        leaves = tree_leaves(value, is_leaf=lambda each: each is not value)
         inner = [(f"[{i}]", each) for i, each in enumerate(leaves)]
     # A ModelOutput has its fields as attributes, too; a UserDict its dict.
     known = {id(each) for _, each in inner}

@@ -11,10 +11,12 @@ from typing import Any, cast
 
 from torch import nn
 
+from dyconvert.torch_internals.modules import set_versions, versions_of
+
 
 def versions(state: Mapping[str, Any]) -> dict[str, int]:
     """By module name, the versions in a state dict that torch made, without those that are 1, as most are."""
-    beside = getattr(state, "_metadata", {})
+    beside = versions_of(state) or {}
     return {name: each["version"] for name, each in beside.items() if each.get("version", 1) not in (None, 1)}
 
 
@@ -26,8 +28,8 @@ def with_versions(state: Mapping[str, Any], model: nn.Module, saved: Mapping[str
     """
     result: Any = OrderedDict(state)
     kept: Any = model.state_dict(keep_vars=True)
-    own = kept._metadata
+    own = versions_of(kept)
     if saved is not None:
         own = OrderedDict((name, {**each, "version": saved.get(name, 1)}) for name, each in own.items())
-    result._metadata = own
+    set_versions(result, own)
     return cast(dict[str, Any], result)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.randomness import kept_random_state
+from dyconvert.torch_internals.trees import tree_map_only
 
 
 @contextmanager

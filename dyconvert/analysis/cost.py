@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyconvert.analysis.flops import parameters
@@ -16,6 +15,8 @@ from dyconvert.copying import clear_hooks, in_eval_mode, on_meta, skeleton
 from dyconvert.errors import brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.surgery.plan import Plan
+from dyconvert.torch_internals.trees import tree_map_only
+from dyconvert.torch_internals.watching import multiply_adds
 
 # The part of a model that is in none of its blocks.
 REST = "(the rest)"
@@ -144,14 +145,7 @@ def _counted(runner: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         runner(*arguments)
-    root = type(runner).__name__
-    found = {}
-    for name, counts in counter.get_flop_counts().items():
-        if name == "Global":
-            found[""] = sum(counts.values()) // 2
-        elif name.startswith(f"{root}."):
-            found[name.removeprefix(f"{root}.")] = sum(counts.values()) // 2
-    return found
+    return multiply_adds(counter, runner)
 
 
 def time_blocks(

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_arguments
 from dyconvert.copying import clear_hooks, on_meta, skeleton
+from dyconvert.torch_internals.trees import tree_map_only
 
 
 def macs(model: nn.Module, example: Any) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dyconvert.errors import CheckpointError, ModelError, brief, some
 from dyconvert.limits import TENSORS, LimitError
 from dyconvert.state_versions import versions, with_versions
+from dyconvert.torch_internals.modules import tensor_tables
 from dyconvert.version import __version__
 
 # safetensors' names of the dtypes that a model's tensors are given when they are loaded.
@@ -24,7 +25,6 @@ _SAVED = {
 # What stands in the file's own header: that we wrote it, so that it may be replaced.
 _WRITTEN_BY = "written_by"
 _VERSIONS = "versions"  # of modules; no tensor's name
-_EXTRA_STATE = "_extra_state"  # torch's name of the key, after the module's
 
 
 def write_weights(model: nn.Module, file: Path) -> dict[str, Any] | None:
@@ -228,7 +228,7 @@ def _take_dtypes(own: dict[str, Any], origin: dict[str, str], opened: Any) -> No
 def _places(model: nn.Module) -> Iterator[tuple[int, dict[str, Any], str]]:
     """Where each parameter and buffer stands."""
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        for table in tensor_tables(module):
             for name, tensor in table.items():
                 if tensor is not None:
                     yield id(tensor), table, name

@@ -12,6 +12,7 @@ from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
 from dyconvert.limits import BATCH
+from dyconvert.torch_internals.compiling import compile_error
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +151,6 @@ def model(
     if bank_dtype and compress:
         raise ModelError("--bank-dtype with --compress: the experts are kept in one way. Leave one of them out.")
 
-    import torch
-
     from dyconvert.analysis import bench, timing
     from dyconvert.cli.opening import example_of
     from dyconvert.surgery.compress import compress as compress_model
@@ -192,7 +191,7 @@ def model(
             )
             for example in examples
         ]
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except compile_error() as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(
             f"torch.compile failed: {reason}\nOn a CPU it needs a C++ compiler, g++ or clang++. Leave out --compile."

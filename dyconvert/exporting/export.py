@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_arguments, check_module
 from dyconvert.copying import in_eval_mode, skeleton
@@ -28,6 +27,7 @@ from dyconvert.exporting.named_outputs import NamedOutputs, is_plain, output_nam
 from dyconvert.files import as_path
 from dyconvert.installation import install_command
 from dyconvert.surgery.apply import replace_everywhere
+from dyconvert.torch_internals.trees import tree_map_only
 
 # A protobuf message, and so an ONNX file, can't be larger than 2 GB; then the weights are in a file beside it.
 LARGEST_FILE = 2**31 - 2**24

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dyconvert.outputs import tensors_in
+from dyconvert.torch_internals.trees import tree_leaves
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 _STEP = re.compile(r"\.(\w+)|\[(?:'([^']*)'|\"([^\"]*)\"|([^\]]*))\]")

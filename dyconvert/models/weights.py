@@ -1,7 +1,6 @@
 """Weights files: read without running their code, and copied into a model whole or not at all."""
 
 import os
-import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 from dyconvert.errors import ModelError, brief, some
 from dyconvert.limits import check_archive
 from dyconvert.state_versions import versions, with_versions
+from dyconvert.torch_internals.compiling import ORIGINAL
+from dyconvert.torch_internals.messages import refused_code, says_torchscript
+from dyconvert.torch_internals.modules import set_versions, versions_of
 
 _NESTED_UNDER = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+_WRAPPER_PREFIXES = ("module.", f"{ORIGINAL}.")  # of DataParallel and torch.compile
 _HOW_TO_SAVE = "save `model.state_dict()`, with torch.save or as safetensors"
 
 
@@ -46,8 +48,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if others:
         raise ModelError(f"{path} isn't a state dict: {some(others)} aren't tensors; {_HOW_TO_SAVE}.")
     state_dict: Any = OrderedDict((str(key), tensor) for key, tensor in loaded.items())
-    if isinstance(beside := getattr(loaded, "_metadata", None), dict):
-        state_dict._metadata = beside
+    if isinstance(beside := versions_of(loaded), dict):
+        set_versions(state_dict, beside)
     while prefix := next((p for p in _WRAPPER_PREFIXES if all(key.startswith(p) for key in state_dict)), None):
         state_dict = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
     return cast(dict[str, Tensor], state_dict)
@@ -89,7 +91,7 @@ def load_state_dict_into(model: nn.Module, state_dict: Mapping[str, Tensor], pat
             "Name the model that the file was saved from, with its arguments. Such are `arguments={'num_classes': 10}`."
         )
     # A file of another program's, or a part of one, has no versions; its names and shapes are today's.
-    known = versions(state_dict) if hasattr(state_dict, "_metadata") else None
+    known = versions(state_dict) if versions_of(state_dict) is not None else None
     try:
         model.load_state_dict(with_versions(state_dict, model, known), strict=False)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -158,13 +160,13 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # the errors below say it better
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        code = refused_code(str(error))
         if code:
             raise ModelError(
-                f"{path} holds more than tensors: loading it would run code, here {code[1]}, and only tensors "
+                f"{path} holds more than tensors: loading it would run code, here {code}, and only tensors "
                 f"are loaded. If you trust the file, load it yourself and {_HOW_TO_SAVE}."
             ) from error
-        if "TorchScript" in str(error):
+        if says_torchscript(str(error)):
             raise ModelError(f"{path} is a TorchScript program, not a state dict; {_HOW_TO_SAVE}.") from error
         raise ModelError(
             f"{path} can't be read as a PyTorch file: {brief(error)}. It is cut short, damaged, or of another "

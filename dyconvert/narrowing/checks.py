@@ -5,7 +5,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import as_arguments
 from dyconvert.copying import clear_hooks, in_eval_mode, skeleton
@@ -16,6 +15,8 @@ from dyconvert.numbers import share, whole
 from dyconvert.outputs import tensors_in
 from dyconvert.surgery.blocks import check_convertible
 from dyconvert.surgery.observe import example_for
+from dyconvert.torch_internals.modules import BatchNorm
+from dyconvert.torch_internals.trees import tree_map_only
 
 Init = Literal["least-squares", "merge", "l1"]
 
@@ -74,7 +75,7 @@ def bare(model: nn.Module) -> nn.Module:
 
     Other buffers are its own, and so are plain attributes: a forward that counts its calls counts none here.
     """
-    shared = {id(b) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()}
+    shared = {id(b) for m in model.modules() if isinstance(m, BatchNorm) for b in m.buffers()}
 
     def tensor(t: Tensor) -> Tensor:
         return t.detach() if isinstance(t, nn.Parameter) or id(t) in shared else t.detach().clone()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dyconvert.narrowing.graph import Graph, Group
 from dyconvert.narrowing.layers import ChannelSlice
 from dyconvert.narrowing.record import put
+from dyconvert.torch_internals.modules import BatchOrInstanceNorm, parameter_table, tensor_tables
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, BatchOrInstanceNorm)
 
 
 @dataclass
@@ -122,18 +123,17 @@ def _both_affine(module: nn.Module, size: int) -> Iterator[None]:
     """A norm that has one of weight and bias gets the other meanwhile: torch-pruning cuts both of an affine one."""
     missing = []
     if isinstance(module, _NORMS) and any(p is not None for p in (module.weight, module.bias)):
-        missing = [key for key in ("weight", "bias") if module._parameters.get(key) is None]
+        missing = [key for key in ("weight", "bias") if parameter_table(module).get(key) is None]
     for key in missing:
-        module._parameters[key] = nn.Parameter(torch.zeros(size))
+        parameter_table(module)[key] = nn.Parameter(torch.zeros(size))
     yield
     for key in missing:
-        module._parameters[key] = None
+        parameter_table(module)[key] = None
 
 
 def _cut_others(module: nn.Module, size: int, kept: Tensor) -> None:
     """Parameters and buffers that a subclass added, one value or filter a channel, as timm's `ScaledStdConv2d.gain`."""
-    held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-    for tensors in held:
+    for tensors in tensor_tables(module):
         for key, old in tensors.items():
             if old is not None and old.dim() and old.shape[0] == size > len(kept) and key not in ("weight", "bias"):
                 new = old.detach().index_select(0, kept.to(old.device))
@@ -168,14 +168,14 @@ def _summed(t: Tensor, dim: int, into: Tensor) -> Tensor:
 def _cut_parameter(model: nn.Module, name: str, folds: Folds, merge: bool) -> None:
     parent, _, key = name.rpartition(".")
     owner = model.get_submodule(parent)
-    old = owner._parameters[key]
+    old = parameter_table(owner)[key]
     dim = folds.dims[name] % old.dim()
     fold = folds.get(name, "parameter", old.shape[dim])
     new = old.detach().index_select(dim, fold.kept.to(old.device))
     if merge:
         shape = [-1 if d == dim else 1 for d in range(old.dim())]
         new = _summed(old, dim, fold.into) / torch.bincount(fold.into).to(old).view(shape)
-    owner._parameters[key] = nn.Parameter(new, old.requires_grad)
+    parameter_table(owner)[key] = nn.Parameter(new, old.requires_grad)
 
 
 def _cut_padding(model: nn.Module, name: str, graph: Graph, folds: Folds) -> None:

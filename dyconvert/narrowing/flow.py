@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from dyconvert.narrowing.places import Place, Watch
+from dyconvert.torch_internals.modules import BatchNorm, ConvNd
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Aim:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one whose weights are solved: a conv or a linear."""
-    return isinstance(module, _ConvNd | nn.Linear)
+    return isinstance(module, ConvNd | nn.Linear)
 
 
 def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
@@ -60,7 +59,7 @@ def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
         module = model.get_submodule(name)
         if not is_layer(module) or not all(_is_batch(module, call) for call in calls):
             continue
-        first = isinstance(module, _ConvNd)
+        first = isinstance(module, ConvNd)
         if len(calls) == 1:
             found[name] = (_aim(watch, readers, norms, calls[0], first),)
         else:
@@ -75,11 +74,11 @@ def _is_norm(model: nn.Module, watch: Watch, place: Place) -> bool:
     if "batch_norm" not in place.operator or len(watch.calls.get(place.module, ())) != 1:
         return False
     module = model.get_submodule(place.module)
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
+    return isinstance(module, BatchNorm) and module.running_mean is not None
 
 
 def _is_batch(module: nn.Module, call: Any) -> bool:
-    dims = len(module.kernel_size) + 2 if isinstance(module, _ConvNd) else len(call.shape)
+    dims = len(module.kernel_size) + 2 if isinstance(module, ConvNd) else len(call.shape)
     return call.number is not None and len(call.shape) == dims >= 2
 
 

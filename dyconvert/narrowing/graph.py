@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dyconvert.copying import clear_hooks, on_meta, skeleton
 from dyconvert.errors import DyconvertError, ModelError, PlanError, brief, some
 from dyconvert.narrowing import torch_pruning_bridge as bridge
 from dyconvert.narrowing.flow import is_layer
 from dyconvert.narrowing.obstacles import Obstacles, Padding, follow_padding
+from dyconvert.torch_internals.modules import ConvNd
+from dyconvert.torch_internals.trees import tree_flatten, tree_map_only
 
 STEM = "the stem"
 OUTPUT = "the model's output"
@@ -204,14 +204,14 @@ class _Watch:
             if not isinstance(output, Tensor):
                 return
             if is_layer(module):
-                channels = module.out_channels if isinstance(module, _ConvNd) else module.out_features
+                channels = module.out_channels if isinstance(module, ConvNd) else module.out_features
                 positions = output.numel() // (channels * self._images)
-                depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+                depthwise = isinstance(module, ConvNd) and module.groups == module.in_channels == module.out_channels
                 layer = self.layers.setdefault(name, Layer(name, 0, module.weight.numel(), depthwise))
                 layer.positions += positions
                 if layer.positions == 1:
                     self.small.add(name)
-                if isinstance(module, _ConvNd) and module.in_channels == self._image_channels <= 4:
+                if isinstance(module, ConvNd) and module.in_channels == self._image_channels <= 4:
                     self.stems.add(name)
             elif next(module.parameters(), None) is None and output.grad_fn is not None:
                 self._shortcuts[output.grad_fn] = name, module
@@ -329,7 +329,7 @@ def _tie(unit: Tensor, module: nn.Module, side: str, channels: Tensor, positions
     """Units in which a grouped conv or a group norm keeps the same places in each of its groups."""
     groups = getattr(module, "groups", getattr(module, "num_groups", 1)) or 1
     whole = getattr(module, "out_channels" if side == "out" else "in_channels", getattr(module, "num_channels", 0))
-    depthwise = isinstance(module, _ConvNd) and module.groups == module.out_channels == module.in_channels
+    depthwise = isinstance(module, ConvNd) and module.groups == module.out_channels == module.in_channels
     if groups == 1 or depthwise or not whole:
         return unit
     local = channels % (whole // groups)

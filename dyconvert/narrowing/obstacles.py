@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from dyconvert.narrowing import torch_pruning_bridge as bridge
 from dyconvert.surgery.adapters import unsupported
+from dyconvert.torch_internals.modules import ConvNd, tensor_tables
+from dyconvert.torch_internals.watching import operator_of, saved_argument
 
 # Backward nodes of operators that treat every channel by itself and keep the channels' order. What is left when
 # "Backward0" is taken away.
@@ -67,7 +68,7 @@ class Obstacles:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._spatial = max((len(m.kernel_size) for m in model.modules() if isinstance(m, _ConvNd)), default=2)
+        self._spatial = max((len(m.kernel_size) for m in model.modules() if isinstance(m, ConvNd)), default=2)
         self._shared = shared_weights(model)
 
     def mend(self, nodes: list[bridge.Node]) -> None:
@@ -100,7 +101,7 @@ class Obstacles:
             return self._of_module(node.module)
         if bridge.is_output(node) or node.grad_fn is None:
             return None
-        operator = _operator(node.grad_fn)
+        operator = operator_of(node.grad_fn)
         if operator == "Cat" and not _only_adds_last(node):
             return "they are concatenated with what the forward makes itself"
         if operator in _REDUCTIONS and _over(node, _channels_read(node) or channels):
@@ -111,7 +112,7 @@ class Obstacles:
             return f"they pass through the operator {operator}, which may mix channels"
         if operator in ("View", "UnsafeView", "ReshapeAlias") and not self._is_flatten(node.grad_fn):
             return "they are reshaped, as by a channel shuffle"
-        if operator == "Slice" and _saved(node.grad_fn, "dim") in (1, None):
+        if operator == "Slice" and saved_argument(node.grad_fn, "dim") in (1, None):
             return "they are sliced"
         if operator == "ConstantPadNd" and self.padding(node) and not hasattr(node, "dyconvert_padding"):
             return "they are padded by constant_pad_nd, which no module of its own calls"
@@ -127,9 +128,9 @@ class Obstacles:
 
     def padding(self, node: bridge.Node) -> tuple[int, int] | None:
         """Zero channels that a node adds before and after, if any: the pair behind those of the spatial dimensions."""
-        if node.grad_fn is None or _operator(node.grad_fn) != "ConstantPadNd":
+        if node.grad_fn is None or operator_of(node.grad_fn) != "ConstantPadNd":
             return None
-        pair = tuple(_saved(node.grad_fn, "pad") or ())[2 * self._spatial : 2 * self._spatial + 2]
+        pair = tuple(saved_argument(node.grad_fn, "pad") or ())[2 * self._spatial : 2 * self._spatial + 2]
         return pair if any(pair) else None
 
 
@@ -163,7 +164,7 @@ class _Sizes:
             return None
         if bridge.kind(node) == "CONCAT":
             return sum(counts) if _cat_dim(node.grad_fn) == 1 else None
-        reduces = bridge.is_operator(node) and _operator(node.grad_fn) in _REDUCTIONS and _over(node, max(counts))
+        reduces = bridge.is_operator(node) and operator_of(node.grad_fn) in _REDUCTIONS and _over(node, max(counts))
         return 1 if reduces else max(counts)
 
 
@@ -173,7 +174,7 @@ _KEEP_COUNT = ("ELEMENTWISE", "EXPAND", "OUTPUT", "BN", "LN", "GN", "IN", "PRELU
 
 def _own_size(node: bridge.Node) -> int | None:
     module = node.module
-    if isinstance(module, _ConvNd):
+    if isinstance(module, ConvNd):
         return module.out_channels
     return module.out_features if isinstance(module, nn.Linear) else None
 
@@ -189,7 +190,7 @@ def _channels_read(node: bridge.Node) -> int | None:
 
 def _over(node: bridge.Node, channels: int) -> bool:
     """Whether a reduction is over the dimension of so many channels: 1, or the last where it has their number."""
-    shape, dims = _sizes(node.grad_fn), _saved(node.grad_fn, "dim")
+    shape, dims = _sizes(node.grad_fn), saved_argument(node.grad_fn, "dim")
     if len(shape) < 2 or dims is None or channels == 1:
         return False
     # Negative dimensions are kept as unsigned numbers.
@@ -200,7 +201,7 @@ def _over(node: bridge.Node, channels: int) -> bool:
 
 
 def _cat_dim(grad_fn: Any) -> int:
-    dim = _saved(grad_fn, "dim")
+    dim = saved_argument(grad_fn, "dim")
     return -1 if dim is None else dim - 2**64 if dim >= 2**63 else dim
 
 
@@ -209,13 +210,13 @@ def _only_adds_last(node: bridge.Node) -> bool:
     inside = [function is not None for function, _ in node.grad_fn.next_functions]
     if all(inside):
         return True
-    readers = all(isinstance(reader.module, _ConvNd) for reader in node.outputs)
+    readers = all(isinstance(reader.module, ConvNd) for reader in node.outputs)
     return readers and _cat_dim(node.grad_fn) == 1 and inside == sorted(inside, reverse=True)
 
 
 def computed_weight(module: nn.Module) -> str | None:
     """Why a module's weight is none of its own parameters, but computed from others at each call; None if it isn't."""
-    if isinstance(module, _ConvNd) and (parametrize.is_parametrized(module) or not _is_plain(module)):
+    if isinstance(module, ConvNd) and (parametrize.is_parametrized(module) or not _is_plain(module)):
         return f"{type(module).__name__}: {unsupported(module)}"
     if parametrize.is_parametrized(module):
         return f"a {type(module).__name__} is parametrized; parametrize.remove_parametrizations makes it plain"
@@ -226,7 +227,7 @@ def computed_weight(module: nn.Module) -> str | None:
 
 def _is_plain(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return not isinstance(weight, Tensor) or "weight" in module._parameters or "weight" in module._buffers
+    return not isinstance(weight, Tensor) or any("weight" in table for table in tensor_tables(module))
 
 
 def shared_weights(model: nn.Module) -> set[int]:
@@ -235,19 +236,8 @@ def shared_weights(model: nn.Module) -> set[int]:
     return {key for key, count in counts.items() if count > 1}
 
 
-def _operator(grad_fn: Any) -> str:
-    """`Relu` for ReluBackward0; a function of Python's by its class."""
-    name = grad_fn.name() if hasattr(grad_fn, "name") else type(grad_fn).__name__
-    return name.rpartition(".")[2].rstrip("0123456789").removesuffix("Backward")
-
-
 def _sizes(grad_fn: Any) -> tuple[int, ...]:
-    return tuple(_saved(grad_fn, "self_sym_sizes") or _saved(grad_fn, "self_sizes") or ())
-
-
-def _saved(grad_fn: Any, name: str) -> Any:
-    """What an autograd node kept of an operator's arguments; None where it has no such thing."""
-    return getattr(grad_fn, f"_saved_{name}", None)
+    return tuple(saved_argument(grad_fn, "self_sym_sizes") or saved_argument(grad_fn, "self_sizes") or ())
 
 
 def follow_padding(graph: bridge.DependencyGraph, found: Obstacles, owner: Callable[..., str | None]) -> None:

@@ -5,11 +5,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.narrowing.positions import Positions
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.surgery.adapters import static_padding
+from dyconvert.torch_internals.modules import ConvTransposeNd
 
 
 def patches(layer: nn.Module, x: Tensor, positions: Positions, shape: tuple[int, ...], calls: int = 1) -> Tensor:
@@ -24,7 +24,7 @@ def patches(layer: nn.Module, x: Tensor, positions: Positions, shape: tuple[int,
     """
     if isinstance(layer, nn.Linear):
         return positions.take(x, channels_first=False, calls=calls).unsqueeze(1)
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeNd):
         x, stride = _spread(layer, x, shape[2:]), (1,) * len(layer.kernel_size)
     else:
         x, stride = _padded(layer, x), layer.stride
@@ -65,7 +65,7 @@ def _spread(conv: nn.Module, x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """A layer's weight as `[C_out, F]`: what each output channel multiplies its patches with."""
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeNd):
         weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.flip(tuple(range(2, weight.dim()))).flatten(1)
     return weight.flatten(1)
@@ -73,7 +73,7 @@ def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def as_weight(layer: nn.Module, rows: Tensor) -> Tensor:
     """The other way round: `[C_out, F]` in the shape of the layer's weight."""
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeNd):
         weight = rows.unflatten(1, (-1, *layer.kernel_size))
         weight = weight.flip(tuple(range(2, weight.dim())))
         return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)

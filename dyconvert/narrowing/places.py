@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from dyconvert.torch_internals import DispatchMode
+from dyconvert.torch_internals.trees import tree_leaves
+from dyconvert.torch_internals.watching import DispatchMode
 
 
 class Place(NamedTuple):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyconvert.narrowing.calibrate import Samples, first_look
 from dyconvert.narrowing.cut import Folds
@@ -28,7 +27,8 @@ from dyconvert.narrowing.positions import Positions, held_out
 from dyconvert.narrowing.record import SolvedLayer
 from dyconvert.narrowing.solve import RIDGE, Rows, Solution, solve
 from dyconvert.surgery.adapters import is_standardised, unsupported
-from dyconvert.torch_internals import without_modes
+from dyconvert.torch_internals.modules import BatchNorm, tensor_tables
+from dyconvert.torch_internals.watching import without_modes
 
 SOLVED, MERGED = "least-squares", "merge"
 Progress = Callable[[int, int], None]
@@ -150,7 +150,7 @@ class _Work:
         for name, module in self.model.named_modules():
             if name in self.planned and name not in self.found:
                 handles.append(module.register_forward_pre_hook(self._reached(name), with_kwargs=True))
-            elif isinstance(module, _BatchNorm):
+            elif isinstance(module, BatchNorm):
                 handles.append(module.register_forward_pre_hook(self._restating(name)))
         try:
             return find_aims(self.model, watched(self.model, self.images.part(0, len(self.images)), wanted))
@@ -269,7 +269,8 @@ def _fit(name: str, layer: nn.Module, norm: nn.Module | None, rows: Rows, ridge:
     if merged is not None and not solution.error < merged:
         return SolvedLayer(name=name, weights=MERGED, error=merged, why="merging is better")
     changed = [layer, *([norm] if norm is not None else [])]
-    before = [(t, t.clone()) for m in changed for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    tensors = [t for module in changed for table in tensor_tables(module) for t in table.values() if t is not None]
+    before = [(t, t.clone()) for t in tensors]
     _write(layer, norm, solution, factor)
     if all(t.isfinite().all() for t, _ in before):
         return SolvedLayer(name=name, weights=SOLVED, error=solution.error)

@@ -10,6 +10,7 @@ from torch import nn
 from dyconvert.errors import PlanError
 from dyconvert.marks import mark_narrowing
 from dyconvert.narrowing.layers import ChannelSlice
+from dyconvert.torch_internals.modules import buffer_table, child_table, parameter_table, tensor_tables
 
 
 class NarrowingWarning(UserWarning):
@@ -183,11 +184,11 @@ def rebuild_narrowed(model: nn.Module, narrowing: Narrowing) -> nn.Module:
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Set a submodule by name; setattr would refuse the numbers of a Sequential."""
     parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
+    child_table(model.get_submodule(parent))[child] = module
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, t in (*module._parameters.items(), *module._buffers.items()):
+    for name, t in (*parameter_table(module).items(), *buffer_table(module).items()):
         if t is not None:
             yield name, t
 
@@ -211,5 +212,5 @@ def _replace(module: nn.Module, name: str, old: torch.Tensor, shape: list[int], 
         # Values that aren't saved would otherwise be whatever lay in memory.
         new = old.detach().new_zeros(shape)
         made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-    held[name] = made[id(old)]
+    own, buffers = tensor_tables(module)
+    (own if name in own else buffers)[name] = made[id(old)]

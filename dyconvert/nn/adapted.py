@@ -14,7 +14,7 @@ from torch import Tensor
 from dyconvert.nn import native, tiles
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
-from dyconvert.torch_internals import multiplies_bfloat16
+from dyconvert.torch_internals.operators import multiplies_bfloat16
 
 _HALF = (torch.float16, torch.bfloat16)
 # Pixels of all the output's maps from which on a processor that multiplies bfloat16 is faster by torch's convs,

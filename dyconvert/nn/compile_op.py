@@ -15,7 +15,7 @@ from dyconvert.nn import engines, fitting, native
 from dyconvert.nn.compressed import Compressed, plain_linear
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
-from dyconvert.torch_internals import constant_result
+from dyconvert.torch_internals.compiling import constant_result
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 _library = torch.library.Library("dyconvert", "DEF")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dyconvert.nn import compile_op, native
 from dyconvert.nn.compressed import Compressed
-from dyconvert.nn.trials import needs_backward, observed
+from dyconvert.nn.trials import needs_backward
+from dyconvert.torch_internals.watching import observed
 
 # What differences can be kept in.
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}

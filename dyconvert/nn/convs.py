@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.errors import ModelError
 from dyconvert.methods import Method, get_method
@@ -20,6 +19,7 @@ from dyconvert.nn.mixing import kernels_of, mix
 from dyconvert.nn.mixture import Mixing, Mixture, sizes_for
 from dyconvert.nn.padding import TF_SAME, amounts_of_padding, pad_tf_same
 from dyconvert.nn.predictor import CoefficientPredictor
+from dyconvert.torch_internals.modules import output_padding as output_padding_for
 
 # Leaves to symbolic tracing: they depend on shapes, which a Proxy doesn't know.
 torch.fx.wrap("dynamic_conv")
@@ -474,7 +474,7 @@ class DynamicConvTranspose(DynamicConv):
         self, input: Tensor, output_size: list[int] | None = None, coefficients: Tensor | Mixture | None = None
     ) -> Tensor:
         own: Any = self
-        output_padding = _ConvTransposeNd._output_padding(
+        output_padding = output_padding_for(
             own, input, output_size, own.stride, own.padding, own.kernel_size, self.spatial_dims, own.dilation
         )
         if self.mean is not None:

@@ -22,8 +22,9 @@ from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.native import size_of_output
 from dyconvert.nn.padding import amounts_of_padding
 from dyconvert.nn.strategies import Geometry
-from dyconvert.nn.trials import key, needs_backward, observed, trial
+from dyconvert.nn.trials import key, needs_backward, trial
 from dyconvert.nn.triton import engine as triton
+from dyconvert.torch_internals.watching import observed
 
 _is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch documents it, and doesn't export it
 

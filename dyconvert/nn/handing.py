@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dyconvert.torch_internals import hook_tables
+from dyconvert.torch_internals.modules import forward_hooks, forward_pre_hooks, remove_hook
 
 if TYPE_CHECKING:
     from dyconvert.nn.convs import DynamicConv
@@ -98,9 +98,9 @@ def share(block: nn.Module, handing: Handing, predictor: "CoefficientPredictor")
 
 def handing_of(block: nn.Module) -> Handing | None:
     """What :func:`share` was given for this block, or None: its convs share no predictor."""
-    for hook in block._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(block).values():
         if is_handing(hook):
-            return hook.__self__  # type: ignore[attr-defined]
+            return hook.__self__
     return None
 
 
@@ -111,11 +111,9 @@ def is_handing(hook: Any) -> bool:
 
 def unshare(block: nn.Module) -> None:
     """Take the two hooks off a block; the predictor stays where it is."""
-    for hooks in (block._forward_pre_hooks, block._forward_hooks):
-        for key in [key for key, hook in hooks.items() if is_handing(hook)]:
-            del hooks[key]
-            for table in hook_tables(block):
-                table.pop(key, None)
+    for hooks in (forward_pre_hooks(block), forward_hooks(block)):
+        for number in [number for number, hook in hooks.items() if is_handing(hook)]:
+            remove_hook(block, number)
 
 
 def sharing_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Handing]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dyconvert.nn.mixture import Mixing
+from dyconvert.torch_internals.operators import sums_of_rows
 
 # Elements of one output channel's kernel from which on a matmul per output channel is the faster way.
 _LONG = 2048
@@ -108,20 +109,8 @@ def _bags(bank: Tensor, coefficients: Tensor) -> Tensor:
     apart = bank.stride(0) // elements if g > 1 else channels
     rows = bank.as_strided(((g - 1) * apart + channels, elements), (elements, 1))
     index = _rows(g, channels, apart)
-    bags = _sums(rows, index.repeat(images) if images > 1 else index, g, coefficients.transpose(1, 2))
+    bags = sums_of_rows(rows, index.repeat(images) if images > 1 else index, g, coefficients.transpose(1, 2))
     return bags.view(images, channels, elements)
-
-
-def _sums(rows: Tensor, index: Tensor, terms: int, weights: Tensor) -> Tensor:
-    """Weighted sums of rows, `terms` of `index` in each: the embedding bag, which was made for this."""
-    offsets = _offsets(index.shape[0], terms)
-    return torch.embedding_bag(rows, index, offsets, False, 0, False, weights.reshape(-1))[0]
-
-
-@functools.lru_cache(maxsize=256)
-def _offsets(count: int, terms: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(0, count, terms, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,7 +165,7 @@ def bank_gradient(out: Tensor, kernel_grad: Tensor, coefficients: Tensor, *, add
     else:
         g = out.shape[0]
         index = _rows(images, channels, channels).repeat(g)
-        found = _sums(kernel_grad.view(-1, elements), index, images, coefficients.permute(1, 2, 0))
+        found = sums_of_rows(kernel_grad.view(-1, elements), index, images, coefficients.permute(1, 2, 0))
         found = found.view(g, channels, elements)
     out.add_(found) if add else out.copy_(found)
 

@@ -24,6 +24,7 @@ from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.fitting import Looks
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
+from dyconvert.torch_internals.operators import parallel_for
 
 _TYPES = {
     torch.float32: 0,
@@ -119,7 +120,7 @@ def _loaded() -> ctypes.CDLL | str:
     """The library, or what keeps it from being used."""
     if not LIBRARY.exists():
         return f"{LIBRARY} isn't there. Install dyconvert again where there is a C++ compiler."
-    if _parallel_for() is None:
+    if parallel_for() is None:
         return f"torch {torch.__version__} has no torch_parallel_for. Take torch 2.10 or later."
     try:
         found = ctypes.CDLL(str(LIBRARY))
@@ -187,16 +188,6 @@ def using(name: str) -> Iterator[None]:
         yield
     finally:
         _use(library(), before)
-
-
-@functools.cache
-def _parallel_for() -> int | None:
-    folder = Path(torch.__file__).parent / "lib"
-    for path in (*folder.glob("libtorch_cpu.so"), *folder.glob("libtorch_cpu.dylib")):
-        function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
-        if function is not None:
-            return ctypes.cast(function, ctypes.c_void_p).value
-    return None
 
 
 class Call(NamedTuple):
@@ -302,7 +293,7 @@ def forward(
     factors = _laid_out(mixing.factors, weight)
     failed = library().dyconvert_conv(
         call.shape,
-        _parallel_for(),
+        parallel_for(),
         _address(x),
         _address(weight),
         _address_or_none(mean),
@@ -336,7 +327,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Ten
     images, inputs = x.shape
     out = x.new_empty(images, len(weight))
     failed = library().dyconvert_linear(
-        _parallel_for(),
+        parallel_for(),
         _address(x),
         _address(weight),
         None if scale is None else _address(scale.contiguous()),
@@ -377,7 +368,7 @@ def backward(
     mixed_from = _address(weight), _address(coefficients), _address_or_none(factors)
     if grad_x is not None:
         failed = library().dyconvert_input_gradient(
-            call.shape, _parallel_for(), _address(grad), *mixed_from, _address(grad_x), dtype
+            call.shape, parallel_for(), _address(grad), *mixed_from, _address(grad_x), dtype
         )
         _check(failed, call)
     grad_bank = torch.empty_like(weight) if needs_bank else None
@@ -386,7 +377,7 @@ def backward(
     if any(needs[1:]):
         failed = library().dyconvert_bank_gradient(
             call.shape,
-            _parallel_for(),
+            parallel_for(),
             _address(grad),
             _address(x),
             *mixed_from,

@@ -15,7 +15,7 @@ from dyconvert.nn import strategies
 from dyconvert.nn.mixing import by_factors, factor_gradient, mix
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import Geometry
-from dyconvert.torch_internals import gradients_of_images
+from dyconvert.torch_internals.operators import gradients_of_images
 
 # Of the kernels, their gradients and the unfolded inputs that exist at the same time. A GPU has this many times over;
 # with much less, the matmuls of large kernels would be left with few images each.

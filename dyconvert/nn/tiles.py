@@ -15,7 +15,7 @@ from torch import Tensor
 from dyconvert.nn.mixing import bank_gradient, by_factors, coefficient_gradient, factor_gradient, fast_kernels_of, mix
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.strategies import CONV, Geometry
-from dyconvert.torch_internals import gradients_of_images
+from dyconvert.torch_internals.operators import gradients_of_images, unsafe_view
 
 # Buffers up to this size are reused by the C library's allocator, also with the conv's own copy and a backward's
 # gradient beside them; fresh memory from the system costs more to touch than a kernel costs to mix. Beyond it the
@@ -227,7 +227,7 @@ def _at_once(x: Tensor, weight: Tensor, biases: Tensor | None, mixing: Mixing, g
         geometry.dilation,
         geometry.groups * batch,
     )
-    return torch.ops.aten._unsafe_view(out, (batch, rows, *out.shape[2:]))
+    return unsafe_view(out, (batch, rows, *out.shape[2:]))
 
 
 def _together(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes, geometry: Geometry) -> Tensor:
@@ -239,7 +239,7 @@ def _together(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes
         None if biases is None else biases.flatten(),
         *geometry._replace(groups=geometry.groups * images),
     )
-    return torch.ops.aten._unsafe_view(out, (images, kernels.shape[1], *out.shape[2:]))
+    return unsafe_view(out, (images, kernels.shape[1], *out.shape[2:]))
 
 
 def _each(x: Tensor, kernels: Tensor, biases: Tensor | None, shapes: _Shapes, geometry: Geometry) -> Tensor:

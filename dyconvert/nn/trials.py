@@ -17,15 +17,6 @@ def needs_backward(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def observed() -> bool:
-    """Whether something looks at the operations, or differentiates otherwise than by backward."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def key(
     x: Tensor,
     weight: Tensor,

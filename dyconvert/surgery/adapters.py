@@ -10,15 +10,22 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from dyconvert.nn.padding import TF_SAME
 from dyconvert.surgery.hooks import uses_weights
+from dyconvert.torch_internals.modules import (
+    CALL,
+    CONV_FORWARD,
+    ConvNd,
+    accumulation_hooks,
+    conv_forward,
+    gradient_hooks,
+)
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PLAIN_FORWARDS = {cls.forward for cls in _PLAIN}
-_PLAIN_CONV_FORWARDS = {getattr(cls, "_conv_forward", None) for cls in _PLAIN}
+_PLAIN_CONV_FORWARDS = {conv_forward(cls) for cls in _PLAIN}
 
 # timm's convs, known by name: timm need not be installed.
 _STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
@@ -31,7 +38,7 @@ def _timm_name(conv: nn.Module) -> str | None:
 
 def is_conv(module: nn.Module) -> bool:
     """Whether the module counts as a conv: every conv is converted, or skipped with a reason."""
-    return isinstance(module, _ConvNd) or _is_deformable(module)
+    return isinstance(module, ConvNd) or _is_deformable(module)
 
 
 def _is_deformable(module: nn.Module) -> bool:
@@ -54,17 +61,17 @@ def unsupported(conv: nn.Module) -> str | None:
         return f"its weight is parametrized ({names}); parametrize.remove_parametrizations makes it plain"
     if not isinstance(conv.weight, nn.Parameter):
         return "its weight is computed by a hook (weight_norm, spectral_norm, pruning); remove that first"
-    for patched in ("forward", "_conv_forward", "__call__"):
+    for patched in ("forward", CONV_FORWARD, "__call__"):
         if patched in vars(conv):
             return f"its {patched} was replaced on this instance"
     if uses_weights(conv):
         return "a hook on it uses its weight"
-    for own in ("__call__", "_call_impl", "__getattr__", "__getattribute__"):
+    for own in ("__call__", CALL, "__getattr__", "__getattribute__"):
         if getattr(type(conv), own) is not getattr(nn.Module, own, getattr(object, own, None)):
             return f"{type(conv).__name__} has a {own} of its own"
     parameters = {"weight": conv.weight, "bias": conv.bias}
     for kind, parameter in parameters.items():
-        if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+        if parameter is not None and (gradient_hooks(parameter) or accumulation_hooks(parameter)):
             return f"there are hooks on its {kind}"
         if parameter is not None and not parameter.is_floating_point():
             return f"its {kind} is {str(parameter.dtype).removeprefix('torch.')}"
@@ -80,8 +87,7 @@ def unsupported(conv: nn.Module) -> str | None:
         return f"its bias is {list(conv.bias.shape)}, {conv.bias.dtype}, which doesn't fit its weight"
     if _timm_name(conv) in _ADAPTED:
         return None
-    forward, conv_forward = type(conv).forward, getattr(type(conv), "_conv_forward", None)
-    if forward not in _PLAIN_FORWARDS or conv_forward not in _PLAIN_CONV_FORWARDS:
+    if type(conv).forward not in _PLAIN_FORWARDS or conv_forward(type(conv)) not in _PLAIN_CONV_FORWARDS:
         return f"{type(conv).__name__} has a forward of its own"
     return None
 

@@ -13,6 +13,7 @@ from dyconvert.randomness import kept_random_state
 from dyconvert.surgery.convert import TOLERANCE
 from dyconvert.surgery.following import trial_runner
 from dyconvert.surgery.observe import Observation
+from dyconvert.torch_internals.modules import parameter_table
 from dyconvert.trial import fresh
 
 Pair = tuple[str, str]
@@ -119,9 +120,9 @@ def _with_noise(model: nn.Module) -> nn.Module:
     copy = sharing_copy(model)
     generator = torch.Generator().manual_seed(0)
     for module in copy.modules():
-        weight = module._parameters.get("weight")
+        weight = parameter_table(module).get("weight")
         if weight is not None and weight.dim() > 1 and weight.is_floating_point():
             noise = torch.randn(weight.shape, generator=generator, device="cpu").to(weight)
             eps = torch.finfo(weight.dtype).eps
-            module._parameters["weight"] = nn.Parameter(weight.detach() * (1 + eps * noise), weight.requires_grad)
+            parameter_table(module)["weight"] = nn.Parameter(weight.detach() * (1 + eps * noise), weight.requires_grad)
     return copy

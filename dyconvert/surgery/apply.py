@@ -19,7 +19,8 @@ from dyconvert.nn.mixture import sizes_for
 from dyconvert.surgery.adapters import static_padding, static_weight, unsupported
 from dyconvert.surgery.expand import Deviations, empty_bank, expand
 from dyconvert.surgery.plan import Plan, PlannedBlock, PlannedConv
-from dyconvert.torch_internals import keep_when_copied
+from dyconvert.torch_internals.copies import keep_when_copied
+from dyconvert.torch_internals.modules import child_table
 
 # Some prime, so that the convs take their deviations from different places of the table.
 _OFFSET = 7919
@@ -200,9 +201,10 @@ def _dynamic(
 def replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
     """Put new modules in the place of old ones, under every name that they have; the model, or what replaces it."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        children = child_table(parent)
+        for name, child in children.items():
             if child in replacements:
-                parent._modules[name] = replacements[child]
+                children[name] = replacements[child]
     return replacements.get(model, model)
 
 

@@ -1,17 +1,17 @@
 """Finds the convs, the stems and the blocks of a model; nothing else."""
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from dyconvert.errors import ModelError
 from dyconvert.names import holds
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.adapters import is_conv
 from dyconvert.surgery.observe import Observation
+from dyconvert.torch_internals.compiling import ORIGINAL, is_compiled
+from dyconvert.torch_internals.modules import is_lazy
 
 
 def check_convertible(model: nn.Module) -> None:
@@ -26,8 +26,8 @@ def check_convertible(model: nn.Module) -> None:
         raise ModelError(f"The model is wrapped in {type(model).__name__}. Convert model.module, and wrap the result.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The model is scripted, its Python is gone. Convert it before torch.jit.script.")
-    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-        raise ModelError("The model is compiled. Convert model._orig_mod, and compile the result.")
+    if is_compiled(model):
+        raise ModelError(f"The model is compiled. Convert model.{ORIGINAL}, and compile the result.")
     found = 0
     for name, module in model.named_modules():
         if isinstance(module, DynamicConv):
@@ -35,7 +35,7 @@ def check_convertible(model: nn.Module) -> None:
                 f"The model is already converted: {name or 'it'} is a {type(module).__name__}. "
                 "Start from the static model."
             )
-        if isinstance(module, LazyModuleMixin) and cast(Any, module).has_uninitialized_params():
+        if is_lazy(module):
             raise ModelError(
                 f"{name or 'The model'} is lazy and has no weights yet. Run a batch through the model first."
             )

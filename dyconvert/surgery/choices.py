@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dyconvert.torch_internals.watching import DispatchMode
 
 
 class Choices:
@@ -38,7 +39,7 @@ class _ToPython(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _ByValue(TorchDispatchMode):
+class _ByValue(DispatchMode):
     """Sees operators whose result's shape, or whose number, depends on values: masks, `nonzero`, `item`, branches."""
 
     def __init__(self, choices: Choices) -> None:

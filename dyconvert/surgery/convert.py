@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dyconvert.arguments import as_arguments, in_dtype
 from dyconvert.copying import clear_hooks, on_meta, sharing_copy
@@ -24,6 +23,7 @@ from dyconvert.surgery.old_plans import up_to_date
 from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.planning import make_plan
 from dyconvert.surgery.trainable import Trainable, check_trainable, set_trainable
+from dyconvert.torch_internals.trees import tree_leaves
 
 # How far rounding takes the outputs of a deep network, relative to the largest: the same sums in another order, and
 # Winograd's filtering. Smaller dtypes round more.

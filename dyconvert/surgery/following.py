@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from dyconvert.arguments import map_tensors
 from dyconvert.copying import clear_hooks, copied, in_eval_mode, on_meta, sharing_copy
@@ -27,6 +26,8 @@ from dyconvert.surgery.adapters import unsupported
 from dyconvert.surgery.hooks import is_hooked
 from dyconvert.surgery.observe import HARMLESS, Observation, name_of
 from dyconvert.surgery.trace import BlockTracer
+from dyconvert.torch_internals.modules import parameter_table
+from dyconvert.torch_internals.trees import tree_leaves
 from dyconvert.trial import fresh
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -60,12 +61,12 @@ def pairs_by_graph(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str, s
     bare = in_eval_mode(on_meta(model))
     hooked = [name for name, m in model.named_modules() if is_hooked(m)]
     clear_hooks(bare)
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners = Counter(id(p) for m in model.modules() for p in parameter_table(m).values() if p is not None)
     reasons = {name: FOLLOWS_NONE for name, module in model.named_modules() if is_norm(module)}
     pairs = []
     for conv_name, norm_name in _traced(bare):
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        tensors = [p for m in (conv, norm) for p in m._parameters.values() if p is not None]
+        tensors = [p for m in (conv, norm) for p in parameter_table(m).values() if p is not None]
         if norm.running_mean.numel() != conv.out_channels or norm.running_mean.dtype != conv.weight.dtype:
             reasons[norm_name] = f"it has other channels than {conv_name}, or another dtype"
         elif any(owners[id(p)] > 1 for p in tensors):

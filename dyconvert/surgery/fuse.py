@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from dyconvert.arguments import check_module
 from dyconvert.copying import copied
@@ -28,6 +26,7 @@ from dyconvert.surgery.apply import replace_everywhere
 from dyconvert.surgery.following import NORMS_WITH_ACTIVATION, pairs_by_graph, shown
 from dyconvert.surgery.observe import Observation, observe
 from dyconvert.surgery.values import call_with_values
+from dyconvert.torch_internals.modules import BatchNorm, ConvTransposeNd
 
 INEXACT = "without it the model computes something else on the example"
 
@@ -101,7 +100,7 @@ def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | Non
 def _check_eval(model: nn.Module) -> None:
     check_module(model)
     for name, module in model.named_modules():
-        if module.training and (module is model or isinstance(module, _BatchNorm)):
+        if module.training and (module is model or isinstance(module, BatchNorm)):
             what = f"its batch norm {name}" if name else type(model).__name__
             raise ModelError(
                 f"fuse() needs a model in eval mode, and {what} is in training mode, where a batch norm uses its "
@@ -161,7 +160,7 @@ def _fold(conv: nn.Module, norm: nn.Module) -> None:
         conv.shift = nn.Parameter(shift.to(dtype), requires_grad=False)
         return
     each = scale.view(-1, *[1] * (conv.weight.dim() - 1))
-    if isinstance(conv, _ConvTransposeNd):  # the output channel stands second in each group
+    if isinstance(conv, ConvTransposeNd):  # the output channel stands second in each group
         by_group = scale.view(conv.groups, 1, -1).expand(-1, conv.in_channels // conv.groups, -1)
         each = by_group.reshape(conv.in_channels, -1, *[1] * (conv.weight.dim() - 2))
     conv.weight = _scaled(conv.weight, each)

@@ -7,13 +7,14 @@ from typing import Any
 from torch import nn
 
 from dyconvert.nn.handing import is_handing
+from dyconvert.torch_internals.modules import forward_hooks, forward_pre_hooks
 
 _WEIGHTS = {"weight", "bias", "weight_orig"}
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
     """A module's forward hooks, before and after, but for those that hand coefficients."""
-    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    hooks = *forward_hooks(module).values(), *forward_pre_hooks(module).values()
     return [hook for hook in hooks if not is_handing(hook)]
 
 
@@ -24,7 +25,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def has_pre_hooks(module: nn.Module) -> bool:
     """Whether some of them run before its forward."""
-    return any(not is_handing(hook) for hook in module._forward_pre_hooks.values())
+    return any(not is_handing(hook) for hook in forward_pre_hooks(module).values())
 
 
 def uses_weights(module: nn.Module) -> bool:

@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dyconvert.arguments import as_call
 from dyconvert.copying import clear_hooks, in_eval_mode, on_meta, sharing_copy
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import DynamicConv
 from dyconvert.randomness import kept_random_state
+from dyconvert.torch_internals.messages import needs_values
+from dyconvert.torch_internals.modules import ConvNd, forward_hooks, forward_pre_hooks, times_written
+from dyconvert.torch_internals.trees import tree_flatten, tree_map_only
 
 # Spatial sizes that models are commonly built for, by the number of spatial dimensions.
 _COMMON_SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -127,17 +128,17 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
                 observation = _record(runner, watched, args, kwargs, real, _owners(model, watched))
             except Exception as error:
                 failure = error
-                if not given and real is False and _is_about_values(error):
+                if not given and real is False and needs_values(error):
                     break
                 continue
             observation.real, observation.hooked = real, hooked
             observation.values = (args, kwargs) if real else None
             if train:
                 runner = trial_copy(model, real, hooked)
-                versions = [p._version for p in runner.parameters()]
+                versions = [times_written(p) for p in runner.parameters()]
                 held = _owners(model, watched)
                 observation.training = _training_step(runner, watched, args, kwargs, real, observation.reads, held)
-                observation.edits |= versions != [p._version for p in runner.parameters()]
+                observation.edits |= versions != [times_written(p) for p in runner.parameters()]
             return observation
     if given:
         raise ModelError(
@@ -160,11 +161,7 @@ def trial_copy(model: nn.Module, real: bool, hooked: bool) -> nn.Module:
 
 
 def _has_hooks(model: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def _is_about_values(error: Exception) -> bool:
-    return "meta" in str(error).lower() or isinstance(error, NotImplementedError)
+    return any(forward_hooks(m) or forward_pre_hooks(m) for m in model.modules())
 
 
 class FunctionsCalled(TorchFunctionMode):
@@ -279,7 +276,7 @@ def _record(
             its convs, for a copy doesn't follow them.
     """
     observation = Observation(meta(args), meta(kwargs))
-    versions = [p._version for p in model.parameters()]
+    versions = [times_written(p) for p in model.parameters()]
     args, kwargs = _placed(model, (args, kwargs), real)
     with (
         torch.no_grad(),
@@ -289,7 +286,7 @@ def _record(
         returned = model(*args, **kwargs)
     observation.outputs = shapes(returned)
     observation.functions = seen.functions
-    observation.edits = versions != [p._version for p in model.parameters()]
+    observation.edits = versions != [times_written(p) for p in model.parameters()]
     return observation
 
 
@@ -329,7 +326,7 @@ def _owners(model: nn.Module, watched: set[str]) -> dict[int, str]:
     return {
         id(parameter): name
         for name, module in model.named_modules()
-        if name in watched and isinstance(module, _ConvNd)
+        if name in watched and isinstance(module, ConvNd)
         for parameter in module.parameters(recurse=False)
     }
 
@@ -403,7 +400,7 @@ def random_images(arguments: Arguments, device: torch.device, batch: int, seed: 
 
 def _convs(model: nn.Module) -> Iterator[nn.Module]:
     # A converted model's first conv may be dynamic itself.
-    return (m for m in model.modules() if isinstance(m, (_ConvNd, DynamicConv)))
+    return (m for m in model.modules() if isinstance(m, (ConvNd, DynamicConv)))
 
 
 def guesses(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

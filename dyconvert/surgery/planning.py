@@ -15,6 +15,7 @@ from dyconvert.surgery.observe import Call, Observation, observe
 from dyconvert.surgery.plan import Plan, PlannedConv
 from dyconvert.surgery.sharing import Sharing
 from dyconvert.surgery.standins import ASKED, told_apart
+from dyconvert.torch_internals.modules import parameter_table
 
 STEM = "the stem, which reads the image"
 SEES_1X1 = "sees 1x1 maps, which are pooled already"
@@ -117,7 +118,7 @@ def _sizes(plan: Plan, entry: PlannedConv) -> Sizes:
 def _tied(model: nn.Module) -> dict[int, str]:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for kind, parameter in module._parameters.items():
+        for kind, parameter in parameter_table(module).items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{name}.{kind}")
     return {

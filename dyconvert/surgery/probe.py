@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dyconvert.errors import brief
 from dyconvert.nn.handing import maps_in
 from dyconvert.randomness import random_state, same_state, set_random_state
 from dyconvert.surgery.choices import Choices
 from dyconvert.surgery.observe import Call
+from dyconvert.torch_internals.modules import buffer_table, parameter_table
+from dyconvert.torch_internals.trees import tree_flatten, tree_unflatten
 
 # How far rounding takes the same image in another place of the batch, relative to the largest value.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -295,8 +296,8 @@ def _kind(block: nn.Module) -> Any:
         (
             name,
             type(module),
-            tuple((key, tuple(t.shape), t.dtype) for key, t in module._parameters.items() if t is not None),
-            tuple((key, tuple(t.shape), t.dtype) for key, t in module._buffers.items() if t is not None),
+            tuple((key, tuple(t.shape), t.dtype) for key, t in parameter_table(module).items() if t is not None),
+            tuple((key, tuple(t.shape), t.dtype) for key, t in buffer_table(module).items() if t is not None),
             tuple(sorted((key, _plain(value)) for key, value in vars(module).items() if key not in _OWN)),
         )
         for name, module in block.named_modules()

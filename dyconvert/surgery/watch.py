@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dyconvert.arguments import check_iterable
 from dyconvert.errors import ModelError
@@ -14,6 +13,7 @@ from dyconvert.names import joined
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 from dyconvert.nn.handing import handed, sharing_blocks
 from dyconvert.nn.mixture import Mixture
+from dyconvert.torch_internals.trees import tree_map_only
 
 
 def watch_mixtures(model: nn.Module, see: Callable[[str, Mixture], None]) -> None:

@@ -15,6 +15,7 @@ from dyconvert.files import replaced
 from dyconvert.finetuning.recipes.schema import Output
 from dyconvert.finetuning.training.guard import DivergenceGuard
 from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
+from dyconvert.finetuning.training.lightning_internals import batches_done, is_last_batch, position_in
 from dyconvert.finetuning.training.module import FineTuner
 from dyconvert.limits import check_archive
 
@@ -50,9 +51,9 @@ class Checkpoints(Callback):
         self._saved_step = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if is_last_batch(trainer):
             return  # the epoch's end is near, after the validation
-        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+        if batches_done(trainer) % trainer.accumulate_grad_batches:
             return  # gradients, of part of a batch, aren't saved
         stop = self._everywhere(trainer, self.interrupts.requested)
         if stop or self._everywhere(trainer, self._due(trainer)):
@@ -98,11 +99,7 @@ def position(file: Path) -> tuple[int, int, int]:
     try:
         check_archive(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        loop = checkpoint["loops"]["fit_loop"]
-        epoch = loop["epoch_progress"]["current"]["processed"]
-        batches = loop["epoch_loop.batch_progress"]
-        done = 0 if batches["is_last_batch"] else batches["current"]["processed"]
-        return epoch, done, checkpoint["global_step"]
+        return position_in(checkpoint)
     except Exception as error:
         # Code in a checkpoint is never run, also where a sweep goes on with a folder of others.
         raise RecipeError(

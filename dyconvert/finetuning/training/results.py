@@ -16,6 +16,7 @@ from dyconvert import checkpoint, models
 from dyconvert.errors import CheckpointError, RecipeError, brief
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.display import Display
+from dyconvert.finetuning.training.lightning_internals import add_rows, gathered_state
 from dyconvert.finetuning.training.module import METRIC, FineTuner
 from dyconvert.finetuning.training.schedules import Ema
 from dyconvert.limits import CSV_BYTES, read_text
@@ -114,7 +115,7 @@ class Results(Callback):
         """The model, or where its weights are sharded a copy that has all of them."""
         if self.whole is None:
             return model
-        state = trainer.strategy.lightning_module_state_dict()  # in all processes, for it gathers
+        state = gathered_state(trainer)
         if trainer.is_global_zero:
             own = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
             self.whole.load_state_dict(own)
@@ -167,6 +168,6 @@ def _csv_logger(directory: Path, step: int | None) -> loggers.CSVLogger:
     logger = loggers.CSVLogger(str(directory), name="", version="", flush_logs_every_n_steps=1)
     if kept:
         # Lightning's writer starts anew in a directory; these rows are its first.
-        logger.experiment.metrics.extend({key: value for key, value in row.items() if value != ""} for row in kept)
+        add_rows(logger, [{key: value for key, value in row.items() if value != ""} for row in kept])
         logger.save()
     return logger

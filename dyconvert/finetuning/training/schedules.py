@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dyconvert.finetuning.recipes.schema import Temperature
+from dyconvert.finetuning.training.lightning_internals import averaged_module
 from dyconvert.finetuning.training.module import FineTuner
 from dyconvert.nn import CoefficientPredictor
 
@@ -63,7 +64,7 @@ class Ema(WeightAveraging):
     @property
     def averaged(self) -> FineTuner:
         """The module with the averaged weights."""
-        return cast(FineTuner, self._average_model.module)
+        return cast(FineTuner, averaged_module(self))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
