@@ -17,7 +17,7 @@ from dyconvert.errors import ArgumentError
 from dyconvert.nn import native, strategies
 from dyconvert.nn.dispatch import dynamic_conv
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Operands
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.complex64, torch.bool]
 NAMES = ["x", "weight", "bias", "coefficients", "shift"]
@@ -118,7 +118,7 @@ def expected(call):
         for t in (call[name] for name in NAMES[:4])
     )
     geometry = Geometry(call["stride"], call["padding"], call["dilation"], call["groups"])
-    out = strategies.groups(x, weight, bias, Mixing(coefficients), geometry)
+    out = strategies.groups(Operands(x, weight, bias, Mixing(coefficients), geometry))
     return out if call["shift"] is None else out + call["shift"].detach().double()[:, None, None]
 
 
@@ -138,7 +138,7 @@ def run(rng, call):
         if not out.is_meta:
             out.backward(torch.ones_like(out) if rng.random() < 0.5 else torch.ones((), dtype=out.dtype).expand_as(out))
     elif way == "operator":
-        out = torch.ops.dyconvert.dynamic_conv(*tensors[:4], None, tensors[4], *geometry)
+        out = torch.ops.dyconvert.dynamic_conv(*tensors[:4], None, *geometry, tensors[4], False)
     else:
         x, weight, _, coefficients, _ = tensors
         size = [1 + rng.randrange(12) for _ in range(4)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dyconvert.nn import adapted, dynamic_conv, engines, native, strategies
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Operands
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there are no compiled kernels here")
 
@@ -44,7 +44,7 @@ def check(tensors: list[Tensor], geometry: Geometry, tolerance: float) -> None:
     """Outputs and gradients, with those of plain operations in float64."""
     exact = [t.detach().double().requires_grad_() for t in tensors]
     x, weight, bias, eta = exact
-    wanted = strategies.groups(x, weight, bias, Mixing(eta), geometry)
+    wanted = strategies.groups(Operands(x, weight, bias, Mixing(eta), geometry))
     grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wanted_gradients = torch.autograd.grad(wanted, exact, grad)
     x, weight, bias, eta = tensors
@@ -99,7 +99,7 @@ def test_which_convs_are_for_it():
     def engine(name, dtype, *, backward=False, last=False, batch=3):
         (x, weight, _, eta), geometry = arguments(name, dtype, batch, True)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
-        return engines.by_rule(x, weight, None, Mixing(eta), geometry, backward=backward)[0]
+        return engines.by_rule(Operands(x, weight, None, Mixing(eta), geometry), backward=backward)[0]
 
     assert engine("1d", torch.float32) is adapted
     assert engine("1d", torch.float64, backward=True) is adapted
@@ -117,7 +117,7 @@ def test_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = dynamic_conv(x, weight, bias, eta, *geometry)
     assert out.dtype == torch.bfloat16
-    assert close(out, strategies.groups(x, weight, bias, Mixing(eta), geometry).double(), 3e-2)
+    assert close(out, strategies.groups(Operands(x, weight, bias, Mixing(eta), geometry)).double(), 3e-2)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -127,6 +127,8 @@ def test_an_output_that_is_written_in_place(name: str) -> None:
     leaves = [t.requires_grad_() for t in (x, weight, eta)]
     out = dynamic_conv(x, weight, None, eta, *geometry).relu_()
     ours = torch.autograd.grad(out.sum(), leaves)
-    theirs = torch.autograd.grad(strategies.groups(x, weight, None, Mixing(eta), geometry).relu().sum(), leaves)
+    theirs = torch.autograd.grad(
+        strategies.groups(Operands(x, weight, None, Mixing(eta), geometry)).relu().sum(), leaves
+    )
     for found, known in zip(ours, theirs, strict=True):
         assert (found - known).abs().max() <= 1e-4 * known.abs().max()

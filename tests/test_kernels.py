@@ -15,6 +15,7 @@ from dyconvert.nn import dispatch as kernels
 from dyconvert.nn import tiles
 from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
 from dyconvert.nn.mixture import Mixing
+from dyconvert.nn.operands import Geometry, Operands
 
 # dims, c_in, c_out, kernel, stride, padding, dilation, groups, bias
 CASES = {
@@ -120,10 +121,10 @@ def test_small_tiles_agree(case, per):
     tensors, geometry = arguments(case, 5, per)
     *others, eta = tensors
     for tile in (tiles.Tile(2, 6), tiles.Tile(2, 4) if geometry[3] == 1 else tiles.Tile(1, 6)):
-        run = kernels.Geometry(*geometry)
-        compare(kernels.tiled(*others, Mixing(eta), run, tile=tile), tensors, geometry)
+        operands = Operands(*others, Mixing(eta), Geometry(*geometry))
+        compare(kernels.tiled(operands, tile), tensors, geometry)
         with torch.no_grad():
-            compare(kernels.tiled(*others, Mixing(eta), run, tile=tile), tensors, geometry)
+            compare(kernels.tiled(operands, tile), tensors, geometry)
 
 
 @pytest.mark.parametrize("per", ["layer", "channel"])

@@ -14,7 +14,7 @@ from dyconvert.nn import native
 from dyconvert.nn.dispatch import dynamic_conv
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.native import Asked, Kernel
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Operands
 
 
 def draw(rng, *, dtype=torch.float64):
@@ -97,7 +97,7 @@ def test_each_kernel(kernel, dtype, target):
         x = x.contiguous(memory_format=torch.channels_last)
     geometry = Geometry((stride,) * 2, (padding,) * 2, (1, 1), groups)
     with on(target):
-        call = native.prepare(x, weight, None, Mixing(eta), geometry)
+        call = native.prepare(Operands(x, weight, None, Mixing(eta), geometry))
         asked = [Asked.BANK_GRADIENT] if kernel in PRODUCTS else [Asked.OUTPUT]
         assert call.kernel(asked[0], dtype) == kernel
         tensors = [t if t is None else t.requires_grad_(kernel in PRODUCTS) for t in (x, weight, None, eta)]

@@ -19,7 +19,7 @@ from dyconvert.nn.convs import DynamicConv2d, dynamic_conv_transpose
 from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
 from dyconvert.nn.mixture import Mixing, Mixture, Sizes
 from dyconvert.nn.native import Asked, Kernel
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Operands
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -100,7 +100,7 @@ def test_each_compiled_kernel(kernel: Kernel, target: str) -> None:
     mixture = mixture_for(x.detach(), 3, 1, bank[0], weight.shape[2:].numel())
     geometry = Geometry((stride,) * 2, (padding,) * 2, (1, 1), groups)
     with on(target):
-        call = native.prepare(x, weight, None, Mixing.of(mixture, weight.shape, groups), geometry)
+        call = native.prepare(Operands(x, weight, None, Mixing.of(mixture, weight.shape, groups), geometry))
         assert call.kernel(Asked.BANK_GRADIENT if kernel in PRODUCTS else Asked.OUTPUT, x.dtype) == kernel
         compare(x, weight, None, mixture, geometry)
 

@@ -20,7 +20,8 @@ import dyconvert
 from dyconvert.nn import choice
 from dyconvert.nn.choice import Choices, using
 from dyconvert.nn.dispatch import dynamic_conv, force
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.mixture import Mixing
+from dyconvert.nn.operands import Geometry, Needs, Operands
 from dyconvert.nn.triton import engine
 
 pytest.importorskip("triton", reason="Triton comes with torch's Linux builds only")
@@ -183,7 +184,8 @@ def test_gradients_of_bank_and_coefficients_need_no_kernel_per_image(groups: int
     geometry = Geometry((1, 1), (1, 1), (1, 1), groups)
     kernels = images * weight.nbytes // g
     with Sizes() as sizes:
-        engine._bank_and_coefficients(grad, x, weight, eta, geometry, True, True)
+        operands = Operands(x, weight, None, Mixing(eta), geometry)
+        engine._bank_and_coefficients(grad, operands, Needs(False, True, True, False))
     assert sizes.most < kernels / 2
 
 

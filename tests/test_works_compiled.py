@@ -93,6 +93,7 @@ def operator_calls(per: str, training: bool, memory_format: torch.memory_format)
         for shape in ((3, 8, 9, 7), (2 * 6, 8, 3, 3), (2 * 6,), (3, 2, 6 if per == "channel" else 1), (6,))
     )
     x = x.contiguous(memory_format=memory_format)
+    geometry = ([1, 2], [1, 1], [1, 1], 1)
     if training:  # bias and shift are then left to autograd
         return (
             x.requires_grad_(),
@@ -100,13 +101,11 @@ def operator_calls(per: str, training: bool, memory_format: torch.memory_format)
             None,
             eta.requires_grad_(),
             None,
+            *geometry,
             None,
-            [1, 2],
-            [1, 1],
-            [1, 1],
-            1,
+            True,
         )
-    return (x, weight, bias, eta, None, shift, [1, 2], [1, 1], [1, 1], 1)
+    return (x, weight, bias, eta, None, *geometry, shift, False)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.mixture import Mixing
+from dyconvert.nn.operands import Geometry, Needs, Operands
 from dyconvert.nn.triton import engine, kernels
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -86,8 +87,9 @@ def launches(dtype: torch.dtype, batch: int, conv: tuple[int, ...], *, last: boo
     seen = Launches()
     engine._kernels = lambda: seen
     for tile in engine.TILES.values():
-        out = engine._forward(x, weight, torch.empty(6 * c_out), eta, geometry, tile, None)
-        engine._backward(torch.empty_like(out), x, weight, eta, geometry, (True, True, True, False), tile)
+        out = engine._forward(Operands(x, weight, torch.empty(6 * c_out), Mixing(eta), geometry), tile)
+        operands = Operands(x, weight, None, Mixing(eta), geometry)
+        engine._backward(torch.empty_like(out), operands, Needs(True, True, True, False), tile)
     return seen.found
 
 

@@ -15,7 +15,7 @@ from dyconvert.methods import Method, get_method
 from dyconvert.nn import native
 from dyconvert.nn.dispatch import dynamic_conv, force
 from dyconvert.nn.mixture import Mixing, Mixture, sizes_for
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Operands
 
 
 class Layer(NamedTuple):
@@ -104,14 +104,11 @@ def processor() -> str:
 def compiled_kernel(layer: Layer, batch: int, method: Method) -> str | None:
     """Which of the compiled kernels computes the layer's output; None: another strategy does."""
     channels = layer.c_in // layer.groups
-    tensors = (
-        torch.empty(batch, layer.c_in, layer.size, layer.size),
-        torch.empty(method.g * layer.c_out, channels, layer.kernel, layer.kernel),
-        None,
-    )
-    mixing = Mixing.of(mixture_of(layer, batch, method, torch.empty), tensors[1].shape, layer.groups, bias=False)
+    x = torch.empty(batch, layer.c_in, layer.size, layer.size)
+    weight = torch.empty(method.g * layer.c_out, channels, layer.kernel, layer.kernel)
+    mixing = Mixing.of(mixture_of(layer, batch, method, torch.empty), weight.shape, layer.groups, bias=False)
     geometry = Geometry((layer.stride,) * 2, (layer.kernel // 2,) * 2, (1, 1), layer.groups)
-    call = native.prepare(*tensors, mixing, geometry)
+    call = native.prepare(Operands(x, weight, None, mixing, geometry))
     return None if call is None else call.kernel(native.Asked.OUTPUT, torch.float32).name.lower()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dyconvert.nn import native, tiles
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 from dyconvert.torch_internals.operators import multiplies_bfloat16
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -22,12 +22,13 @@ _HALF = (torch.float16, torch.bfloat16)
 _PIXELS = 512
 
 
-def takes(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry, *, backward: bool) -> bool:
+def takes(operands: Operands, *, backward: bool) -> bool:
     """Whether this is for a conv that the kernels don't know as it is.
 
     Args:
         backward: whether one may follow.
     """
+    x, weight, _, mixing, geometry, _ = operands
     if not x.is_cpu or x.dim() not in (3, 4) or weight.dim() != x.dim():
         return False
     if native.library() is None or mixing.factors is not None:
@@ -55,48 +56,30 @@ def _is_torchs(x: Tensor, geometry: Geometry) -> bool:
     return pixels >= _PIXELS
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    how: bool,
-    shift: Tensor | None = None,
-) -> Tensor:
+def forward(operands: Operands, how: bool) -> Tensor:
     """A dynamic conv without autograd.
 
     Args:
-        x, weight, bias, mixing, geometry, shift: as a strategy takes them, padding as numbers.
         how: whether a backward may follow.
     """
-    form = _Form.of(x, geometry, training=how)
-    args = (form.maps(x), form.bank(weight), form.vector(bias), Mixing(form.vector(mixing.coefficients)), form.geometry)
-    shift = form.vector(shift)
-    call = native.prepare(*args, shift)  # None: too large for the kernels
-    out = tiles.forward(*args, shift=shift) if call is None else native.forward(*args, call, shift)
-    return form.back(out, x)
+    form = _Form.of(operands.x, operands.geometry, training=how)
+    inner = form.operands(operands)
+    call = native.prepare(inner)  # None: too large for the kernels
+    return form.back(tiles.forward(inner) if call is None else native.forward(inner, call), operands.x)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mixing: Mixing,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool, bool],
-    how: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight`, the coefficients and factors, those that are needed; without autograd."""
+def backward(grad: Tensor, operands: Operands, needs: Needs, how: bool) -> Gradients:
+    """Those gradients that are needed; without autograd."""
+    x, weight, _, mixing, geometry, _ = operands
     form = _Form.of(x, geometry, training=True)
-    maps, bank, eta = form.maps(x), form.bank(weight), Mixing(form.vector(mixing.coefficients))
-    call = native.prepare(maps, bank, None, eta, form.geometry)
+    inner = form.operands(operands)
+    call = native.prepare(inner)
     if call is None or not call.differentiable:
-        found = tiles.backward(form.maps(grad), maps, bank, eta, form.geometry, needs)
+        gradients = tiles.backward(form.maps(grad), inner, needs)
     else:
-        found = native.backward(form.maps(grad), maps, bank, eta, form.geometry, needs, call)
-    grad_x, grad_bank, grad_eta, _ = found
-    return (
+        gradients = native.backward(form.maps(grad), inner, needs, call)
+    grad_x, grad_bank, grad_eta, _ = gradients
+    return Gradients(
         None if grad_x is None else form.back(grad_x, x),
         None if grad_bank is None else grad_bank.view(weight.shape).to(weight.dtype),
         None if grad_eta is None else grad_eta.to(mixing.coefficients.dtype),
@@ -120,6 +103,14 @@ class _Form(NamedTuple):
             (padding,) = cast(Sequence[int], geometry.padding)
             geometry = Geometry((1, stride), (0, padding), (1, dilation), geometry.groups)
         return cls(torch.float32 if x.dtype in _HALF else x.dtype, one_dim, training, geometry)
+
+    def operands(self, operands: Operands) -> Operands:
+        """The same conv in this form."""
+        x, weight, bias, mixing, _, shift = operands
+        coefficients = Mixing(self.vector(mixing.coefficients))
+        return Operands(
+            self.maps(x), self.bank(weight), self.vector(bias), coefficients, self.geometry, self.vector(shift)
+        )
 
     def maps(self, x: Tensor) -> Tensor:
         """An input, or an output's gradient."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from dyconvert.nn import strategies
 from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Needs, Operands
 
 
 class MixedAgainConv(torch.autograd.Function):
@@ -29,24 +29,22 @@ class MixedAgainConv(torch.autograd.Function):
         how: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, coefficients, factors)
-        ctx.asked = geometry, engine, how
-        return engine.forward(x, weight, None, Mixing(coefficients, factors), geometry, how)
+        ctx.run_by = geometry, engine, how
+        return engine.forward(Operands(x, weight, None, Mixing(coefficients, factors), geometry), how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        geometry, engine, how = ctx.asked
-        needs = ctx.needs_input_grad[:4]
-        x, weight, *mixing = ctx.saved_tensors
+        geometry, engine, how = ctx.run_by
+        needs = Needs(*ctx.needs_input_grad[:4])
+        x, weight, coefficients, factors = ctx.saved_tensors
+        operands = Operands(x, weight, None, Mixing(coefficients, factors), geometry)
         if torch.is_grad_enabled():
-            return (*_differentiable(grad, ctx.saved_tensors, geometry, needs), None, None, None)
-        return (*engine.backward(grad, x, weight, Mixing(*mixing), geometry, needs, how), None, None, None)
+            return (*_differentiable(grad, operands, needs), None, None, None)
+        return (*engine.backward(grad, operands, needs, how), None, None, None)
 
 
-def _differentiable(
-    grad: Tensor, saved: tuple[Tensor | None, ...], geometry: Geometry, needs: tuple[bool, ...]
-) -> list[Tensor | None]:
-    x, weight, *mixing = saved
-    out = strategies.groups(x, weight, None, Mixing(*mixing), geometry)
-    wanted = [tensor for tensor, needed in zip(saved, needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(found) if needed else None for needed in needs]
+def _differentiable(grad: Tensor, operands: Operands, needs: Needs) -> list[Tensor | None]:
+    inputs = (operands.x, operands.weight, *operands.mixing)
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    gradients = iter(torch.autograd.grad(strategies.groups(operands), wanted, grad, create_graph=True))
+    return [next(gradients) if needed else None for needed in needs]

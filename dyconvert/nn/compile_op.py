@@ -14,24 +14,48 @@ from dyconvert.errors import ArgumentError
 from dyconvert.nn import engines, fitting, native
 from dyconvert.nn.compressed import Compressed, plain_linear
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Needs, Operands
 from dyconvert.torch_internals.compiling import constant_result
 
+# As the fields of Operands stand, flat: operators take no tuples.
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+_MIXING = "Tensor coefficients, Tensor? factors"
 _library = torch.library.Library("dyconvert", "DEF")
 _library.define(
-    f"dynamic_conv(Tensor x, Tensor weight, Tensor? bias, Tensor coefficients, Tensor? factors, Tensor? shift,"
-    f" {_GEOMETRY}, bool training=False) -> Tensor"
+    f"dynamic_conv(Tensor x, Tensor weight, Tensor? bias, {_MIXING}, {_GEOMETRY}, Tensor? shift, bool training)"
+    " -> Tensor"
 )
 _library.define(
-    "dynamic_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor coefficients, Tensor? factors,"
-    f" {_GEOMETRY}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"dynamic_conv_backward(Tensor grad, Tensor x, Tensor weight, {_MIXING}, {_GEOMETRY}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "compressed_conv(Tensor x, Tensor mean, Tensor differences, Tensor? scale, Tensor? bias, Tensor coefficients,"
-    f" Tensor? factors, Tensor? shift, {_GEOMETRY}) -> Tensor"
+    f"compressed_conv(Tensor x, Tensor mean, Tensor differences, Tensor? scale, Tensor? bias, {_MIXING}, {_GEOMETRY},"
+    " Tensor? shift) -> Tensor"
 )
 _library.define("compressed_linear(Tensor x, Tensor weight, Tensor? scale, Tensor bias) -> Tensor")
+
+
+def _flat(operands: Operands) -> tuple[Any, ...]:
+    """The fields behind the weight, as the operators take them."""
+    _, _, bias, mixing, (stride, padding, dilation, groups), shift = operands
+    return bias, *mixing, list(stride), list(padding), list(dilation), groups, shift
+
+
+def _operands(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    factors: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    shift: Tensor | None = None,
+) -> Operands:
+    """What an operator was given."""
+    return Operands(x, weight, bias, Mixing(coefficients, factors), Geometry(stride, padding, dilation, groups), shift)
 
 
 def takes(x: Tensor, weight: Tensor, training: bool) -> bool:
@@ -55,23 +79,13 @@ def takes(x: Tensor, weight: Tensor, training: bool) -> bool:
     return not (single and pointwise and native.writes_channels_last(x.shape, x.stride()))
 
 
-def dynamic_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-    *,
-    training: bool = False,
-) -> Tensor:
-    """A strategy, padding as numbers. Differentiable but for the bias and the shift.
+def dynamic_conv(operands: Operands, *, training: bool = False) -> Tensor:
+    """A strategy, padding in numbers. Differentiable but for the bias and the shift.
 
     Args:
         training: whether a backward may follow, by which what was measured is looked up.
     """
-    numbers = [list(values) for values in geometry[:3]]
-    return torch.ops.dyconvert.dynamic_conv(x, weight, bias, *mixing, shift, *numbers, geometry.groups, training)
+    return torch.ops.dyconvert.dynamic_conv(operands.x, operands.weight, *_flat(operands), training)
 
 
 @constant_result
@@ -86,104 +100,61 @@ def _format(x: Tensor) -> torch.memory_format:
 
 @torch.library.impl(_library, "dynamic_conv", "CPU")
 @torch.library.impl(_library, "dynamic_conv", "CUDA")
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    factors: Tensor | None,
-    shift: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    training: bool = False,
-) -> Tensor:
-    geometry = Geometry(stride, padding, dilation, groups)
-    mixing = Mixing(coefficients, factors)
-    engine, how = engines.known_or_by_rule(x, weight, bias, mixing, geometry, shift, backward=False, training=training)
-    out = engine.forward(x, weight, bias, mixing, geometry, how, shift)
-    return out.contiguous(memory_format=_format(x))
+def _forward(*flat: Any) -> Tensor:
+    *fields, training = flat
+    operands = _operands(*fields)
+    engine, how = engines.known_or_by_rule(operands, backward=False, training=training)
+    return engine.forward(operands, how).contiguous(memory_format=_format(operands.x))
 
 
 @torch.library.register_fake("dyconvert::dynamic_conv", lib=_library)  # type: ignore[untyped-decorator]
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    factors: Tensor | None,
-    shift: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    training: bool = False,
-) -> Tensor:
-    geometry = Geometry(stride, padding, dilation, groups)
-    fitting.check(x, weight, bias, Mixing(coefficients, factors), geometry, shift)
-    size = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
-    channels = weight.shape[0] // coefficients.shape[1]
-    return x.new_empty(x.shape[0], channels, *size).contiguous(memory_format=_format(x))
+def _(*flat: Any) -> Tensor:
+    operands = _operands(*flat[:-1])
+    fitting.check(operands)
+    x = operands.x
+    return x.new_empty(_size_of_output(operands)).contiguous(memory_format=_format(x))
+
+
+def _size_of_output(operands: Operands) -> list[int]:
+    x, weight, _, mixing, geometry, _ = operands
+    spatial = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
+    return [x.shape[0], weight.shape[0] // mixing.g, *spatial]
 
 
 @torch.library.impl(_library, "dynamic_conv_backward", "CPU")
 @torch.library.impl(_library, "dynamic_conv_backward", "CUDA")
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    coefficients: Tensor,
-    factors: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    geometry = Geometry(stride, padding, dilation, groups)
-    mixing = Mixing(coefficients, factors)
-    engine, how = engines.known_or_by_rule(x, weight, None, mixing, geometry, backward=True, training=True)
-    size = native.size_of_output(x.shape[2:], weight.shape[2:], geometry)
-    if grad.shape != (len(x), weight.shape[0] // coefficients.shape[1], *size) or grad.dtype != x.dtype:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    *fields, needs = flat
+    operands = _operands(x, weight, None, *fields)
+    engine, how = engines.known_or_by_rule(operands, backward=True, training=True)
+    if list(grad.shape) != _size_of_output(operands) or grad.dtype != x.dtype:
         raise ArgumentError(
             f"The output's gradient has the shape {list(grad.shape)} and type {grad.dtype}. They must be the output's."
         )
-    found = engine.backward(grad, x, weight, mixing, geometry, (needs[0], needs[1], needs[2], needs[3]), how)
-    a, b, c, d = (x.new_empty(0) if part is None else part.contiguous() for part in found)
-    return a, b, c, d
+    gradients = engine.backward(grad, operands, Needs(*needs), how)
+    return tuple(x.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
 
 
 @torch.library.register_fake("dyconvert::dynamic_conv_backward", lib=_library)  # type: ignore[untyped-decorator]
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    coefficients: Tensor,
-    factors: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fitting.check(x, weight, None, Mixing(coefficients, factors), Geometry(stride, padding, dilation, groups))
-    inputs = zip((x, weight, coefficients, factors), needs, strict=True)
-    a, b, c, d = (like.new_empty(like.shape) if needed else x.new_empty(0) for like, needed in inputs)
-    return a, b, c, d
+def _(grad: Tensor, x: Tensor, weight: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    *fields, needs = flat
+    operands = _operands(x, weight, None, *fields)
+    fitting.check(operands)
+    inputs = zip((x, weight, *operands.mixing), needs, strict=True)
+    return tuple(like.new_empty(like.shape) if needed else x.new_empty(0) for like, needed in inputs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, coefficients, factors, _, *geometry, _ = inputs
-    ctx.save_for_backward(x, weight, coefficients, factors)
-    ctx.geometry = geometry
+    operands = _operands(*inputs[:-1])
+    ctx.save_for_backward(operands.x, operands.weight, *operands.mixing)
+    ctx.geometry = operands.geometry
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[index] for index in (0, 1, 3, 4)]
-    found = torch.ops.dyconvert.dynamic_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
-    x, weight, eta, factors = (part if needed else None for part, needed in zip(found, needs, strict=True))
-    return x, weight, None, eta, factors, None, None, None, None, None, None
+    gradients = torch.ops.dyconvert.dynamic_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
+    x, weight, *mixing = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return x, weight, None, *mixing, None, None, None, None, None, None
 
 
 torch.library.register_autograd("dyconvert::dynamic_conv", _differentiate, setup_context=_setup, lib=_library)
@@ -192,55 +163,23 @@ torch.library.register_autograd("dyconvert::dynamic_conv", _differentiate, setup
 # ---- Compressed weights: for inference alone ----
 
 
-def compressed_conv(
-    x: Tensor, bank: Compressed, bias: Tensor | None, mixing: Mixing, geometry: Geometry, shift: Tensor | None
-) -> Tensor:
-    """A dynamic conv of a compressed bank, padding as numbers."""
-    numbers = [list(values) for values in geometry[:3]]
-    return torch.ops.dyconvert.compressed_conv(x, *bank, bias, *mixing, shift, *numbers, geometry.groups)
+def compressed_conv(operands: Operands, bank: Compressed) -> Tensor:
+    """A dynamic conv of a compressed bank, padding in numbers; the operands' weight are the bank's differences."""
+    return torch.ops.dyconvert.compressed_conv(operands.x, *bank, *_flat(operands))
 
 
-def implement_compressed(engine: Callable[..., Tensor]) -> None:
+def implement_compressed(engine: Callable[[Operands, Compressed], Tensor]) -> None:
     """Say what computes `compressed_conv`: it is made of all strategies, which know this file and not the reverse."""
 
     @torch.library.impl(_library, "compressed_conv", "CPU")
-    def _(
-        x: Tensor,
-        mean: Tensor,
-        differences: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        coefficients: Tensor,
-        factors: Tensor | None,
-        shift: Tensor | None,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-    ) -> Tensor:
-        bank = Compressed(mean, differences, scale)
-        geometry = Geometry(stride, padding, dilation, groups)
-        out = engine(x, bank, bias, Mixing(coefficients, factors), geometry, shift)
+    def _(x: Tensor, mean: Tensor, differences: Tensor, scale: Tensor | None, *flat: Any) -> Tensor:
+        out = engine(_operands(x, differences, *flat), Compressed(mean, differences, scale))
         return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out.contiguous()
 
 
 @torch.library.register_fake("dyconvert::compressed_conv", lib=_library)  # type: ignore[untyped-decorator]
-def _(
-    x: Tensor,
-    mean: Tensor,
-    differences: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    factors: Tensor | None,
-    shift: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    size = native.size_of_output(x.shape[2:], mean.shape[2:], Geometry(stride, padding, dilation, groups))
-    out = x.new_empty(x.shape[0], len(mean), *size)
+def _(x: Tensor, mean: Tensor, differences: Tensor, scale: Tensor | None, *flat: Any) -> Tensor:
+    out = x.new_empty(_size_of_output(_operands(x, differences, *flat)))
     return out.contiguous(memory_format=_format(x)) if x.dim() == 4 else out
 
 

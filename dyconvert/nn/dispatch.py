@@ -20,49 +20,34 @@ from dyconvert.nn.engines import Engine
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.mixture import Mixing, Mixture
 from dyconvert.nn.native import size_of_output
+from dyconvert.nn.operands import Geometry, Operands
 from dyconvert.nn.padding import amounts_of_padding
-from dyconvert.nn.strategies import Geometry
 from dyconvert.nn.trials import key, needs_backward, trial
 from dyconvert.nn.triton import engine as triton
 from dyconvert.torch_internals.watching import observed
 
 _is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch documents it, and doesn't export it
 
-Strategy = Callable[..., Tensor]  # of x, weight, bias, mixing and geometry
+Strategy = Callable[[Operands], Tensor]
 
 
-def tiled(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-    tile: tiles.Tile | None = None,
-) -> Tensor:
+def tiled(operands: Operands, tile: tiles.Tile | None = None) -> Tensor:
     """A few images and output channels at a time, for CPUs; keeps no image's kernel for backward."""
-    return _run_engine((tiles, tile), x, weight, bias, mixing, geometry, shift)
+    return _run_engine((tiles, tile), operands)
 
 
-def _run_engine(
-    named: tuple[Engine, Any] | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-) -> Tensor:
+def _run_engine(named: tuple[Engine, Any] | None, operands: Operands) -> Tensor:
     """By the engine `named`, and how it is to compute; None: by the rule's, or, for training with small kernels, by
     one grouped conv."""
-    x, geometry = _number_the_padding(x, weight, bias, mixing, geometry)
+    operands = _number_the_padding(operands)
+    x, weight, bias, mixing, *_ = operands
     backward = needs_backward(x, weight, bias, *mixing)
-    engine, how = named or engines.by_rule(x, weight, bias, mixing, geometry, shift, backward=backward)
+    engine, how = named or engines.by_rule(operands, backward=backward)
     if not backward:
-        return engine.forward(x, weight, bias, mixing, geometry, how, shift)
+        return engine.forward(operands, how)
     if named is None and engine is not native and _kernels_are_small(x, weight, mixing):
-        return strategies.groups(x, weight, bias, mixing, geometry)
-    return _differentiable(engine, how, x, weight, bias, mixing, geometry)
+        return strategies.groups(operands)
+    return _differentiable(engine, how, operands)
 
 
 _ENGINES: dict[str, Strategy] = {name: partial(_run_engine, engine) for name, engine in engines.ENGINES.items()}
@@ -130,28 +115,26 @@ def dynamic_conv(
         ArgumentError: they don't fit together.
     """
     mixing = Mixing.of(coefficients, weight.shape, groups, bias is not None)
-    return _computed(x, weight, bias, mixing, Geometry(stride, padding, dilation, groups), shift)
+    return _computed(Operands(x, weight, bias, mixing, Geometry(stride, padding, dilation, groups), shift))
 
 
-def _computed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry, shift: Tensor | None
-) -> Tensor:
+def _computed(operands: Operands) -> Tensor:
+    x, weight, bias, mixing, geometry, shift = operands
     # At a batch of one each question asked here is felt, and a device's type takes longer to read than all others.
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # autocast doesn't know the meta device
         x, weight, bias, *axes = _autocast(x, weight, bias, *mixing)
         mixing = Mixing(*axes)
+        operands = Operands(x, weight, bias, mixing, geometry, shift)
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     forced = _forced.get()
     if compiling and not forced and compile_op.takes(x, weight, needs_backward(x, weight, bias, *mixing, shift)):
-        return _compiling(x, weight, bias, mixing, geometry, shift)
+        return _compiling(operands)
     if forced in triton.TILES:
-        training = needs_backward(x, weight, bias, *mixing)
-        reason = triton.why_not(x, weight, mixing, geometry, training=training)
+        reason = triton.why_not(operands, training=needs_backward(x, weight, bias, *mixing))
         if reason is not None:
             raise DyconvertError(f"The Triton kernels can't compute this conv: {reason}. Force another strategy.")
-    strategy = forced or _choose(x, weight, bias, mixing, geometry)
-    return _run(strategy, x, weight, bias, mixing, geometry, shift)
+    return _run(forced or _choose(operands), operands)
 
 
 def compressed_conv(
@@ -167,68 +150,58 @@ def compressed_conv(
 ) -> Tensor:
     """As :func:`dynamic_conv`, of a compressed bank, which the compiled kernels read as it is; others unpack it."""
     mixing = Mixing.of(coefficients, bank.differences.shape, groups)
-    return mixed_compressed(x, bank, bias, mixing, Geometry(stride, padding, dilation, groups), shift)
+    geometry = Geometry(stride, padding, dilation, groups)
+    return mixed_compressed(Operands(x, bank.differences, bias, mixing, geometry, shift), bank)
 
 
-def mixed_compressed(
-    x: Tensor, bank: Compressed, bias: Tensor | None, mixing: Mixing, geometry: Geometry, shift: Tensor | None
-) -> Tensor:
-    """:func:`compressed_conv`, of a mixture that is folded already."""
+def mixed_compressed(operands: Operands, bank: Compressed) -> Tensor:
+    """:func:`compressed_conv`, of a mixture that is folded already; the operands' weight are the bank's differences."""
+    x, _, bias, mixing, geometry, shift = operands
     if _forced.get() is None and read_as_they_are(x, bank.mean, bias, *mixing, shift):
-        like = bank.mean.flatten()[:1].expand(bank.differences.shape)  # what shows the bank's shape and type
-        laid, numbered = _number_the_padding(x, like, bias, mixing, geometry)
+        numbered = operands
+        if isinstance(geometry.padding, str):
+            like = bank.mean.flatten()[:1].expand(bank.differences.shape)  # what shows the bank's shape and type
+            numbered = _number_the_padding(operands._replace(weight=like))._replace(weight=bank.differences)
         if torch.compiler.is_compiling():
-            return compile_op.compressed_conv(laid, bank, bias, mixing, numbered, shift)
-        call = native.prepare(laid, bank.differences, bias, mixing, numbered, shift, bank)
+            return compile_op.compressed_conv(numbered, bank)
+        call = native.prepare(numbered, bank)
         if call is not None:
-            return native.forward(laid, bank.differences, bias, mixing, numbered, call, shift, bank)
-    return _computed(x, unpacked(bank, mixing.g, geometry.groups).flatten(0, 1), bias, mixing, geometry, shift)
+            return native.forward(numbered, call, bank)
+    return _computed(operands._replace(weight=unpacked(bank, mixing.g, geometry.groups).flatten(0, 1)))
 
 
 compile_op.implement_compressed(mixed_compressed)
 
 
-def _run(
-    strategy: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-) -> Tensor:
+def _run(strategy: str, operands: Operands) -> Tensor:
+    x, weight, bias, mixing, geometry, shift = operands
     alone = strategy in _WITH_SHIFT and not needs_backward(x, weight, bias, *mixing, shift)
-    symbols = torch.compiler.is_compiling() or _is_tracing()  # that stand for sizes
-    if not symbols and not (alone and strategy == "native"):  # by the rule, it is asked at less cost
-        fitting.check(x, weight, bias, mixing, geometry, shift)
+    by_rule = alone and strategy == "native"  # which checks at less cost
+    # While compiling or tracing, symbols stand for sizes.
+    if not by_rule and not torch.compiler.is_compiling() and not _is_tracing():
+        fitting.check(operands)
     if alone:
-        return _ALL[strategy](x, weight, bias, mixing, geometry, shift)
+        return _ALL[strategy](operands)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    out = _ALL[strategy](x, weight, bias, mixing, geometry)
-    return _with_shift(out, shift)
+    return _with_shift(_ALL[strategy](Operands(x, weight, bias, mixing, geometry)), shift)
 
 
-def _compiling(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None,
-) -> Tensor:
+def _compiling(operands: Operands) -> Tensor:
     """By an engine within what `torch.compile` makes."""
-    x, geometry = _number_the_padding(x, weight, bias, mixing, geometry)
+    operands = _number_the_padding(operands)
+    x, weight, bias, mixing, geometry, shift = operands
     if not needs_backward(x, weight, bias, *mixing, shift):
-        return compile_op.dynamic_conv(x, weight, bias, mixing, geometry, shift)
-    out = compile_op.dynamic_conv(x, weight.to(x.dtype), None, mixing, geometry, training=True)
+        return compile_op.dynamic_conv(operands)
+    out = compile_op.dynamic_conv(Operands(x, weight.to(x.dtype), None, mixing, geometry), training=True)
     out = _with_bias(out, bias if bias is None else bias.to(x.dtype), mixing)
     return _with_shift(out, shift)
 
 
-def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> str:
+def _choose(operands: Operands) -> str:
+    x = operands.x
     batch = x.shape[0] if x.dim() else 0  # what doesn't fit is refused later
     single = isinstance(batch, int) and batch == 1
     if isinstance(batch, int) and batch == 0:
@@ -237,70 +210,63 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geom
         # A group count is a constant of the graph, so folding the batch into it would fix the batch.
         return "groups" if single else "unfold"
     if x.is_meta or observed():
-        return recompute.by_rule(x, weight, geometry)
+        return recompute.by_rule(operands)
     choices = choice.current()
     if choices.cpu or _is_gpu(x):
-        return _measured(choices, x, weight, bias, mixing, geometry)
-    if len(choices) and (known := choices.known(key(x, weight, bias, mixing, geometry))):
+        return _measured(choices, operands)
+    if len(choices) and (known := choices.known(key(operands))):
         return known  # by `tune`
     return "native"
 
 
 def _is_gpu(x: Tensor) -> bool:
     """Whether it is on a device for which there is no rule worth the name."""
-    return x.device.type in ("cuda", "mps", "xpu")
+    return not x.is_cpu and x.device.type in ("cuda", "mps", "xpu")
 
 
-def _measured(
-    choices: choice.Choices,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-) -> str:
+def _measured(choices: choice.Choices, operands: Operands) -> str:
     """The fastest strategy; where nothing may be measured, what is known already, else the rule's."""
+    x = operands.x
     mode = choice.mode()
     # A fake tensor takes no time.
     if mode == "off" or engines.deterministic() or type(x) not in (Tensor, nn.Parameter):
         return "native"
-    geometry = fitting.numbered(geometry)
-    asked = key(x, weight, bias, mixing, geometry)
-    if known := choices.known(asked):
+    operands = operands._replace(geometry=fitting.numbered(operands.geometry))
+    shape = key(operands)
+    if known := choices.known(shape):
         return known
-    fitting.check(x, weight, bias, mixing, geometry)  # else every strategy would be found to fail
+    fitting.check(operands)  # else every strategy would be found to fail
     # What was read, but never ran here, isn't compiled yet: a graph's capture is no time to do it.
     if engines.capturing(x):
         return "native"
     if mode == "read-only":
-        return choices.read(asked) or "native"
-    return choices.choose(asked, trials(x, weight, bias, mixing, geometry), "native")
+        return choices.read(shape) or "native"
+    return choices.choose(shape, trials(operands), "native")
 
 
 # Unfolded inputs of more bytes aren't tried: what they take would be missing elsewhere.
 _UNFOLDED = 512 * 2**20
 
 
-def trials(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry
-) -> dict[str, Callable[[], None]]:
+def trials(operands: Operands) -> dict[str, Callable[[], None]]:
     """What is to be timed to find the fastest strategy: each that can serve a call like this one.
 
     In training, strategies that keep every image's kernel are tried where those are small. Mixing feature maps takes
     g times the work, and is tried on GPUs, where the maps are small beside the kernels (`docs/kernels.md`).
     """
+    x, weight, bias, mixing, geometry, _ = operands
     training = needs_backward(x, weight, bias, *mixing)
     if not _is_gpu(x):
         names = ["native", "tiled", "groups", "unfold"]
     else:
         names = list(engines.ENGINES)
-        if triton.why_not(x, weight, mixing, geometry, training=training) is not None:
+        if triton.why_not(operands, training=training) is not None:
             names = [name for name in names if name not in triton.TILES]
         if weight.shape[2:].numel() * x.numel() * x.element_size() > _UNFOLDED:
             names.remove("recompute_unfold")
         if training and _kernels_are_small(x, weight, mixing):
-            names.append(recompute.by_rule(x, weight, geometry))
-        if mixing.factors is None and _maps_are_small(x, weight, bias, mixing, geometry):
+            names.append(recompute.by_rule(operands))
+        if mixing.factors is None and _maps_are_small(operands):
             names.append("features")
     tensors = (x, weight, bias, *mixing)
     return {name: trial(partial(_run_on, name, geometry), tensors) for name in names}
@@ -309,7 +275,7 @@ def trials(
 def _run_on(
     name: str, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, *mixing: Tensor | None
 ) -> Tensor:
-    return _run(name, x, weight, bias, Mixing(*mixing), geometry)
+    return _run(name, Operands(x, weight, bias, Mixing(*mixing), geometry))
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -324,23 +290,16 @@ def _kernels_are_small(x: Tensor, weight: Tensor, mixing: Mixing) -> bool:
     return not mixing.per_channel and 4 * mixing.images * weight.numel() <= mixing.g * x.numel()
 
 
-def _maps_are_small(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> bool:
+def _maps_are_small(operands: Operands) -> bool:
     """Whether an image's outputs, of all experts, take no more memory than its kernel."""
-    x, geometry = _number_the_padding(x, weight, bias, mixing, geometry)
+    x, weight, _, mixing, geometry, _ = _number_the_padding(operands)
     pixels = math.prod(size_of_output(x.shape[2:], weight.shape[2:], geometry))
     return mixing.g * pixels <= weight[0].numel()
 
 
-def _differentiable(
-    engine: Engine,
-    how: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-) -> Tensor:
+def _differentiable(engine: Engine, how: Any, operands: Operands) -> Tensor:
     """A dynamic conv whose kernels are mixed again for backward; its bias is left to autograd."""
+    x, weight, bias, mixing, geometry, _ = operands
     return _with_bias(MixedAgainConv.apply(x, weight, *mixing, geometry, engine, how), bias, mixing)
 
 
@@ -355,17 +314,17 @@ def _with_bias(out: Tensor, bias: Tensor | None, mixing: Mixing) -> Tensor:
     return out + mixed.view(*mixed.shape, *[1] * (out.dim() - 2))
 
 
-def _number_the_padding(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry
-) -> tuple[Tensor, Geometry]:
+def _number_the_padding(operands: Operands) -> Operands:
     """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
+    geometry = operands.geometry
     if not isinstance(geometry.padding, str):
-        return x, geometry
+        return operands
     if not torch.compiler.is_compiling():
-        fitting.check(x, weight, bias, mixing, geometry)  # amounts are those of what fits
-    kernel_size = weight.shape[2:]
+        fitting.check(operands)  # amounts are those of what fits
+    kernel_size = operands.weight.shape[2:]
     # (before, after) of the last dimension first
     amounts = amounts_of_padding(kernel_size, geometry.padding, geometry.dilation)
     if any(before != after for before, after in zip(amounts[::2], amounts[1::2], strict=True)):
-        return F.pad(x, amounts), geometry._replace(padding=(0,) * len(kernel_size))
-    return x, geometry._replace(padding=tuple(reversed(amounts[::2])))
+        numbered = geometry._replace(padding=(0,) * len(kernel_size))
+        return operands._replace(x=F.pad(operands.x, amounts), geometry=numbered)
+    return operands._replace(geometry=geometry._replace(padding=tuple(reversed(amounts[::2]))))

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from dyconvert.nn import adapted, choice, fitting, native, recompute, tiles
-from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 from dyconvert.nn.trials import key
 from dyconvert.nn.triton import engine as triton
 
@@ -19,40 +18,17 @@ class Engine(Protocol):
     one of :data:`dyconvert.nn.recompute.STRATEGIES`, or a :class:`~dyconvert.nn.triton.engine.Tile`.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mixing: Mixing,
-        geometry: Geometry,
-        how: Any,
-        shift: Tensor | None = None,
-    ) -> Tensor: ...
+    def forward(self, operands: Operands, how: Any) -> Tensor:
+        """The conv's output, `[N, C_out, *out]`."""
+        ...
 
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        mixing: Mixing,
-        geometry: Geometry,
-        needs: tuple[bool, bool, bool, bool],
-        how: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+    def backward(self, grad: Tensor, operands: Operands, needs: Needs, how: Any) -> Gradients:
+        """Those gradients that are needed, given the output's; the operands have neither bias nor shift."""
+        ...
 
 
-def by_rule(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-    *,
-    backward: bool,
-) -> tuple[Engine, Any]:
-    """The engine for a call, and how it is to compute it; padding as numbers.
+def by_rule(operands: Operands, *, backward: bool) -> tuple[Engine, Any]:
+    """The engine for a conv, and how it is to compute it; padding in numbers.
 
     On a CPU the compiled kernels where they were built and know the conv, as it is or in another form, else tiles; in
     other dtypes and on other devices plain operations.
@@ -61,20 +37,21 @@ def by_rule(
         backward: whether a backward may follow.
 
     Raises:
-        ArgumentError: the arguments don't fit together.
+        ArgumentError: the operands don't fit together.
     """
-    if x.shape[:1] != (0,) and adapted.takes(x, weight, mixing, geometry, backward=backward):
-        fitting.check(x, weight, bias, mixing, geometry, shift)
+    x, weight = operands.x, operands.weight
+    if x.shape[:1] != (0,) and adapted.takes(operands, backward=backward):
+        fitting.check(operands)
         return adapted, backward
     if x.is_cpu and x.dtype in _TILED_DTYPES and x.shape[:1] != (0,):
-        call = native.prepare(x, weight, bias, mixing, geometry, shift)  # which checks them
-        if call is not None and _is_matmuls(x, weight, geometry):
+        call = native.prepare(operands)  # which checks them
+        if call is not None and _is_matmuls(x, weight, operands.geometry):
             return tiles, None
         if call is not None and (not backward or (call.differentiable and weight.dtype == x.dtype)):
             return native, call
         return tiles, None
-    fitting.check(x, weight, bias, mixing, geometry, shift)
-    return recompute, recompute.by_rule(x, weight, geometry)
+    fitting.check(operands)
+    return recompute, recompute.by_rule(operands)
 
 
 def _is_matmuls(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -92,29 +69,19 @@ ENGINES: dict[str, tuple[Engine, Any]] = {
 }
 
 
-def known_or_by_rule(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-    *,
-    backward: bool,
-    training: bool,
-) -> tuple[Engine, Any]:
+def known_or_by_rule(operands: Operands, *, backward: bool, training: bool) -> tuple[Engine, Any]:
     """The engine that was measured to be the fastest in this process, else the rule's; nothing is measured here.
 
     Args:
         backward: whether the engine must know the backward.
         training: what is looked up: whether a backward follows, by whichever engine.
     """
-    if not x.is_cpu and choice.mode() != "off" and not deterministic():
-        known = choice.current().known(key(x, weight, bias, mixing, geometry, training=training))
+    if not operands.x.is_cpu and choice.mode() != "off" and not deterministic():
+        known = choice.current().known(key(operands, training=training))
         if known in ENGINES:
-            fitting.check(x, weight, bias, mixing, geometry, shift)
+            fitting.check(operands)
             return ENGINES[known]
-    return by_rule(x, weight, bias, mixing, geometry, shift, backward=backward)
+    return by_rule(operands, backward=backward)
 
 
 def deterministic() -> bool:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dyconvert.errors import ArgumentError
-from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Operands
 
 
 class Looks(NamedTuple):
@@ -25,24 +24,18 @@ class Looks(NamedTuple):
         return None if tensor is None else cls(tensor.shape, tensor.dtype, tensor.device, tensor.layout)
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-) -> None:
-    """Refuse a dynamic conv's arguments that don't fit together, `nn.dynamic_conv` says how they should.
+def check(operands: Operands) -> None:
+    """Refuse a dynamic conv's operands that don't fit together, `nn.dynamic_conv` says how they should.
 
     Sizes that are only known as symbols, as while a program is exported, are believed.
 
     Raises:
         ArgumentError: which argument doesn't fit, and what would.
     """
-    looks = [Looks.of(tensor) for tensor in (x, weight, bias, *mixing, shift)]
+    x, weight, bias, mixing, geometry, shift = operands
+    looks = [Looks.of(tensor) for tensor in (x, weight, bias, *mixing)]
     try:
-        check_looks(*looks, geometry=numbered(geometry))
+        check_looks(*looks, numbered(geometry), Looks.of(shift))
     except TypeError as error:
         if "unhashable" not in str(error):
             raise  # symbols can't be hashed
@@ -67,8 +60,8 @@ def check_looks(
     bias: Looks | None,
     coefficients: Looks,
     factors: Looks | None,
-    shift: Looks | None,
     geometry: Geometry,
+    shift: Looks | None,
 ) -> None:
     """:func:`check`, of what it reads."""
     g = _check_shapes(x.shape, weight.shape, coefficients.shape, geometry.groups)

@@ -22,8 +22,7 @@ from dyconvert.errors import ArgumentError, DyconvertError
 from dyconvert.nn import fitting
 from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.fitting import Looks
-from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 from dyconvert.torch_internals.operators import parallel_for
 
 _TYPES = {
@@ -203,25 +202,19 @@ class Call(NamedTuple):
         return Kernel(library().dyconvert_path(self.shape, asked, _TYPES[dtype]))
 
 
-def prepare(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    shift: Tensor | None = None,
-    compressed: Compressed | None = None,
-) -> Call | None:
+def prepare(operands: Operands, compressed: Compressed | None = None) -> Call | None:
     """How :func:`forward` is to compute a dynamic conv; None if it can't.
 
-    Arguments are those of a strategy, padding as numbers; of a compressed bank, `weight` are the
-    differences. On the way it is checked that they fit together: what has been answered once is looked up, so that it
-    costs nothing beside the rest.
+    On the way it is checked that the operands fit together. Answers are kept, so that this costs little beside the
+    conv.
+
+    Args:
+        operands: of a compressed bank, `weight` are the differences.
 
     Raises:
-        ArgumentError: they don't.
+        ArgumentError: they don't fit together.
     """
-    coefficients, factors = mixing
+    x, weight, bias, (coefficients, factors), geometry, shift = operands
     if library() is None or not (
         _ordinary(x)
         and _ordinary(weight)
@@ -231,7 +224,7 @@ def prepare(
         and (factors is None or _ordinary(factors))
     ):
         if compressed is None:
-            fitting.check(x, weight, bias, mixing, geometry, shift)
+            fitting.check(operands)
         return None
     last = not weight.is_contiguous()
     if compressed is not None and not _readable(compressed, last):
@@ -248,8 +241,8 @@ def prepare(
         coefficients.dtype,
         None if factors is None else (factors.shape, factors.dtype),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype),
-        None if shift is None else (shift.shape, shift.stride(), shift.dtype),
         *fitting.numbered(geometry),
+        None if shift is None else (shift.shape, shift.stride(), shift.dtype),
         torch.get_num_threads(),
         None if compressed is None else compressed.mean.dtype,
     )
@@ -270,17 +263,9 @@ def _ordinary(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    call: Call,
-    shift: Tensor | None = None,
-    compressed: Compressed | None = None,
-) -> Tensor:
-    """A dynamic conv without autograd, with what :func:`prepare` found for these arguments."""
+def forward(operands: Operands, call: Call, compressed: Compressed | None = None) -> Tensor:
+    """A dynamic conv without autograd, with what :func:`prepare` returned for these operands."""
+    x, weight, bias, (coefficients, factors), _, shift = operands
     if call.channels_last:
         out = torch.empty(call.size, dtype=x.dtype, device=_CPU, memory_format=torch.channels_last)
     else:
@@ -290,7 +275,7 @@ def forward(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     mean, _, scale = (None, None, None) if compressed is None else compressed
-    factors = _laid_out(mixing.factors, weight)
+    factors = _laid_out(factors, weight)
     failed = library().dyconvert_conv(
         call.shape,
         parallel_for(),
@@ -298,7 +283,7 @@ def forward(
         _address(weight),
         _address_or_none(mean),
         _address_or_none(scale),
-        _address(mixing.coefficients),
+        _address(coefficients),
         _address_or_none(factors),
         _address_or_none(bias),
         _address_or_none(shift),
@@ -343,38 +328,29 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Ten
     return out
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mixing: Mixing,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool, bool],
-    call: Call,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight`, coefficients and factors, those that are needed, where the call is differentiable."""
+def backward(grad: Tensor, operands: Operands, needs: Needs, call: Call) -> Gradients:
+    """Those gradients that are needed, where the call is differentiable."""
     # Between forward and backward, a parameter's memory may have been replaced (`weight.data = ...`): asked anew.
-    call = prepare(x, weight, None, mixing, geometry)
+    call = prepare(operands)
     if call is None or not call.differentiable or grad.shape != call.size or not _ordinary(grad):
         raise ArgumentError(
             "The arguments of a dynamic conv were replaced by others between forward and backward. Call forward again."
         )
-    coefficients = mixing.coefficients
-    factors = _laid_out(mixing.factors, weight)
-    needs_x, needs_bank, needs_eta, needs_factors = needs
+    x, weight, _, (coefficients, factors), *_ = operands
+    factors = _laid_out(factors, weight)
     grad = grad.to(x.dtype).contiguous()
     dtype = _TYPES[x.dtype]
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs.x else None
     mixed_from = _address(weight), _address(coefficients), _address_or_none(factors)
     if grad_x is not None:
         failed = library().dyconvert_input_gradient(
             call.shape, parallel_for(), _address(grad), *mixed_from, _address(grad_x), dtype
         )
         _check(failed, call)
-    grad_bank = torch.empty_like(weight) if needs_bank else None
-    grad_eta = torch.empty_like(coefficients, memory_format=torch.contiguous_format) if needs_eta else None
-    grad_factors = torch.empty_like(factors) if needs_factors else None
-    if any(needs[1:]):
+    grad_bank = torch.empty_like(weight) if needs.weight else None
+    grad_eta = torch.empty_like(coefficients, memory_format=torch.contiguous_format) if needs.coefficients else None
+    grad_factors = torch.empty_like(factors) if needs.factors else None
+    if needs.kernels:
         failed = library().dyconvert_bank_gradient(
             call.shape,
             parallel_for(),
@@ -387,7 +363,7 @@ def backward(
             dtype,
         )
         _check(failed, call)
-    return grad_x, grad_bank, grad_eta, grad_factors
+    return Gradients(grad_x, grad_bank, grad_eta, grad_factors)
 
 
 def _laid_out(factors: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -449,11 +425,11 @@ def _call(
     coefficient_dtype: torch.dtype,
     factors: tuple[tuple[int, ...], torch.dtype] | None,
     bias: _Vector | None,
-    shift: _Vector | None,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    shift: _Vector | None,
     threads: int,
     mean_dtype: torch.dtype | None,
 ) -> Call | None:
@@ -464,9 +440,8 @@ def _call(
         bias and Looks(bias[0], bias[2], _CPU),
         Looks(coefficients, coefficient_dtype, _CPU),
         factors and Looks(*factors, _CPU),
-        shift and Looks(shift[0], shift[2], _CPU),
     )
-    fitting.check_looks(*looks, geometry)
+    fitting.check_looks(*looks, geometry, shift and Looks(shift[0], shift[2], _CPU))
     vectors = (bias is None or bias[1] == (1,)) and (shift is None or shift[1] == (1,))
     banks = BANKS.get(dtype, ()) if mean_dtype is None else COMPRESSED.get(mean_dtype, ())
     if len(shape) != 4 or bank_dtype not in banks or not vectors:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dyconvert.nn import strategies
 from dyconvert.nn.mixing import by_factors, factor_gradient, mix
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 from dyconvert.torch_internals.operators import gradients_of_images
 
 # Of the kernels, their gradients and the unfolded inputs that exist at the same time. A GPU has this many times over;
@@ -24,49 +24,38 @@ _BYTES = 512 * 2**20
 STRATEGIES = {"groups": strategies.groups, "unfold": strategies.unfold}
 
 
-def by_rule(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+def by_rule(operands: Operands) -> str:
     """The strategy that is likely to be the faster: "unfold" where one batched matmul is the whole conv, 1 x 1 of
     several images, else "groups"; of no images "unfold", which makes no pieces of the batch."""
-    batch = x.shape[0]
+    weight, geometry = operands.weight, operands.geometry
+    batch = operands.x.shape[0]
     if isinstance(batch, int) and batch < 2:
         return "unfold" if batch == 0 else "groups"
     return "unfold" if weight.shape[2:].numel() == 1 and geometry.groups == 1 else "groups"
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    how: str,
-    shift: Tensor | None = None,
-) -> Tensor:
+def forward(operands: Operands, how: str) -> Tensor:
     """A dynamic conv without autograd.
 
     Args:
-        x, weight, bias, mixing, geometry, shift: as :func:`dyconvert.nn.dynamic_conv` takes them.
+        operands: padding may also be "same" or "valid".
         how: "groups" or "unfold", the strategy.
     """
+    x, weight, bias, mixing, geometry, shift = operands
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     images = _images_at_a_time(x, weight, mixing, how, gradients=False)
-    parts = [STRATEGIES[how](x[part], weight, bias, mixing.part(part), geometry) for part in _parts(x.shape[0], images)]
+    strategy = STRATEGIES[how]
+    parts = [
+        strategy(Operands(x[part], weight, bias, mixing.part(part), geometry)) for part in _parts(x.shape[0], images)
+    ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out if shift is None else out + shift.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mixing: Mixing,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool, bool],
-    how: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight`, coefficients and factors, those that are needed; without autograd."""
-    needs_x, needs_bank, needs_eta, needs_factors = needs
+def backward(grad: Tensor, operands: Operands, needs: Needs, how: str) -> Gradients:
+    """Those gradients that are needed; without autograd."""
+    x, weight, _, mixing, geometry, _ = operands
     bank = weight.unflatten(0, (mixing.g, -1))  # [g, C_out, C_in / groups, *kernel]
     gradients = _unfolded_gradients if how == "unfold" else _grouped_gradients
     parts_x, parts_eta, parts_factors = [], [], []
@@ -76,21 +65,21 @@ def backward(
         plain = mix(bank, eta)  # [n, C_out, C_in / groups, *kernel]
         kernels = plain if factors is None else by_factors(plain, factors)
         grad_x, grad_kernels = gradients(
-            grad[part], x[part], kernels, geometry, needs_x=needs_x, needs_kernels=any(needs[1:])
+            grad[part], x[part], kernels, geometry, needs_x=needs.x, needs_kernels=needs.kernels
         )
-        if needs_factors:
+        if needs.factors:
             parts_factors.append(factor_gradient(plain, grad_kernels, factors.shape[1]))
         if factors is not None and grad_kernels is not None:
             grad_kernels = by_factors(grad_kernels, factors)
-        if needs_x:
+        if needs.x:
             parts_x.append(grad_x)
-        if needs_bank:
-            found = _bank_gradient(grad_kernels, eta)
+        if needs.weight:
+            part_bank = _bank_gradient(grad_kernels, eta)
             # Half precision is too coarse to add up in.
-            grad_bank = found if grad_bank is None else grad_bank.to(_wide(x.dtype)).add_(found)
-        if needs_eta:
+            grad_bank = part_bank if grad_bank is None else grad_bank.to(_wide(x.dtype)).add_(part_bank)
+        if needs.coefficients:
             parts_eta.append(_coefficient_gradient(bank, grad_kernels, mixing.per_channel))
-    return (
+    return Gradients(
         _together(parts_x),
         None if grad_bank is None else grad_bank.to(weight.dtype).view(weight.shape),
         _together(parts_eta),

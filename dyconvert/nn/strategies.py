@@ -1,41 +1,34 @@
 """The ways to compute a dynamic conv in plain, differentiable operations, each for any shape.
 
 Convolution is linear, so mixing kernels equals mixing feature maps,
-``sum_i eta_i (w_i * x) = (sum_i eta_i w_i) * x`` (DyNet, eq. 5), at 1/g of the cost.
+``sum_i eta_i (w_i * x) = (sum_i eta_i w_i) * x`` (DyNet, eq. 5), at 1/g of the cost. The operands' shift is left to
+the caller.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dyconvert.nn.mixing import kernels_of, mix
-from dyconvert.nn.mixture import Mixing
+from dyconvert.nn.operands import Geometry, Operands
 from dyconvert.nn.padding import amounts_of_padding
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Geometry(NamedTuple):
-    """How a conv walks over its input: what `torch.nn.functional.conv2d` calls by these names."""
-
-    stride: Sequence[int]
-    padding: Sequence[int] | str
-    dilation: Sequence[int]
-    groups: int
-
-
-def mixed(weight: Tensor, bias: Tensor | None, mixing: Mixing) -> tuple[Tensor, Tensor | None]:
+def mixed(operands: Operands) -> tuple[Tensor, Tensor | None]:
     """Each image's kernel `[N, C_out, C_in / groups, *kernel]` and bias `[N, C_out]`."""
+    _, weight, bias, mixing, *_ = operands
     kernel = kernels_of(weight.unflatten(0, (mixing.g, -1)), mixing)
     return kernel, None if bias is None else mix(bias.unflatten(0, (mixing.g, -1)), mixing.coefficients)
 
 
-def groups(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
+def groups(operands: Operands) -> Tensor:
     """One conv for the batch: its images are the groups of a single image."""
-    kernel, mixed_bias = mixed(weight, bias, mixing)
+    x, geometry = operands.x, operands.geometry
+    kernel, mixed_bias = mixed(operands)
     batch = x.shape[0]
     out = CONV[x.dim() - 2](
         x.reshape(1, -1, *x.shape[2:]),
@@ -49,13 +42,14 @@ def groups(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geome
     return out.unflatten(1, (batch, -1)).squeeze(0)
 
 
-def unfold(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
+def unfold(operands: Operands) -> Tensor:
     """One batched matmul of the kernels with the unfolded input.
 
     Nothing in it depends on the number of images, so it exports with a dynamic batch.
     """
-    kernel, mixed_bias = mixed(weight, bias, mixing)
-    rows, spatial = unfolded(x, kernel.shape[3:], geometry)
+    geometry = operands.geometry
+    kernel, mixed_bias = mixed(operands)
+    rows, spatial = unfolded(operands.x, kernel.shape[3:], geometry)
     matrix = kernel.flatten(2).unflatten(1, (geometry.groups, -1))  # [N, groups, C_out / groups, C_in / groups taps]
     if matrix.shape[2] == 1 and matrix.shape[3] <= 64:
         # Depthwise: a matmul of one row. Summing the taps is less work than packing it.
@@ -77,11 +71,12 @@ def unfolded(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple
     return rows, spatial
 
 
-def features(x: Tensor, weight: Tensor, bias: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
+def features(operands: Operands) -> Tensor:
     """Mix feature maps instead of kernels: how DyNet's paper trains (eq. 5), at g times the work and memory.
 
     Maps of half precision are added up in float32, so that their sum is rounded once.
     """
+    x, weight, bias, mixing, geometry, _ = operands
     g = mixing.g
     coefficients = mixing.coefficients.to(torch.promote_types(x.dtype, torch.float32))
     experts = weight.chunk(g)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dyconvert.nn.mixing import bank_gradient, by_factors, coefficient_gradient, factor_gradient, fast_kernels_of, mix
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import CONV, Geometry
+from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
+from dyconvert.nn.strategies import CONV
 from dyconvert.torch_internals.operators import gradients_of_images, unsafe_view
 
 # Buffers up to this size are reused by the C library's allocator, also with the conv's own copy and a backward's
@@ -60,7 +61,8 @@ def _walk(tile: Tile, images: int, channels: int) -> Iterator[tuple[slice, slice
 class _Shapes:
     """A dynamic conv's sizes, and its bank as `[g, C_out, K]`, in the order in which it lies in memory."""
 
-    def __init__(self, x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry, tile: Tile | None) -> None:
+    def __init__(self, operands: Operands, tile: Tile | None) -> None:
+        x, weight, _, mixing, geometry, _ = operands
         g = mixing.g
         self.images = x.shape[0]
         self.dtype = x.dtype
@@ -134,23 +136,16 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() in _FORMATS and not x.is_contiguous() and x.is_contiguous(memory_format=_FORMATS[x.dim()])
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    tile: Tile | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """A dynamic conv without autograd; arguments as those of a strategy, padding as numbers."""
+def forward(operands: Operands, tile: Tile | None = None) -> Tensor:
+    """A dynamic conv without autograd."""
+    x, weight, bias, mixing, geometry, shift = operands
     biases = _biases(bias, mixing.coefficients, shift)
     if tile is None and weight.is_contiguous():
         if x.shape[0] == 1:
-            return _one(x, weight, biases, mixing, geometry)
-        if _fits(x, weight, mixing, geometry):
-            return _at_once(x, weight, biases, mixing, geometry)
-    shapes = _Shapes(x, weight, mixing, geometry, tile)
+            return _one(operands, biases)
+        if _fits(operands):
+            return _at_once(operands, biases)
+    shapes = _Shapes(operands, tile)
     mixing = shapes.in_order(mixing)
     if shapes.pointwise:
         out = _pointwise_forward(_at_stride(x, geometry), shapes, mixing)
@@ -184,8 +179,9 @@ def _empty_like(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return torch.empty(size, dtype=x.dtype, memory_format=form)
 
 
-def _fits(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry) -> bool:
+def _fits(operands: Operands) -> bool:
     """Whether nothing that one conv for the whole batch needs is too large for one tile."""
+    x, weight, _, mixing, geometry, _ = operands
     batch, g = mixing.images, mixing.g
     size = x.element_size()
     kernels = weight.numel() // g * batch * size
@@ -194,8 +190,9 @@ def _fits(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry) -> bool
     return batch <= _GROUPS and kernels <= _REUSED and x.numel() * size <= _ACTIVATIONS and not is_channels_last(x)
 
 
-def _one(x: Tensor, weight: Tensor, biases: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
+def _one(operands: Operands, biases: Tensor | None) -> Tensor:
     """One image: the plain conv. At this size every call counts."""
+    x, weight, _, mixing, geometry, _ = operands
     size = weight.shape
     kernel = fast_kernels_of(weight.view(mixing.g, size[0] // mixing.g, -1), _flat(mixing)).view(-1, *size[1:])
     return CONV[len(size) - 2](x, kernel, None if biases is None else biases.flatten(), *geometry)
@@ -206,8 +203,9 @@ def _flat(mixing: Mixing) -> Mixing:
     return mixing if mixing.factors is None else mixing._replace(factors=mixing.factors.flatten(2))
 
 
-def _at_once(x: Tensor, weight: Tensor, biases: Tensor | None, mixing: Mixing, geometry: Geometry) -> Tensor:
+def _at_once(operands: Operands, biases: Tensor | None) -> Tensor:
     """One tile for everything."""
+    x, weight, _, mixing, geometry, _ = operands
     batch, g = mixing.images, mixing.g
     size = weight.shape
     rows = size[0] // g
@@ -265,53 +263,45 @@ def _pointwise_forward(x: Tensor, shapes: _Shapes, mixing: Mixing) -> Tensor:
     return out
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mixing: Mixing,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool, bool],
-    tile: Tile | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight`, coefficients and factors, those that are needed; without autograd."""
+def backward(grad: Tensor, operands: Operands, needs: Needs, tile: Tile | None = None) -> Gradients:
+    """Those gradients that are needed; without autograd."""
+    x, _, _, mixing, geometry, _ = operands
     coefficients = mixing.coefficients
-    shapes = _Shapes(x, weight, mixing, geometry, tile)
+    shapes = _Shapes(operands, tile)
     mixing = shapes.in_order(mixing)
-    needs_x, needs_bank, needs_eta, needs_factors = needs
     gradients = _pointwise_gradients if shapes.pointwise else _conv_gradients
     per_channel = mixing.per_channel
     source = _at_stride(x, geometry) if shapes.pointwise else x
     blocks = -(-shapes.channels // shapes.tile.channels)
     grad_source = None
     grad_bank = grad_eta = None
-    grad_factors = torch.zeros_like(mixing.factors) if needs_factors else None
-    buffer = shapes.buffer() if needs_x else None
+    grad_factors = torch.zeros_like(mixing.factors) if needs.factors else None
+    buffer = shapes.buffer() if needs.x else None
     for channels, images in _walk(shapes.tile, shapes.images, shapes.channels):
         bank = shapes.bank[:, channels]
         at = (images, slice(None), channels) if per_channel else (images,)
         part = mixing.part(images, channels)
         eta, factors = part
-        kernels = fast_kernels_of(bank, part, shapes.rows(buffer, part.images, bank.shape[1])) if needs_x else None
+        kernels = fast_kernels_of(bank, part, shapes.rows(buffer, part.images, bank.shape[1])) if needs.x else None
         grad_x, grad_kernels = gradients(
-            grad[images, channels], source[images], kernels, shapes, geometry, any(needs[1:])
+            grad[images, channels], source[images], kernels, shapes, geometry, needs.kernels
         )
-        if needs_factors:
+        if needs.factors:
             plain = fast_kernels_of(bank, Mixing(eta))
             grad_factors[images] += factor_gradient(plain, grad_kernels, factors.shape[1])
         if factors is not None and grad_kernels is not None:
             grad_kernels = by_factors(grad_kernels, factors)
-        if needs_bank:
+        if needs.weight:
             if grad_bank is None:
                 grad_bank = torch.empty_like(shapes.bank)
             bank_gradient(grad_bank[:, channels], grad_kernels, eta, add=images.start > 0)
-        if needs_eta:
-            found = coefficient_gradient(bank, grad_kernels, per_channel)
+        if needs.coefficients:
+            part_eta = coefficient_gradient(bank, grad_kernels, per_channel)
             if grad_eta is None:
-                grad_eta = found if found.shape == coefficients.shape else torch.zeros_like(coefficients)
-            if grad_eta is not found:
-                grad_eta[at] += found
-        if needs_x:
+                grad_eta = part_eta if part_eta.shape == coefficients.shape else torch.zeros_like(coefficients)
+            if grad_eta is not part_eta:
+                grad_eta[at] += part_eta
+        if needs.x:
             if grad_x.shape[0] == shapes.images and blocks == 1:
                 grad_source = grad_x
             else:
@@ -321,12 +311,13 @@ def backward(
                     grad_source[images] = grad_x
                 else:
                     grad_source[images] += grad_x
-    if needs_x and source is not x:
+    if needs.x and source is not x:
         grad_full = torch.zeros_like(x)
         _at_stride(grad_full, geometry).copy_(grad_source)
         grad_source = grad_full
     grad_bank = None if grad_bank is None else shapes.unflat(grad_bank)
-    return grad_source, grad_bank, grad_eta, None if grad_factors is None else shapes.unflat_factors(grad_factors)
+    grad_factors = None if grad_factors is None else shapes.unflat_factors(grad_factors)
+    return Gradients(grad_source, grad_bank, grad_eta, grad_factors)
 
 
 def _pointwise_gradients(

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from dyconvert.nn import tiles
 from dyconvert.nn.choice import Key
-from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Operands
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
@@ -17,19 +16,13 @@ def needs_backward(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def key(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    training: bool | None = None,
-) -> Key:
+def key(operands: Operands, training: bool | None = None) -> Key:
     """What :class:`~dyconvert.nn.choice.Choices` are looked up by.
 
     Args:
         training: whether a backward may follow; None: as the tensors say.
     """
+    x, weight, bias, mixing, geometry, _ = operands
     if training is None:
         training = needs_backward(x, weight, bias, *mixing)
     padding = geometry.padding if isinstance(geometry.padding, str) else tuple(geometry.padding)

@@ -13,7 +13,7 @@ from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, Dynami
 from dyconvert.nn.dispatch import trials
 from dyconvert.nn.handing import mixture_for
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Operands
 from dyconvert.nn.trials import key
 
 
@@ -46,24 +46,19 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     choices = choice.current()
     chosen: dict[str, str] = {}
     measured: dict[choice.Key, str] = {}  # convs of one shape share it
-    for name, (tensors, geometry) in calls.items():
-        x, weight, bias, coefficients = tensors
+    for name, operands in calls.items():
         with torch.set_grad_enabled(model.training):
-            asked = key(x, weight, bias, coefficients, geometry)
-            if asked not in measured:
-                file = not x.is_cpu  # a CPU's convs aren't looked up in a file
-                measured[asked] = choices.measure(
-                    asked, trials(x, weight, bias, coefficients, geometry), "native", repeats=repeats, file=file
-                )
-            chosen[name] = measured[asked]
+            shape = key(operands)
+            if shape not in measured:
+                file = not operands.x.is_cpu  # a CPU's convs aren't looked up in a file
+                measured[shape] = choices.measure(shape, trials(operands), "native", repeats=repeats, file=file)
+            chosen[name] = measured[shape]
     return chosen
 
 
-def _observe(
-    model: nn.Module, convs: set[str], arguments: tuple[Any, ...]
-) -> dict[str, tuple[tuple[Tensor, Tensor, Tensor | None, Mixing], Geometry]]:
+def _observe(model: nn.Module, convs: set[str], arguments: tuple[Any, ...]) -> dict[str, Operands]:
     """What each of the `convs`, by name, is called with, from one run."""
-    calls: dict[str, tuple[tuple[Tensor, Tensor, Tensor | None, Mixing], Geometry]] = {}
+    calls: dict[str, Operands] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(conv: DynamicConv, given: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
@@ -74,8 +69,9 @@ def _observe(
             def leaf(tensor: Tensor) -> Tensor:
                 return tensor.detach().requires_grad_(model.training)
 
-            tensors = leaf(x), conv.weight, conv.bias, Mixing(*(t if t is None else leaf(t) for t in mixing))
-            calls[name] = tensors, Geometry(conv.stride, padding, conv.dilation, conv.groups)
+            mixing = Mixing(*(t if t is None else leaf(t) for t in mixing))
+            geometry = Geometry(conv.stride, padding, conv.dilation, conv.groups)
+            calls[name] = Operands(leaf(x), conv.weight, conv.bias, mixing, geometry)
 
         return hook
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from dyconvert.errors import brief
 from dyconvert.nn import choice, recompute
 from dyconvert.nn.mixing import mix
-from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.native import size_of_output
-from dyconvert.nn.strategies import Geometry
+from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 
 
 class Tile(NamedTuple):
@@ -84,12 +83,13 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def why_not(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry, *, training: bool = False) -> str | None:
+def why_not(operands: Operands, *, training: bool = False) -> str | None:
     """Why the kernels can't compute a conv, or None; padding may be "same" or "valid".
 
     Args:
         training: whether a backward may follow.
     """
+    x, weight, _, mixing, geometry, _ = operands
     if (absent := _absent()) is not None:
         return absent
     if not (x.is_cuda or (x.is_cpu and interpreted())):
@@ -115,39 +115,22 @@ def why_not(x: Tensor, weight: Tensor, mixing: Mixing, geometry: Geometry, *, tr
     return None
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mixing: Mixing,
-    geometry: Geometry,
-    how: Tile,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """A dynamic conv without autograd and without factors; padding as numbers."""
+def forward(operands: Operands, how: Tile) -> Tensor:
+    """A dynamic conv without autograd and without factors."""
     try:
-        return _forward(x, weight, bias, mixing.coefficients, geometry, how, shift)
+        return _forward(operands, how)
     except Exception as error:
         _give_up(error, how)
-    return recompute.forward(x, weight, bias, mixing, geometry, recompute.by_rule(x, weight, geometry), shift)
+    return recompute.forward(operands, recompute.by_rule(operands))
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mixing: Mixing,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool, bool],
-    how: Tile,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `x`, `weight` and coefficients, those that are needed; without autograd."""
+def backward(grad: Tensor, operands: Operands, needs: Needs, how: Tile) -> Gradients:
+    """Those gradients that are needed; without autograd and without factors."""
     try:
-        return (*_backward(grad, x, weight, mixing.coefficients, geometry, needs, how), None)
+        return _backward(grad, operands, needs, how)
     except Exception as error:
         _give_up(error, how)
-    plain = recompute.by_rule(x, weight, geometry)
-    return recompute.backward(grad, x, weight, mixing, geometry, needs, plain)
+    return recompute.backward(grad, operands, needs, recompute.by_rule(operands))
 
 
 def _give_up(error: Exception, tile: Tile) -> None:
@@ -187,15 +170,8 @@ def _eta_strides(coefficients: Tensor) -> tuple[int, int, int]:
     return n, expert, row if coefficients.shape[2] > 1 else 0
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficients: Tensor,
-    geometry: Geometry,
-    tile: Tile,
-    shift: Tensor | None,
-) -> Tensor:
+def _forward(operands: Operands, tile: Tile) -> Tensor:
+    x, weight, bias, (coefficients, _), geometry, shift = operands
     channels = weight.shape[0] // coefficients.shape[1]
     size = size_of_output(x.shape[2:], weight.shape[2:], geometry)
     out = _like(x, (x.shape[0], channels, *size))
@@ -219,26 +195,18 @@ def _forward(
     return out
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    coefficients: Tensor,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool, bool],
-    tile: Tile,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs_x, needs_bank, needs_eta, _ = needs
-    grad_x = torch.empty_like(x) if needs_x else None
+def _backward(grad: Tensor, operands: Operands, needs: Needs, tile: Tile) -> Gradients:
+    x, weight, _, (coefficients, _), geometry, _ = operands
+    grad_x = torch.empty_like(x) if needs.x else None
     grad_bank = grad_eta = None
     with _on(x):
-        if needs_x:
+        if needs.x:
             for part in _parts(x, weight, coefficients):
                 kernels = _mixed(weight, coefficients[part], x.dtype)
                 _launch(grad[part], grad_x[part], kernels, weight, coefficients[part], geometry, tile, transposed=True)
-        if needs_bank or needs_eta:
-            grad_bank, grad_eta = _bank_and_coefficients(grad, x, weight, coefficients, geometry, needs_bank, needs_eta)
-    return grad_x, grad_bank, grad_eta
+        if needs.kernels:
+            grad_bank, grad_eta = _bank_and_coefficients(grad, operands, needs)
+    return Gradients(grad_x, grad_bank, grad_eta, None)
 
 
 def _like(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -398,15 +366,8 @@ def _fitting(tile: Tile, rows: int, pixels: int, contracted: int, element: int) 
     return down, across, deep
 
 
-def _bank_and_coefficients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    coefficients: Tensor,
-    geometry: Geometry,
-    needs_bank: bool,
-    needs_eta: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+def _bank_and_coefficients(grad: Tensor, operands: Operands, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    x, weight, _, (coefficients, _), geometry, _ = operands
     images, g, per = coefficients.shape
     groups = geometry.groups
     channels = weight.shape[0] // g
@@ -428,11 +389,11 @@ def _bank_and_coefficients(
     at_a_time = -(-images // splits)
     splits = -(-images // at_a_time)
     atomic = splits > 1
-    grad_bank = torch.zeros_like(weight, dtype=torch.float32) if needs_bank else None
+    grad_bank = torch.zeros_like(weight, dtype=torch.float32) if needs.weight else None
     if grad_bank is not None and grad_bank.stride() != weight.stride():
         grad_bank = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.float32, device=weight.device)
         grad_bank.zero_()
-    grad_eta = torch.zeros((images, g, per), dtype=torch.float32, device=x.device) if needs_eta else None
+    grad_eta = torch.zeros((images, g, per), dtype=torch.float32, device=x.device) if needs.coefficients else None
     unread = x  # a pointer that isn't followed
     pointers = (
         grad,
@@ -449,8 +410,8 @@ def _bank_and_coefficients(
         "EXPERTS": g,
         "EXPERTS_PADDED": padded,
         "PER_CHANNEL": per > 1,
-        "NEEDS_BANK": needs_bank,
-        "NEEDS_ETA": needs_eta,
+        "NEEDS_BANK": needs.weight,
+        "NEEDS_ETA": needs.coefficients,
         "ATOMIC": atomic,
     }
     if depthwise:
