@@ -312,7 +312,7 @@ def test_names_are_printed_as_they_are(name, cli, models_file):
     assert "\x1b" not in ran.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_any_encoding_of_stdout(encoding, dyconvert_process, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     for arguments in (["digits-resnet8", "--dry-run"], ["ls", "resnet18"], ["recipes", "show", "quickstart"]):

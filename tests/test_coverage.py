@@ -46,8 +46,8 @@ SAMPLE = [
     *(f"smp:{name}" for name in SMP),
     *(f"hf:{name}" for name in coverage_zoo.HF),
 ]
-# By default every third, so of each library.
-SAMPLED = [case if index % 3 == 0 else pytest.param(case, marks=pytest.mark.sweep) for index, case in enumerate(SAMPLE)]
+# By default every fifth, so of each library.
+SAMPLED = [case if index % 5 == 0 else pytest.param(case, marks=pytest.mark.sweep) for index, case in enumerate(SAMPLE)]
 
 
 def needs_library(case: str) -> None:

@@ -1,5 +1,8 @@
 """Whatever is written in a forward, the conversion computes the same, or says what it refuses."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
@@ -16,11 +19,18 @@ KINDS = [*PATTERNS, *(f"style: {style}" for style in STYLES)]
 COUNTS = {"dynet": 230}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_by_itself(kind: str) -> None:
-    for method in METHODS:
-        program = alone(kind, method)
-        assert examine(program).faults == [], program.source()
+def each_kind() -> Iterator[Any]:
+    """Every kind with the method that shares predictors, and by turns with another; with all in a sweep."""
+    for index, kind in enumerate(KINDS):
+        for place, method in enumerate(METHODS):
+            default = place == 0 or place == 1 + index % (len(METHODS) - 1)
+            yield pytest.param(kind, method, marks=() if default else pytest.mark.sweep)
+
+
+@pytest.mark.parametrize(("kind", "method"), list(each_kind()))
+def test_each_kind_by_itself(kind: str, method: str) -> None:
+    program = alone(kind, method)
+    assert examine(program).faults == [], program.source()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,7 +19,7 @@ TRAINING = 1e-6
 
 METHODS = tuple(dyconvert.METHODS)
 REPEATABLE = settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     database=None,

@@ -26,6 +26,8 @@ TINY = [
     "train.accelerator=cpu",
 ]
 NARROWED = ["narrow.calibration_images=8"]
+# Ten seconds and more each; what they are of is tried by others.
+LONG = {"segmentation-fcn-resnet50", "dy-resnet50", "dy-shufflenetv2"}
 DRY = ["quickstart", "cifar10-resnet20", "dy-mobilenetv3-small", "dyconv-mobilenetv2"]
 
 
@@ -44,7 +46,10 @@ def tiny(name, directory):
     return load_recipe(name, changes)
 
 
-@pytest.mark.parametrize("name", list(shipped_recipes()))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.sweep) if name in LONG else name for name in shipped_recipes()],
+)
 def test_two_steps_of_every_shipped_recipe(name, tmp_path):
     recipe = tiny(name, tmp_path / "out")
     summary = dyconvert.finetune(recipe, progress=False, trust_code=True)
