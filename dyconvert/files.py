@@ -370,6 +370,8 @@ def as_path(place: Any, error: Error) -> Path:
         raise error(
             f"A path has to be text or a pathlib.Path, not a {type(place).__name__}. Give one, such as 'saved'."
         )
+    if "\0" in os.fspath(place):
+        raise error(f"{os.fspath(place)!r:.80} can't be a path: it has the character of the number 0. Give another.")
     return Path(place)
 
 

@@ -42,14 +42,34 @@ UNPACKED = 4
 IMAGE_PIXELS = 89_478_485
 # A side of the input that is asked for. One map of 64 channels at 4,096 x 4,096 has 4 GB.
 INPUT_SIDE = 4_096
+# Values of a tensor that is made up, such as an input: 1 GB in float32, 1,700 images of ImageNet's size.
+INPUT_VALUES = 2**28
 # Experts of a conv: the papers have up to 32. A ResNet-50 of 256 has 6 billion parameters.
 EXPERTS = 256
 # How far experts may differ at first, in root mean squares of a channel's weights: beyond, float32's rounding shows.
 DIVERSITY = 1_000.0
 # Standard deviation of paired experts' logits: beyond, every coefficient is 0 or 1.
 SPREAD = 1_000.0
+# By what logits are divided: beyond, float32 has zero or infinity, and all coefficients are equal or NaN.
+TEMPERATURES = (1e-6, 1e6)
 # Seeds of torch's and numpy's generators.
 SEED = 2**63 - 1
+# Of classes, ImageNet-21k has 21,841 and face recognition 360,000.
+CLASSES = 2**20
+# Steps, epochs, images: nothing that a recipe counts is ever as many, and beyond 64 bits torch has errors of its own.
+COUNT = 10**9
+# Learning rates, weights of losses, epochs in parts: beyond, one step takes float32 to infinity.
+RATE = 1e6
+# Of an image's normalisation: bytes have means up to 255.
+NORMAL = 1e6
+# Processes of a run, and threads of a process: the largest machines have hundreds of cores, clusters some thousands.
+PROCESSES = 4_096
+# Images that are made up for a run: as many as eight ImageNets have.
+FAKE_IMAGES = 10**7
+# A figure in a table: parameters of a model have 12 digits.
+FIGURE = 1e15
+# Digits of a whole number on a command line, or of one of a list there: 64 bits have 19.
+DIGITS = 18
 # Images at a time: an ImageNet epoch.
 BATCH = 1_300_000
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dyconvert.errors import PlanError
-from dyconvert.limits import EXPERTS
+from dyconvert.limits import COUNT, EXPERTS, TEMPERATURES
 
 Axis = Literal["experts", "outputs", "inputs", "positions"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -48,10 +48,10 @@ class Method(BaseModel):
     g: Annotated[int, Field(ge=1, le=EXPERTS)] = 6
     per: Literal["layer", "channel"] = "channel"
     activation: Literal["sigmoid", "softmax"] = "sigmoid"
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    reduction: Annotated[int, Field(ge=1, le=2**31)] | None = 4
-    reduce_from: Annotated[int, Field(ge=1, le=2**31)] = 1
-    least_hidden: Annotated[int, Field(ge=1, le=2**31)] = 4
+    temperature: Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] = 1.0
+    reduction: Annotated[int, Field(ge=1, le=COUNT)] | None = 4
+    reduce_from: Annotated[int, Field(ge=1, le=COUNT)] = 1
+    least_hidden: Annotated[int, Field(ge=1, le=COUNT)] = 4
     normalised: bool = False
     axes: tuple[Axis, ...] = ("experts",)
     scope: Literal["layer", "block"] = "block"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dyconvert.errors import DyconvertError
-from dyconvert.limits import IMAGE_PIXELS, INPUT_SIDE
+from dyconvert.limits import IMAGE_PIXELS, INPUT_SIDE, NORMAL
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # By channel, as torchvision and timm normalise.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZE = Annotated[int, Field(ge=1, le=INPUT_SIDE)]
-_NUMBER = Annotated[float, Field(allow_inf_nan=False)]
+_NUMBER = Annotated[float, Field(ge=-NORMAL, le=NORMAL)]
 
 
 class Preprocessing(BaseModel):

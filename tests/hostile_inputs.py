@@ -56,7 +56,7 @@ TEXTS = [
     "💥", "漢字", "$$", "$\\frac{1}{0}$", "%s%n{0}", "[bold]x[/bold]", "[/]", "\x1b[31mred", "os:system",
     "subprocess:call", "builtins:exec", "antigravity.py:fly", "http://127.0.0.1:9/x", "hf-hub:a/b", "local-dir:/",
     "__class__", "nan", "inf", "None", "true", "-", "--force", "~", "$HOME", "*", "\\", "a:b:c", ":", "con", ".", "..",
-    "\udcff", "\u202e", "NaN", "1e999",
+    "\udcff", "\u202e", "NaN", "1e999", "²", "１", "9" * 5_000, "1,²",
 ]  # fmt: skip
 NUMBERS = [
     0, -1, 1, 2, 3, 255, 256, 1_000, 10**5, 2**31, 2**32, 2**63, 2**64, 10**12, 10**23, -(10**23), 0.5, -0.5, 1e-308,
@@ -281,7 +281,7 @@ def weights_files(rng: random.Random, good: Path) -> Iterator[Case]:
             "text": lambda t: "x",
             "none": lambda t: None,
             "payload": lambda t: Payload(),
-            "empty": lambda t: t[:0],
+            "empty": lambda t: t.reshape(-1)[:0],
             "bool": lambda t: t.bool(),
             "nested": lambda t: {"a": {"b": t}},
         }

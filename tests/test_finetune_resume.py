@@ -11,6 +11,7 @@ import pytest
 import torch
 from finetune_killed import MOMENTS, everything
 from finetune_nets import recipe
+from nets import listed
 
 import dyconvert
 from dyconvert import RecipeError, TrainingError, finetune
@@ -76,13 +77,17 @@ def test_resuming_with_another_recipe_is_refused(tmp_path):
     finetune(recipe(tmp_path, train={"epochs": 1}), progress=False, trust_code=True)
     with pytest.raises(RecipeError, match=r"another recipe: .*train\.lr was 0\.05 and is 0\.5"):
         finetune(recipe(tmp_path, "train.lr=0.5", train={"epochs": 1}), resume=True, trust_code=True)
-    # What the result doesn't depend on may change; a finished run is what it was.
+    # What the result doesn't depend on may change; a finished run is what it was, and a process that was killed at its
+    # very end may have left this.
+    (tmp_path / "run/resume.ckpt").touch()
+    (tmp_path / "run/.dyconvert-part-0").mkdir()
     found = finetune(
         recipe(tmp_path, "data.workers=1", train={"epochs": 1}), resume=True, progress=False, trust_code=True
     )
     assert found.to_json() == json.loads((tmp_path / "run/summary.json").read_text()) | {
         key: value for key, value in found.to_json().items() if isinstance(value, tuple)
     }
+    assert not {"resume.ckpt", ".dyconvert-part-0"} & {*listed(tmp_path / "run")}
 
 
 def test_directories_that_hold_something_are_refused(tmp_path):

@@ -110,6 +110,18 @@ def test_sweeps_that_are_refused(sweep_file, old, new, expected):
     assert expected in str(caught.value)
 
 
+def test_two_processes_that_run_parts_of_a_sweep_keep_both_rows(sweep_file, tmp_path, monkeypatch):
+    figures = {"original": 50.0, "converted": None, "finetuned": 60.0, "ema": None, "parameters": 1, "macs": None}
+    monkeypatch.setattr("dyconvert.finetuning.sweeps.runner.run_job", lambda *_, **__: figures | {"seconds": 1.0})
+    sweep = load_sweep(sweep_file, FAST)
+    (tmp_path / "out" / ".dyconvert-part-0").mkdir(parents=True)
+    runners = [Runner(sweep, tmp_path / "out", only=[name], seeds=[0]) for name in ("static", "dynet*")]
+    for runner in runners:
+        assert runner.run() == []
+    assert {row["run"] for row in rows_in(runners[0].csv)} == {"static", "dynet g=2"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.csv"]
+
+
 def test_only_names_a_run(sweep_file, tmp_path):
     sweep = load_sweep(sweep_file)
     assert {job.run for job in Runner(sweep, tmp_path, only=["dynet*"]).jobs} == {"dynet g=2"}

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dyconvert.errors import DyconvertError
-from dyconvert.limits import CSV_BYTES, JSON_BYTES, parse_json, read_text
+from dyconvert.limits import CSV_BYTES, FIGURE, JSON_BYTES, parse_json, read_text
 from dyconvert.run_files import COSTS, METRICS, SCORES, SETTINGS, SUMMARY
 
 
@@ -66,10 +66,6 @@ class Ablation(BaseModel):
 
     file: str
     settings: list[Setting]
-
-
-# Of a number in a table: parameters of a model have 12 digits.
-_LARGEST = 1e15
 
 
 def read_sweep(file: Path) -> Ablation:
@@ -155,7 +151,7 @@ def _plain(value: float) -> float:
     Raises:
         ValueError: it can't.
     """
-    if not math.isfinite(value) or abs(value) > _LARGEST:
+    if not math.isfinite(value) or abs(value) > FIGURE:
         raise ValueError(f"{value:g} is beyond what can be drawn")
     return value
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from dyconvert.analysis.timing import Timing, bandwidth, in_turns, peak_memory
 from dyconvert.arguments import as_arguments
+from dyconvert.errors import ModelError
+from dyconvert.limits import INPUT_VALUES
 from dyconvert.methods import Method, get_method
 from dyconvert.nn import native
 from dyconvert.nn.dispatch import dynamic_conv, force
@@ -138,6 +140,7 @@ def bench_layer(
         device: where they compute; None is the CPU.
     """
     method = get_method(method, g=g)
+    _check_sizes(layer, batch, method.g)
     read = read or bandwidth(cpu, device)
     calls = layer_calls(layer, batch, method, training, device=device or "cpu")
     if not features:
@@ -167,6 +170,22 @@ def bench_layer(
         peaks,
         compiled_kernel(layer, batch, method) if device is None or device.type == "cpu" else None,
     )
+
+
+def _check_sizes(layer: Layer, batch: int, g: int) -> None:
+    """Refuse tensors that would fill the memory.
+
+    Raises:
+        ModelError: see above.
+    """
+    pixels = batch * layer.size**2
+    bank = g * layer.c_out * layer.c_in // layer.groups * layer.kernel**2
+    for what, count in (("input", layer.c_in * pixels), ("output", layer.c_out * pixels), ("experts", bank)):
+        if count > INPUT_VALUES:
+            raise ModelError(
+                f"{layer.label} with {batch} images has {count:,} values in its {what}, and at most {INPUT_VALUES:,} "
+                "are timed. Give fewer images, channels or experts."
+            )
 
 
 def mixture_of(layer: Layer, batch: int, method: Method, make: Callable[..., Tensor]) -> Mixture:

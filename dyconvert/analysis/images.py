@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from dyconvert import builtin
 from dyconvert.errors import DyconvertError, ModelError
-from dyconvert.files import shown
+from dyconvert.files import as_path, shown
 from dyconvert.pictures import SUFFIXES, PictureError, check_picture, picture_files, read_picture
 
 # Mean and standard deviation by channel, as torchvision normalises.
@@ -122,7 +122,7 @@ def read_images(
             v2.Normalize(mean, std),
         ]
     )
-    folder = Path(data)
+    folder = as_path(data, ModelError)
     files = image_files(folder)
     total = len(files)
     if limit is not None and limit < total:

@@ -7,11 +7,11 @@ from rich.table import Table
 
 from dyconvert.cli import completing
 from dyconvert.cli.common import parse_device, with_common
-from dyconvert.cli.options import METHOD, Compress, Json, check_compress
+from dyconvert.cli.options import METHOD, Compress, Json, check_compress, whole_numbers
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
-from dyconvert.limits import BATCH
+from dyconvert.limits import BATCH, INPUT_SIDE, PROCESSES
 from dyconvert.torch_internals.compiling import compile_error
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def model(
     batch: Batches = "1,32",
     method: Annotated[str, typer.Option("--method", "-m", help=METHOD, autocompletion=completing.methods)] = "dynet",
     g: Annotated[int | None, typer.Option("--g", help="Experts; by default the method's own number.")] = None,
-    size: Annotated[int | None, typer.Option("--input-size", help="Height and width of the images.")] = None,
+    input_size: Annotated[
+        int | None, typer.Option("--input-size", min=1, max=INPUT_SIDE, help="Height and width of the images.")
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="What one predictor serves: block or layer.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Convert only convs whose names match. Repeatable.")] = None,
     against: Annotated[str | None, typer.Option(help="Compare with this model too, timm:NAME say.")] = None,
@@ -165,7 +167,7 @@ def model(
     static, source = models.create(model, "none", {})
     static.to(place)
     dynamic = convert(static, method=method, g=g, scope=scope, include=include or ())
-    wanted = (size, size) if size else source.input_size
+    wanted = (input_size, input_size) if input_size else source.input_size
     examples = [example_of(static, source, wanted, sizes[0])]
     examples += [example_for(static, batch=count, size=wanted) for count in sizes[1:]]
     if fuse:
@@ -220,10 +222,10 @@ def _place(device: str | None, cpu_time: bool) -> "torch.device":
 
 
 def _batches(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and 0 < int(part) <= BATCH for part in parts):
-        raise ModelError(f"--batch {text!r} is no list of batch sizes. Write 1,8,32.")
-    return [int(part) for part in parts]
+    sizes = whole_numbers(text)
+    if not sizes or min(sizes) < 1 or max(sizes) > BATCH:
+        raise ModelError(f"--batch {text!r} is no list of batch sizes. Write 1,8,32; {BATCH:,} are the most.")
+    return sizes
 
 
 def _half(name: str | None) -> "torch.dtype | None":
@@ -237,10 +239,10 @@ def _half(name: str | None) -> "torch.dtype | None":
 def _layer(text: str) -> "Layer":
     from dyconvert.analysis.bench import Layer
 
-    parts = text.split(",")
-    if not 4 <= len(parts) <= 6 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    numbers = whole_numbers(text)
+    if not 4 <= len(numbers) <= 6 or min(numbers) < 1:
         raise ModelError(f"--layer {text!r} is no conv. Write C_IN,C_OUT,KERNEL,SIZE, as 64,128,3,56.")
-    layer = Layer(*map(int, parts))
+    layer = Layer(*numbers)
     if layer.c_in % layer.groups or layer.c_out % layer.groups:
         raise ModelError(f"--layer {text!r}: {layer.groups} groups don't divide its channels.")
     return layer
@@ -248,8 +250,8 @@ def _layer(text: str) -> "Layer":
 
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
-        if not 1 <= threads <= 4096:
-            raise ModelError(f"--threads {threads}: there must be at least one.")
+        if not 1 <= threads <= PROCESSES:
+            raise ModelError(f"--threads {threads}: there must be at least one, and at most {PROCESSES:,}.")
         import torch
 
         torch.set_num_threads(threads)

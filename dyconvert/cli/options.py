@@ -8,7 +8,7 @@ import typer
 
 from dyconvert import files
 from dyconvert.errors import ModelError
-from dyconvert.limits import INPUT_SIDE
+from dyconvert.limits import DIGITS, INPUT_SIDE, NORMAL
 
 # Of `--method`: the names stand in one place, which costs too much to import for a help text.
 METHOD = "A method's name: `dyconvert methods` lists them."
@@ -53,10 +53,7 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
     """`--input-size`: "3,224,224" or "224" (twice), with x for a comma if need be."""
     if text is None:
         return None
-    try:
-        size = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        size = ()
+    size = tuple(whole_numbers(text.replace("x", ",")))
     if not size or len(size) > 4 or min(size) < 1 or max(size) > INPUT_SIDE:
         raise ModelError(
             f"--input-size {text!r} is no size. Write 3,224,224 (channels, height, width), or 224; at most "
@@ -65,11 +62,19 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
     return size * 2 if len(size) == 1 else size
 
 
+def whole_numbers(text: str) -> list[int]:
+    """Whole numbers with commas; an empty list where the text is something else. None is negative."""
+    parts = [part.strip() for part in text.split(",")]
+    # Python takes other scripts' digits for digits as well, and refuses thousands of them.
+    fine = all(part.isascii() and part.isdigit() and len(part) <= DIGITS for part in parts)
+    return [int(part) for part in parts] if fine else []
+
+
 def parse_numbers(text: str) -> list[float]:
     """`--mean`, `--std`: numbers with commas."""
     try:
         numbers = [float(part) for part in text.split(",")]
-        if not all(abs(number) < 1e6 for number in numbers):  # nor is NaN
+        if not all(abs(number) <= NORMAL for number in numbers):  # nor is NaN
             raise ValueError
         return numbers
     except ValueError:

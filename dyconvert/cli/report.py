@@ -9,10 +9,11 @@ import typer
 from rich.text import Text
 
 from dyconvert.cli import completing
-from dyconvert.cli.options import Factory, Mean, Size, Std, Trust, parse_size
+from dyconvert.cli.options import Factory, Mean, Size, Std, Trust, parse_size, whole_numbers
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError, said_as
+from dyconvert.limits import INPUT_SIDE
 from dyconvert.run_files import SWEEP
 
 
@@ -127,7 +128,7 @@ def _sizes(text: str) -> tuple[int, ...] | None:
         return None
     if text == "none":
         return ()
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ModelError(f"--sizes {text!r} is no list of sizes. Write 96,224,448, auto or none.")
-    return tuple(int(part) for part in parts)
+    sizes = whole_numbers(text)
+    if not sizes or min(sizes) < 1 or max(sizes) > INPUT_SIDE:
+        raise ModelError(f"--sizes {text!r} is no list of sizes up to {INPUT_SIDE:,}. Write 96,224,448, auto or none.")
+    return tuple(sizes)

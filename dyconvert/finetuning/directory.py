@@ -1,5 +1,6 @@
 """The output directory: whose run it holds, and how far that is."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -8,12 +9,12 @@ from typing import Any
 
 from dyconvert.checkpoint import check_writable
 from dyconvert.errors import RecipeError, brief, said_as, some
-from dyconvert.files import Claim, write_file
+from dyconvert.files import Claim, remove_leftovers, write_file
 from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 from dyconvert.finetuning.summary import Summary, write_json
 from dyconvert.finetuning.training.trainers import is_main_process
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
-from dyconvert.run_files import BEFORE, LOCK, RECIPE, RUN_FILES
+from dyconvert.run_files import BEFORE, CHECKPOINT, LOCK, RECIPE, RUN_FILES
 
 # What may change between two tries of a run: the result doesn't depend on it.
 _FREE: dict[str, Any] = {
@@ -80,6 +81,12 @@ class Run:
     def keep(self, before: dict[str, Any]) -> None:
         """Write down the metrics before training: a resumed run doesn't measure them again."""
         write_json(self.recipe.directory / BEFORE, before)
+
+    def tidy(self) -> None:
+        """Remove what is of no use to a finished run; a process that was killed at its very end has left it."""
+        with contextlib.suppress(OSError):  # a run on a disk that can't be written is finished all the same
+            (self.recipe.directory / CHECKPOINT).unlink(missing_ok=True)
+            remove_leftovers(self.recipe.directory)
 
     def close(self) -> None:
         """Let other processes run there."""

@@ -89,6 +89,8 @@ def _finished(recipe: Recipe, resume: bool, progress: bool, trust_code: bool) ->
     run = open_run(recipe, resume)
     try:
         if run.finished is not None:
+            if is_main_process():
+                run.tidy()
             report(f"{recipe.directory} holds this run, finished")
             return run.finished
         with _quiet(), said_as(KEYS):
@@ -218,7 +220,7 @@ class _Session:
         if is_main_process():
             self._write_cards(summary)
             summary.save()
-            file.unlink(missing_ok=True)
+            run.tidy()
         return summary
 
     def _write_cards(self, summary: Summary) -> None:

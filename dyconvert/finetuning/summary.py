@@ -14,7 +14,7 @@ from rich.text import Text
 from dyconvert.console import count
 from dyconvert.errors import TrainingError
 from dyconvert.files import write_file
-from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.limits import FIGURE, JSON_BYTES, parse_json, read_text
 from dyconvert.run_files import SUMMARY
 
 
@@ -121,7 +121,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e15
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= FIGURE
 
 
 def _duration(seconds: float) -> str:

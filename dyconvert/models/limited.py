@@ -7,15 +7,14 @@ checkpoint or a recipe only those are passed that shape an architecture.
 import math
 from typing import TYPE_CHECKING, Any
 
-from dyconvert.limits import INPUT_SIDE
+from dyconvert.limits import CLASSES, INPUT_SIDE
 
 if TYPE_CHECKING:
     from dyconvert.models.source import Source
 
-# The largest number that each argument takes. Of classes, ImageNet-21k has 21,841 and face recognition 360,000.
-_CLASSES = 2**20
+# The largest number that each argument takes.
 _SHAPE = {
-    "num_classes": _CLASSES,
+    "num_classes": CLASSES,
     "dropout": 1,
     "drop_rate": 1,
     "attention_dropout": 1,
@@ -24,7 +23,7 @@ _SHAPE = {
     "zero_init_residual": 1,
 }
 ARGUMENTS: dict[str, dict[str, float]] = {
-    "builtin": {"num_classes": _CLASSES, "width": 1024},
+    "builtin": {"num_classes": CLASSES, "width": 1024},
     "torchvision": {
         **_SHAPE,
         "aux_logits": 1,
@@ -88,7 +87,7 @@ def untrusted(source: "Source") -> str | None:
         if name not in known or not _is_plain(value, known[name], name in _WORDS):
             shown = repr(value)
             return f"{name}={shown if len(shown) < 60 else shown[:60] + '...'}"
-    if source.num_classes is not None and not 1 <= source.num_classes <= _CLASSES:
+    if source.num_classes is not None and not 1 <= source.num_classes <= CLASSES:
         return f"num_classes={source.num_classes}"
     return None
 

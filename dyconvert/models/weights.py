@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert.errors import ModelError, brief, some
+from dyconvert.files import as_path
 from dyconvert.limits import check_archive
 from dyconvert.state_versions import versions, with_versions
 from dyconvert.torch_internals.compiling import ORIGINAL
@@ -34,7 +35,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ModelError: the file is missing or damaged, or holds other things than tensors.
     """
-    path = Path(path)
+    path = as_path(path, ModelError)
     if not _is_file(path):
         raise ModelError(f"There is no weights file {path}; give the path of an existing file.")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.errors import DyconvertError
-from dyconvert.files import private_folder, replace_directory, said
+from dyconvert.files import as_path, private_folder, replace_directory, said
 from dyconvert.installation import install_command
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 
@@ -101,7 +101,7 @@ def write_report(
         DyconvertError: the extra `report` isn't installed; the directory holds something else, or can't be written.
     """
     check_extra()
-    directory = Path(directory)
+    directory = as_path(directory, DyconvertError)
     check_directory(directory, force)
     import matplotlib as mpl
 

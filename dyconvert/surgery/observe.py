@@ -1,6 +1,7 @@
 """A trial run without data: what each module reads, on the meta device where the model allows it."""
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from dyconvert.arguments import as_call
 from dyconvert.copying import clear_hooks, in_eval_mode, on_meta, sharing_copy
 from dyconvert.errors import ModelError, brief
+from dyconvert.limits import INPUT_VALUES
 from dyconvert.nn import DynamicConv
 from dyconvert.randomness import kept_random_state
 from dyconvert.torch_internals.messages import needs_values
@@ -390,6 +392,11 @@ def random_images(arguments: Arguments, device: torch.device, batch: int, seed: 
 
     def image(t: Tensor, alone: bool) -> Tensor:
         shape = (batch, *t.shape[1:]) if alone else t.shape
+        if math.prod(shape) > INPUT_VALUES:
+            raise ModelError(
+                f"An input of {'x'.join(map(str, shape))} has more than {INPUT_VALUES:,} values. Take fewer images at "
+                "a time, or smaller ones: `example=...`."
+            )
         return torch.randn(shape, generator=generator, device="cpu").to(device, t.dtype)
 
     return tuple(

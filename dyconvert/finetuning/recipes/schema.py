@@ -8,18 +8,31 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dyconvert.errors import PlanError
-from dyconvert.limits import EXPERTS, INPUT_SIDE, SEED
+from dyconvert.limits import (
+    CLASSES,
+    COUNT,
+    EXPERTS,
+    FAKE_IMAGES,
+    INPUT_SIDE,
+    NORMAL,
+    PROCESSES,
+    RATE,
+    SEED,
+    TEMPERATURES,
+)
 from dyconvert.methods import METHODS, Method, get_method
 
-# Nothing that a recipe counts is ever as many; beyond 64 bits torch would show an error of its own.
-Positive = Annotated[int, Field(ge=1, le=10**9)]
-Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=COUNT)]
+Count = Annotated[int, Field(ge=0, le=COUNT)]
+Classes = Annotated[int, Field(ge=1, le=CLASSES)]
 Side = Annotated[int, Field(ge=1, le=INPUT_SIDE)]
-Processes = Annotated[int, Field(ge=1, le=4096)]
+Processes = Annotated[int, Field(ge=1, le=PROCESSES)]
 Seed = Annotated[int, Field(ge=-SEED, le=SEED)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, le=RATE)]
+Rate = Annotated[float, Field(gt=0, le=RATE)]
+Normal = Annotated[float, Field(ge=-NORMAL, le=NORMAL)]
+Divisor = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
 
 
 # Augmentations whose crops and flips can be numbered, and images be taken through as batches.
@@ -31,6 +44,13 @@ class Section(BaseModel):
 
     # Docstrings under the keys are their descriptions in the JSON Schema.
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_end_of_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:  # which no name of a file can have
+            raise ValueError("text can't have the character of the number 0")
+        return value
 
 
 class Model(Section):
@@ -47,7 +67,7 @@ class Model(Section):
     arguments: dict[str, Any] = {}
     """Passed to the model's builder."""
 
-    num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    num_classes: Classes | None = None
     """Number of classes to learn. Where the pretrained model has another number, it gets a new head; null keeps it."""
 
     new_head: bool = False
@@ -178,7 +198,7 @@ class Data(Section):
     ignore_index: int = 255
     """Label of pixels that don't count; segmentation only."""
 
-    num_classes: Positive | None = None
+    num_classes: Classes | None = None
     """Needed only where the dataset can't say it itself: segmentation masks and fake data."""
 
     size: Side = 224
@@ -189,8 +209,8 @@ class Data(Section):
     and otherwise takes size / 0.875."""
 
     channels: Literal[1, 3] = 3
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[Normal, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Normal, ...] = (0.229, 0.224, 0.225)
     """Of the normalisation, for images of 0 to 1, one number a channel."""
 
     augment: Literal[
@@ -216,10 +236,10 @@ class Data(Section):
     skip_corrupt: bool = False
     """Leave out images that can't be read, and count them, instead of stopping."""
 
-    workers: Annotated[int, Field(ge=0, le=1024)] = 4
+    workers: Annotated[int, Field(ge=0, le=PROCESSES)] = 4
     """Processes that load images, of each training process."""
 
-    images: Annotated[int, Field(ge=1, le=10**7)] = 1000
+    images: Annotated[int, Field(ge=1, le=FAKE_IMAGES)] = 1000
     """Number of fake images."""
 
     @model_validator(mode="after")
@@ -326,8 +346,8 @@ class Train(Section):
 class Temperature(Section):
     """The predictors' temperature, linearly from `start` to `end`, then constant (Chen et al. 2020, section 3.3)."""
 
-    start: Rate = 30.0
-    end: Rate = 1.0
+    start: Divisor = 30.0
+    end: Divisor = 1.0
     epochs: Rate = 10.0
     """Epochs until `end` is reached."""
 
@@ -380,11 +400,11 @@ class Distill(Section):
     teacher_weights: str = "default"
     """Of another teacher, as model.weights takes them."""
 
-    teacher_mean: tuple[float, ...] | None = None
-    teacher_std: tuple[float, ...] | None = None
+    teacher_mean: tuple[Normal, ...] | None = None
+    teacher_std: tuple[Normal, ...] | None = None
     """Normalisation of the teacher's images; null takes data.mean and data.std."""
 
-    temperature: Rate = 4.0
+    temperature: Divisor = 4.0
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     features: Amount = 0.0

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import DyconvertError, RecipeError
-from dyconvert.files import current_folder, write_file
+from dyconvert.files import current_folder, locked, remove_leftovers, said, write_file
 from dyconvert.finetuning import finetune
 from dyconvert.finetuning.directory import fingerprint
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.trust import check_trusted
 from dyconvert.finetuning.sweeps.schema import Job, Sweep, jobs_of
-from dyconvert.limits import CSV_BYTES, read_text
+from dyconvert.limits import CSV_BYTES, FIGURE, read_text
 from dyconvert.run_files import COLUMNS, RECIPE, SWEEP, TABLE, TEXTS, WHOLE_NUMBERS
 
 
@@ -91,6 +91,7 @@ class Runner:
             raise RecipeError(
                 f"{self.directory} can't be made: {error.strerror}. Choose another: `directory=...`."
             ) from error
+        remove_leftovers(self.directory)
         if workers == 1:
             return self._run_here(waiting, report)
         return self._run_in_processes(waiting, workers, report)
@@ -111,7 +112,9 @@ class Runner:
         # Read by the children's OpenMP as they start; more threads than cores slow each other down.
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(
+            max(min(workers, len(waiting)), 1), mp_context=context, initializer=_end_with_parent
+        ) as pool:
             running = {pool.submit(run_job, job.recipe): job for job in waiting}
             try:
                 while running:
@@ -130,7 +133,7 @@ class Runner:
     def _keep(self, job: Job, result: dict[str, Any], report: Callable[[str], None]) -> None:
         recipe = job.recipe
         method = recipe.convert and recipe.convert.resolved()
-        self._saved[job.run, job.seed] = {
+        row = {
             "run": job.run,
             "seed": job.seed,
             "recipe": self._recipe,
@@ -143,7 +146,10 @@ class Runner:
             **result,
             "fingerprint": fingerprint(recipe),
         }
-        write_rows(self.csv, self._saved.values())
+        with said(self.csv, RecipeError), locked(self.directory):
+            # Another process may run other parts of the sweep.
+            self._saved |= read_rows(self.csv) | {(job.run, job.seed): row}
+            write_rows(self.csv, self._saved.values())
         report(f"{job}: {result['finetuned']:.2f} in {result['seconds']:.0f} s")
 
 
@@ -211,7 +217,7 @@ def _value(key: str, text: str | None) -> Any:
     if key == "static":
         return text.lower() == "true"
     value = float(text)
-    if not math.isfinite(value) or abs(value) > 1e15:
+    if not math.isfinite(value) or abs(value) > FIGURE:
         raise ValueError(f"{key} is {text}")
     if key in WHOLE_NUMBERS and value != int(value):
         raise ValueError(f"{key} is {text}, which is no whole number")
