@@ -21,7 +21,7 @@ import torch
 import dyconvert
 from dyconvert import models
 from dyconvert.analysis import bench
-from dyconvert.nn import native
+from dyconvert.nn import native_library
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results" / "kernels"
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> None:
     processor = bench.processor()
     file = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', processor.lower()).strip('-')}.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    found |= {"processor": processor, "kernels": native.target()}
+    found |= {"processor": processor, "kernels": native_library.target()}
     if arguments.about:
         found["about"] = arguments.about
     RESULTS.mkdir(parents=True, exist_ok=True)

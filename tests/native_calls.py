@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dyconvert.errors import ArgumentError
-from dyconvert.nn import native, strategies
+from dyconvert.nn import native_library, strategies
 from dyconvert.nn.dispatch import dynamic_conv
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Operands
@@ -180,7 +180,7 @@ def main(count, seed=0):
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    native.LIBRARY = Path(sys.argv[3]) if len(sys.argv) > 3 else native.LIBRARY
-    assert native.library() is not None
+    native_library.LIBRARY = Path(sys.argv[3]) if len(sys.argv) > 3 else native_library.LIBRARY
+    assert native_library.library() is not None
     for end, times in main(*map(int, sys.argv[1:3])).most_common():
         print(times, end)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyconvert.nn import adapted, dynamic_conv, engines, native, strategies
+from dyconvert.nn import adapted, dynamic_conv, engines, native, native_library, strategies
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Operands
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="there are no compiled kernels here")
+pytestmark = pytest.mark.skipif(native_library.library() is None, reason="there are no compiled kernels here")
 
 # A half's rounding of maps and gradients, of sums in float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dyconvert.analysis.timing import in_turns
-from dyconvert.nn import native
+from dyconvert.nn import native_library
 
 SMALL = ("--layer", "8,8,3,8", "--layer", "8,16,1,8,2", "--batch", "1,2", "--repeats", 2)
 
@@ -20,8 +20,8 @@ def test_layers_against_the_static_conv_timms_and_mixing_feature_maps(cli, mode)
     assert "1x1/2 8-16 @8" in ran.said
     assert "timm / condconv:" in ran.said
     assert "features / condconv:" in ran.said
-    if native.library() is not None:
-        assert f"compiled kernels: {native.target()}." in ran.said
+    if native_library.library() is not None:
+        assert f"compiled kernels: {native_library.target()}." in ran.said
         assert "planes: 3x3 8 @8" in ran.said
     assert max(map(len, ran.stdout.splitlines())) <= 80
     rows = json.loads(cli("bench", "layers", *SMALL, mode, "--json").stdout)["results"]

@@ -12,14 +12,14 @@ from varied import randomised, with_statistics
 
 import dyconvert
 from dyconvert.analysis.flops import tensor_bytes
-from dyconvert.nn import dispatch, native
+from dyconvert.nn import dispatch, native, native_library
 from dyconvert.nn.linear import CompressedLinear
 from dyconvert.surgery.compress import TOLERANCE
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 # The bars, for trained networks.
 BARS = {"int8": 1e-2, "bfloat16": 2e-3}
-TARGETS = native.targets() or [None]
+TARGETS = native_library.targets() or [None]
 
 
 def images(batch=2, size=24):
@@ -91,7 +91,7 @@ def test_every_kind_of_conv(kind, dtype):
         with dispatch.force("unfold"), torch.no_grad():
             plain = small(x)
         for target in TARGETS:
-            with native.using(target) if target else nullcontext(), torch.no_grad():
+            with native_library.using(target) if target else nullcontext(), torch.no_grad():
                 assert (small(x) - plain).abs().max() < 1e-5 * plain.abs().max()
                 if x.dim() == 4:
                     last = copy.deepcopy(small).to(memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ def test_every_kind_of_conv(kind, dtype):
                     assert (found - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
-@pytest.mark.skipif(native.library() is None, reason="there are no compiled kernels here")
+@pytest.mark.skipif(native_library.library() is None, reason="there are no compiled kernels here")
 def test_is_never_unpacked_by_the_kernels(net, monkeypatch):
     small = dyconvert.compress(moved(net), "int8", images())
 

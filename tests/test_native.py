@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_kernels import compare, reference
 
-from dyconvert.nn import native
+from dyconvert.nn import native, native_library
 from dyconvert.nn.dispatch import dynamic_conv
 from dyconvert.nn.mixture import Mixing
-from dyconvert.nn.native import Asked, Kernel
+from dyconvert.nn.native_library import Kernel, Task
 from dyconvert.nn.operands import Geometry, Operands
 
 
@@ -46,13 +46,13 @@ def draw(rng, *, dtype=torch.float64):
     return tensors, (stride, padding, dilation, groups)
 
 
-TARGETS = native.targets() or [None]
+TARGETS = native_library.targets() or [None]
 
 
 @contextmanager
 def on(target):
     """With the kernels for an instruction set; None: without compiled kernels."""
-    with nullcontext() if target is None else native.using(target):
+    with nullcontext() if target is None else native_library.using(target):
         yield
 
 
@@ -80,7 +80,7 @@ SHAPES = {
 PRODUCTS = (Kernel.TILE_PRODUCTS, Kernel.PIXEL_PRODUCTS, Kernel.DEPTHWISE_PRODUCTS)
 
 
-@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+@pytest.mark.skipif(native_library.library() is None, reason="the compiled kernels aren't built")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel", Kernel)
@@ -98,7 +98,7 @@ def test_each_kernel(kernel, dtype, target):
     geometry = Geometry((stride,) * 2, (padding,) * 2, (1, 1), groups)
     with on(target):
         call = native.prepare(Operands(x, weight, None, Mixing(eta), geometry))
-        asked = [Asked.BANK_GRADIENT] if kernel in PRODUCTS else [Asked.OUTPUT]
+        asked = [Task.BANK_GRADIENT] if kernel in PRODUCTS else [Task.OUTPUT]
         assert call.kernel(asked[0], dtype) == kernel
         tensors = [t if t is None else t.requires_grad_(kernel in PRODUCTS) for t in (x, weight, None, eta)]
         found = dynamic_conv(*tensors, *geometry)
@@ -117,7 +117,9 @@ def test_each_kernel(kernel, dtype, target):
                 torch.testing.assert_close(our.double(), their, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(native.library() is None, reason="without compiled kernels a bank is mixed in its own precision")
+@pytest.mark.skipif(
+    native_library.library() is None, reason="without compiled kernels a bank is mixed in its own precision"
+)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [kernel for kernel in SHAPES if kernel not in PRODUCTS])
@@ -142,9 +144,9 @@ def run_python(code, **environment):
     )
 
 
-@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+@pytest.mark.skipif(native_library.library() is None, reason="the compiled kernels aren't built")
 def test_an_instruction_set_by_the_environment():
-    code = "from dyconvert.nn import native; print(native.target())"
+    code = "from dyconvert.nn import native_library; print(native_library.target())"
     assert run_python(code, DYCONVERT_CPU=TARGETS[-1]).stdout.strip() == TARGETS[-1]
     refused = run_python(code, DYCONVERT_CPU="z80")
     assert refused.returncode
@@ -153,8 +155,8 @@ def test_an_instruction_set_by_the_environment():
 
 def test_kernels_that_are_required_and_missing():
     code = (
-        "from pathlib import Path; from dyconvert.nn import native; "
-        "native.LIBRARY = Path('nowhere.so'); print(native.library())"
+        "from pathlib import Path; from dyconvert.nn import native_library; "
+        "native_library.LIBRARY = Path('nowhere.so'); print(native_library.library())"
     )
     assert run_python(code, DYCONVERT_NATIVE="").stdout.strip() == "None"
     assert "DYCONVERT_NATIVE=1 asks for the compiled kernels" in run_python(code, DYCONVERT_NATIVE="1").stderr

@@ -14,12 +14,13 @@ import dyconvert
 from dyconvert import Method
 from dyconvert.errors import ArgumentError, PlanError
 from dyconvert.methods import AXES, get_method
-from dyconvert.nn import CoefficientPredictor, DynamicConv, native
-from dyconvert.nn.convs import DynamicConv2d, dynamic_conv_transpose
+from dyconvert.nn import CoefficientPredictor, DynamicConv, native, native_library
+from dyconvert.nn.convs import DynamicConv2d
 from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
 from dyconvert.nn.mixture import Mixing, Mixture, Sizes
-from dyconvert.nn.native import Asked, Kernel
+from dyconvert.nn.native_library import Kernel, Task
 from dyconvert.nn.operands import Geometry, Operands
+from dyconvert.nn.transposed import dynamic_conv_transpose
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -85,7 +86,7 @@ def test_any_shape(seed: int, target: str | None) -> None:
         compare(x, weight, bias, mixture, geometry)
 
 
-@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+@pytest.mark.skipif(native_library.library() is None, reason="the compiled kernels aren't built")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", Kernel)
 def test_each_compiled_kernel(kernel: Kernel, target: str) -> None:
@@ -101,7 +102,7 @@ def test_each_compiled_kernel(kernel: Kernel, target: str) -> None:
     geometry = Geometry((stride,) * 2, (padding,) * 2, (1, 1), groups)
     with on(target):
         call = native.prepare(Operands(x, weight, None, Mixing.of(mixture, weight.shape, groups), geometry))
-        assert call.kernel(Asked.BANK_GRADIENT if kernel in PRODUCTS else Asked.OUTPUT, x.dtype) == kernel
+        assert call.kernel(Task.BANK_GRADIENT if kernel in PRODUCTS else Task.OUTPUT, x.dtype) == kernel
         compare(x, weight, None, mixture, geometry)
 
 

@@ -14,7 +14,7 @@ from varied import randomised
 
 import dyconvert
 from dyconvert.methods import get_method
-from dyconvert.nn import CoefficientPredictor, native
+from dyconvert.nn import CoefficientPredictor, native, native_library
 from dyconvert.nn.linear import LargeLinear
 from dyconvert.nn.mixture import Sizes
 
@@ -41,7 +41,7 @@ def test_only_large_linears_are_of_a_class_of_their_own() -> None:
     assert type(CoefficientPredictor(16, [Sizes(6, 8)], get_method("dynet")).linear) is nn.Linear
 
 
-@pytest.mark.skipif(native.library() is None, reason="there are no compiled kernels here")
+@pytest.mark.skipif(native_library.library() is None, reason="there are no compiled kernels here")
 def test_the_kernels_compute_it_for_a_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     linear = native.linear

@@ -11,7 +11,7 @@ from nets import FlatNet, ResidualNet, image, seeded, trained
 from test_works_under import EXACT, apart, assert_same, gradients
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from dyconvert.nn import DynamicConv2d, native
+from dyconvert.nn import DynamicConv2d, native_library
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_the_operator_is_what_it_tells_the_compiler(
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.skipif(native.library() is None, reason="the compiled kernels aren't built")
+@pytest.mark.skipif(native_library.library() is None, reason="the compiled kernels aren't built")
 def test_compiled_kernels_are_one_operator_to_the_compiler() -> None:
     dynamic = trained(seeded(FlatNet), g=2, example=image())
     targets = []

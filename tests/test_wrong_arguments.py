@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dyconvert.errors import ArgumentError
-from dyconvert.nn import DynamicConv2d, dynamic_conv, native
-from dyconvert.nn.convs import dynamic_conv_transpose
+from dyconvert.nn import DynamicConv2d, dynamic_conv, native_library
 from dyconvert.nn.dispatch import STRATEGIES, force
+from dyconvert.nn.transposed import dynamic_conv_transpose
 
 
 def call(**changed):
@@ -115,7 +115,7 @@ def test_a_bank_whose_rows_are_one():
 
 
 def test_memory_that_was_freed():
-    if native.library() is None:
+    if native_library.library() is None:
         pytest.skip("torch itself reads it")
     weight = torch.zeros(12, 4, 3, 3)
     weight.untyped_storage().resize_(0)
@@ -153,7 +153,7 @@ def test_random_calls_under_address_sanitizer(tmp_path):
         subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    for target in native.targets():
+    for target in native_library.targets():
         ran = subprocess.run(
             [sys.executable, native_calls.__file__, "10000", "1", library],
             env=os.environ

@@ -14,7 +14,7 @@ from dyconvert.arguments import as_arguments
 from dyconvert.errors import ModelError
 from dyconvert.limits import INPUT_VALUES
 from dyconvert.methods import Method, get_method
-from dyconvert.nn import native
+from dyconvert.nn import native, native_library
 from dyconvert.nn.dispatch import dynamic_conv, force
 from dyconvert.nn.mixture import Mixing, Mixture, sizes_for
 from dyconvert.nn.operands import Geometry, Operands
@@ -88,7 +88,7 @@ def computer(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return f"{device.type} of {processor()}"
-    return f"{processor()}; compiled kernels: {native.target() or 'none'}"
+    return f"{processor()}; compiled kernels: {native_library.target() or 'none'}"
 
 
 def processor() -> str:
@@ -111,7 +111,7 @@ def compiled_kernel(layer: Layer, batch: int, method: Method) -> str | None:
     mixing = Mixing.of(mixture_of(layer, batch, method, torch.empty), weight.shape, layer.groups, bias=False)
     geometry = Geometry((layer.stride,) * 2, (layer.kernel // 2,) * 2, (1, 1), layer.groups)
     call = native.prepare(Operands(x, weight, None, mixing, geometry))
-    return None if call is None else call.kernel(native.Asked.OUTPUT, torch.float32).name.lower()
+    return None if call is None else call.kernel(native_library.Task.OUTPUT, torch.float32).name.lower()
 
 
 def bench_layer(

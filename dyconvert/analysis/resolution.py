@@ -12,10 +12,10 @@ from dyconvert.analysis.timing import Timing, in_turns
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, brief
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.nn.convs import DynamicConvTranspose
 from dyconvert.nn.mixing import fast_kernels_of, kernels_of
 from dyconvert.nn.mixture import Mixing, Mixture
-from dyconvert.surgery.observe import example_for
+from dyconvert.nn.transposed import DynamicConvTranspose
+from dyconvert.surgery.example import example_for
 from dyconvert.surgery.watch import watch_mixtures
 
 # Of the model's own input.

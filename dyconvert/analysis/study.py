@@ -29,7 +29,7 @@ from dyconvert.errors import ModelError
 from dyconvert.marks import plan_of
 from dyconvert.nn import DynamicConv
 from dyconvert.surgery.convert import plan as plan_model
-from dyconvert.surgery.observe import example_for
+from dyconvert.surgery.example import example_for
 from dyconvert.surgery.plan import Plan
 from dyconvert.version import __version__
 

@@ -157,8 +157,8 @@ def model(
     from dyconvert.cli.opening import example_of
     from dyconvert.surgery.compress import compress as compress_model
     from dyconvert.surgery.convert import convert
+    from dyconvert.surgery.example import example_for
     from dyconvert.surgery.fuse import fuse as fuse_model
-    from dyconvert.surgery.observe import example_for
 
     half = _half(bank_dtype)
     fuse = fuse or half is not None
@@ -288,7 +288,7 @@ def _print_json(results: list[Any], train: bool, read: float, cpu: bool, place: 
     import torch
 
     from dyconvert.analysis.bench import computer, processor
-    from dyconvert.nn import native
+    from dyconvert.nn import native_library
 
     def plain(value: Any) -> Any:
         return {k: plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else value
@@ -297,7 +297,7 @@ def _print_json(results: list[Any], train: bool, read: float, cpu: bool, place: 
         "processor": processor(),
         "device": str(place),
         "computer": computer(place),
-        "kernels": native.target(),
+        "kernels": native_library.target(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "training": train,

@@ -14,7 +14,7 @@ from dyconvert.console import warn
 from dyconvert.errors import ModelError
 from dyconvert.marks import mark_source, plan_of, preprocessing_of, source_of
 from dyconvert.models.preprocess import preprocessing_for
-from dyconvert.surgery.observe import example_for
+from dyconvert.surgery.example import example_for
 from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.planning import STEM
 

@@ -14,7 +14,7 @@ from dyconvert.narrowing.images import Images
 from dyconvert.numbers import share, whole
 from dyconvert.outputs import tensors_in
 from dyconvert.surgery.blocks import check_convertible
-from dyconvert.surgery.observe import example_for
+from dyconvert.surgery.example import example_for
 from dyconvert.torch_internals.modules import BatchNorm
 from dyconvert.torch_internals.trees import tree_map_only
 

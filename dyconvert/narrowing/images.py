@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dyconvert.arguments import check_iterable
 from dyconvert.errors import ModelError
 from dyconvert.surgery.adapters import is_conv
-from dyconvert.surgery.observe import example_for
+from dyconvert.surgery.example import example_for
 
 # How a map is resized, by its number of spatial dimensions.
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}

@@ -1,17 +1,14 @@
 """What runs after conversion: the dynamic conv, its predictor, its kernels. Knows nothing of surgery."""
 
-from dyconvert.nn.convs import (
-    DynamicConv,
-    DynamicConv1d,
-    DynamicConv2d,
-    DynamicConv3d,
+from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
+from dyconvert.nn.dispatch import dynamic_conv
+from dyconvert.nn.predictor import CoefficientPredictor
+from dyconvert.nn.transposed import (
     DynamicConvTranspose,
     DynamicConvTranspose1d,
     DynamicConvTranspose2d,
     DynamicConvTranspose3d,
 )
-from dyconvert.nn.dispatch import dynamic_conv
-from dyconvert.nn.predictor import CoefficientPredictor
 
 __all__ = [
     "CoefficientPredictor",

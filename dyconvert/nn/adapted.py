@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dyconvert.nn import native, tiles
+from dyconvert.nn import native, native_library, tiles
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 from dyconvert.torch_internals.operators import multiplies_bfloat16
@@ -31,7 +31,7 @@ def takes(operands: Operands, *, backward: bool) -> bool:
     x, weight, _, mixing, geometry, _ = operands
     if not x.is_cpu or x.dim() not in (3, 4) or weight.dim() != x.dim():
         return False
-    if native.library() is None or mixing.factors is not None:
+    if native_library.library() is None or mixing.factors is not None:
         return False
     if x.dtype in _HALF:
         return weight.dtype == x.dtype and not (x.dtype is torch.bfloat16 and _is_torchs(x, geometry))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyconvert.errors import ArgumentError
-from dyconvert.nn import engines, fitting, native
+from dyconvert.nn import engines, fitting, native, native_library
 from dyconvert.nn.compressed import Compressed, plain_linear
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Needs, Operands
@@ -90,7 +90,7 @@ def dynamic_conv(operands: Operands, *, training: bool = False) -> Tensor:
 
 @constant_result
 def built() -> bool:
-    return native.library() is not None
+    return native_library.library() is not None
 
 
 def _format(x: Tensor) -> torch.memory_format:

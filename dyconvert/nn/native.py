@@ -1,27 +1,18 @@
-"""The compiled kernels of `csrc/`: where they are, what they can do, and calling them.
+"""The engine of the compiled kernels of `csrc/`: which convs they know, and calling them."""
 
-They are plain C functions in a library that is built when dyconvert is installed, if there is a C++ compiler. They
-link against nothing of torch's: memory is handed over by address, and torch's own threads through the function
-`torch_parallel_for` of its stable C interface, so that one build serves every torch that has it (2.10 on).
-"""
-
-import ctypes
-import enum
 import functools
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from dyconvert.errors import ArgumentError, DyconvertError
+from dyconvert.errors import ArgumentError
 from dyconvert.nn import fitting
 from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.fitting import Looks
+from dyconvert.nn.native_library import Kernel, Shape, Task, library
 from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 from dyconvert.torch_internals.operators import parallel_for
 
@@ -43,150 +34,12 @@ COMPRESSED = {torch.float32: (torch.int8, torch.bfloat16)}
 # Tensors with memory of their own, unlike what a subclass may be.
 _PLAIN = (Tensor, nn.Parameter)
 
-LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 4  # as `csrc/native.cpp` has it
-
-
-class Shape(ctypes.Structure):
-    """What a dynamic conv is asked to do: `Shape` of `csrc/base/problem.h`."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            *("images", "in_channels", "height", "width"),
-            *("out_channels", "out_height", "out_width"),
-            *("g", "groups", "kernel_height", "kernel_width"),
-            *("stride_y", "stride_x", "padding_y", "padding_x", "dilation_y", "dilation_x"),
-            *("x_image", "x_channel", "x_row", "x_column"),
-            *("out_channel", "out_pixel"),
-            "bank_last",
-            *("eta_image", "eta_expert", "eta_channel"),
-            *("factor_groups", "threads"),
-        )
-    )
-
-
-class Asked(enum.IntEnum):
-    """What the kernels are asked for, as `csrc/interface.h` numbers it."""
-
-    OUTPUT = 0
-    INPUT_GRADIENT = 1
-    BANK_GRADIENT = 2
-
-
-class Kernel(enum.IntEnum):
-    """How they compute it, as `csrc/interface.h` numbers it."""
-
-    WINOGRAD = 0
-    PANELS = 1
-    PLANES = 2
-    DEPTHWISE = 3
-    DEPTHWISE_LAST = 4
-    TILE_PRODUCTS = 5
-    PIXEL_PRODUCTS = 6
-    DEPTHWISE_PRODUCTS = 7
-
 
 _FAILURES = {
     1: "There is no memory for a dynamic conv of {images} images. Take a smaller batch.",
     2: "A thread of torch's failed in a dynamic conv.",
     3: "A dynamic conv's compiled kernels failed for no reason that they know. DYCONVERT_NATIVE=0 does without them.",
 }
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None: not built, not for this torch, or switched off by `DYCONVERT_NATIVE=0` in the
-    environment.
-
-    Raises:
-        DyconvertError: `DYCONVERT_NATIVE=1`, and they can't be loaded; or `DYCONVERT_CPU` names a target that this
-            processor hasn't.
-    """
-    wish = os.environ.get("DYCONVERT_NATIVE")
-    if wish == "0":
-        return None
-    found = _loaded()
-    if isinstance(found, str):
-        if wish == "1":
-            raise DyconvertError(f"DYCONVERT_NATIVE=1 asks for the compiled kernels, but {found}")
-        return None
-    _use(found, os.environ.get("DYCONVERT_CPU") or _targets(found)[0])
-    return found
-
-
-def _loaded() -> ctypes.CDLL | str:
-    """The library, or what keeps it from being used."""
-    if not LIBRARY.exists():
-        return f"{LIBRARY} isn't there. Install dyconvert again where there is a C++ compiler."
-    if parallel_for() is None:
-        return f"torch {torch.__version__} has no torch_parallel_for. Take torch 2.10 or later."
-    try:
-        found = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY} can't be loaded: {error}."
-    if not hasattr(found, "dyconvert_abi") or (found.dyconvert_abi(), found.dyconvert_shape_bytes()) != (
-        _ABI,
-        ctypes.sizeof(Shape),
-    ):
-        return f"{LIBRARY} is of another version. Install dyconvert again."
-    found.dyconvert_target_name.restype = ctypes.c_char_p
-    for function, tensors, types in (
-        (found.dyconvert_conv, 9, 2),
-        (found.dyconvert_input_gradient, 5, 1),
-        (found.dyconvert_bank_gradient, 8, 1),
-    ):  # the shape, torch's threads, the tensors' addresses and their types; declared, calls are quicker
-        function.argtypes = [ctypes.POINTER(Shape)] + [ctypes.c_void_p] * (1 + tensors) + [ctypes.c_int] * types
-    found.dyconvert_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_int]
-    found.dyconvert_path.argtypes = [ctypes.POINTER(Shape), ctypes.c_int, ctypes.c_int]
-    return found
-
-
-def _names(found: ctypes.CDLL) -> list[str]:
-    """Of all targets, by their numbers."""
-    names: list[str] = []
-    while name := found.dyconvert_target_name(len(names)):
-        names.append(name.decode())
-    return names
-
-
-def _targets(found: ctypes.CDLL) -> list[str]:
-    return [name for number, name in enumerate(_names(found)) if found.dyconvert_target_runs_here(number)]
-
-
-def _use(found: ctypes.CDLL, name: str) -> None:
-    global _used
-    if name not in _targets(found):
-        raise DyconvertError(
-            f"DYCONVERT_CPU={name}: there are no such kernels for this processor. "
-            f"It can use {', '.join(_targets(found))}."
-        )
-    found.dyconvert_use(_names(found).index(name))
-    _used = name
-
-
-_used: str | None = None
-
-
-def targets() -> list[str]:
-    """The instruction sets that there are kernels for and this processor has, the best first; none without them."""
-    return [] if library() is None else _targets(library())
-
-
-def target() -> str | None:
-    """The one that is used: the best, or what `DYCONVERT_CPU` in the environment says."""
-    return None if library() is None else _used
-
-
-@contextmanager
-def using(name: str) -> Iterator[None]:
-    """Within it, the kernels for `name`, one of :func:`targets`, are used by the whole process: for tests."""
-    before = target()
-    _use(library(), name)
-    try:
-        yield
-    finally:
-        _use(library(), before)
 
 
 class Call(NamedTuple):
@@ -197,9 +50,9 @@ class Call(NamedTuple):
     channels_last: bool  # the output's memory format
     differentiable: bool  # whether :func:`backward` knows it
 
-    def kernel(self, asked: Asked, dtype: torch.dtype) -> Kernel:
+    def kernel(self, task: Task, dtype: torch.dtype) -> Kernel:
         """Which of the kernels computes it."""
-        return Kernel(library().dyconvert_path(self.shape, asked, _TYPES[dtype]))
+        return Kernel(library().dyconvert_path(self.shape, task, _TYPES[dtype]))
 
 
 def prepare(operands: Operands, compressed: Compressed | None = None) -> Call | None:

@@ -13,7 +13,7 @@ from dyconvert.marks import forget_plan, mark_plan
 from dyconvert.methods import Method
 from dyconvert.names import holds, within
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.nn.convs import DYNAMIC_OF
+from dyconvert.nn.counterparts import DYNAMIC_OF
 from dyconvert.nn.handing import Handing, share
 from dyconvert.nn.mixture import sizes_for
 from dyconvert.surgery.adapters import static_padding, static_weight, unsupported

@@ -13,7 +13,7 @@ from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, some
 from dyconvert.marks import forget_compression, remove_marks
 from dyconvert.nn import CoefficientPredictor, DynamicConv
-from dyconvert.nn.convs import STATIC_OF
+from dyconvert.nn.counterparts import STATIC_OF
 from dyconvert.nn.handing import sharing_blocks, unshare
 from dyconvert.nn.mixture import Mixture
 from dyconvert.nn.padding import TF_SAME

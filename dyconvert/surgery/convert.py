@@ -18,7 +18,7 @@ from dyconvert.numbers import real, seed_of
 from dyconvert.randomness import kept_random_state, random_state, set_random_state
 from dyconvert.surgery.apply import apply
 from dyconvert.surgery.blocks import check_convertible
-from dyconvert.surgery.observe import example_for, random_images
+from dyconvert.surgery.example import example_for, random_images
 from dyconvert.surgery.old_plans import up_to_date
 from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.planning import make_plan

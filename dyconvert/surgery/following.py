@@ -20,11 +20,12 @@ from dyconvert.arguments import map_tensors
 from dyconvert.copying import clear_hooks, copied, in_eval_mode, on_meta, sharing_copy
 from dyconvert.names import holds
 from dyconvert.nn import DynamicConv
-from dyconvert.nn.convs import DYNAMIC_OF, STATIC_OF
+from dyconvert.nn.counterparts import DYNAMIC_OF, STATIC_OF
 from dyconvert.randomness import kept_random_state
 from dyconvert.surgery.adapters import unsupported
 from dyconvert.surgery.hooks import is_hooked
-from dyconvert.surgery.observe import HARMLESS, Observation, name_of
+from dyconvert.surgery.observe import Observation
+from dyconvert.surgery.recording import HARMLESS, name_of
 from dyconvert.surgery.trace import BlockTracer
 from dyconvert.torch_internals.modules import parameter_table
 from dyconvert.torch_internals.trees import tree_leaves

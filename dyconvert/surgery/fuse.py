@@ -20,7 +20,7 @@ from dyconvert.copying import copied
 from dyconvert.errors import ModelError, brief
 from dyconvert.marks import mark_fused, remove_marks
 from dyconvert.nn import DynamicConv
-from dyconvert.nn.convs import DynamicConvTranspose
+from dyconvert.nn.transposed import DynamicConvTranspose
 from dyconvert.surgery.agreeing import Pair, folded_and_agreeing
 from dyconvert.surgery.apply import replace_everywhere
 from dyconvert.surgery.following import NORMS_WITH_ACTIVATION, pairs_by_graph, shown

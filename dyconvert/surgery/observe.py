@@ -1,48 +1,20 @@
 """A trial run without data: what each module reads, on the meta device where the model allows it."""
 
-import inspect
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
 
 from dyconvert.arguments import as_call
 from dyconvert.copying import clear_hooks, in_eval_mode, on_meta, sharing_copy
 from dyconvert.errors import ModelError, brief
-from dyconvert.limits import INPUT_VALUES
-from dyconvert.nn import DynamicConv
 from dyconvert.randomness import kept_random_state
+from dyconvert.surgery.guesses import guesses
+from dyconvert.surgery.recording import META, Call, WeightReads, meta, owners, recording, shapes
 from dyconvert.torch_internals.messages import needs_values
-from dyconvert.torch_internals.modules import ConvNd, forward_hooks, forward_pre_hooks, times_written
+from dyconvert.torch_internals.modules import forward_hooks, forward_pre_hooks, times_written
 from dyconvert.torch_internals.trees import tree_flatten, tree_map_only
-
-# Spatial sizes that models are commonly built for, by the number of spatial dimensions.
-_COMMON_SIZES: dict[int, list[tuple[int, ...]]] = {
-    1: [(224,), (1024,), (16000,)],
-    2: [(s, s) for s in (224, 299, 256, 384, 512, 128, 64, 32, 28, 16, 8)],
-    3: [(16, 112, 112), (16, 224, 224), (32, 224, 224), (8, 56, 56), (16, 32, 32)],
-}
-
-# What a bank answers as its static weight does, so whoever asks for it may go on asking.
-HARMLESS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "dim", "is_leaf", "grad_fn"}
-HARMLESS |= {"is_floating_point", "is_complex", "element_size", "is_sparse", "is_quantized", "names"}
-
-_META = torch.device("meta")
-
-
-@dataclass
-class Call:
-    """One call of a module: its arguments, on the meta device where it was observed, and the modules around it."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    within: tuple[str, ...] = ()
 
 
 @dataclass
@@ -127,7 +99,7 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
         for args, kwargs in given or guesses(model):
             runner = trial_copy(model, real, hooked)
             try:
-                observation = _record(runner, watched, args, kwargs, real, _owners(model, watched))
+                observation = _record(runner, watched, args, kwargs, real, owners(model, watched))
             except Exception as error:
                 failure = error
                 if not given and real is False and needs_values(error):
@@ -138,7 +110,7 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
             if train:
                 runner = trial_copy(model, real, hooked)
                 versions = [times_written(p) for p in runner.parameters()]
-                held = _owners(model, watched)
+                held = owners(model, watched)
                 observation.training = _training_step(runner, watched, args, kwargs, real, observation.reads, held)
                 observation.edits |= versions != [times_written(p) for p in runner.parameters()]
             return observation
@@ -166,103 +138,6 @@ def _has_hooks(model: nn.Module) -> bool:
     return any(forward_hooks(m) or forward_pre_hooks(m) for m in model.modules())
 
 
-class FunctionsCalled(TorchFunctionMode):
-    """Keeps what torch functions are called, in order: their names, the shapes they are given, and numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.functions: list[Any] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.see(name_of(function), args, kwargs)
-        return function(*args, **kwargs)
-
-    def see(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        """One call."""
-        self.functions.append((name, _form(args), tuple((key, _form(value)) for key, value in kwargs.items())))
-
-
-def name_of(function: Any) -> str:
-    """What a torch function is called; of a tensor's attribute its name, as `shape`."""
-    name = getattr(function, "__name__", "")
-    if name == "__get__":
-        name = getattr(function.__self__, "__name__", name)
-    return name or str(resolve_name(function))
-
-
-def _form(value: Any) -> Any:
-    """What can be compared with another run's: shapes, numbers and texts."""
-    if isinstance(value, Tensor):
-        return (*value.shape, value.dtype) if not value.is_nested else "nested"
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_form, value))
-    plain = isinstance(value, (bool, int, float, str, torch.dtype))
-    return repr(value) if plain else type(value).__name__
-
-
-class _WeightReads(FunctionsCalled):
-    """Notes every function that is given a watched conv's parameter while that conv isn't being called."""
-
-    def __init__(self, owners: Mapping[int, str], stack: "CallStack", reads: dict[str, set[str]]) -> None:
-        super().__init__()
-        self.owners = owners
-        self.stack = stack
-        self.reads = reads
-
-    def see(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        super().see(name, args, kwargs)
-        for value in (*args, *kwargs.values()):
-            for t in value if isinstance(value, (list, tuple)) else (value,):
-                owner = self.owners.get(id(t)) if isinstance(t, Tensor) else None
-                if owner is not None and owner not in self.stack.names() and name not in HARMLESS:
-                    self.reads.setdefault(owner, set()).add(name)
-
-
-class CallStack(threading.local):
-    """The watched modules that are being called in this thread, outermost first."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-
-    def names(self) -> list[str]:
-        return self._names
-
-
-@contextmanager
-def recording(model: nn.Module, watched: set[str]) -> Iterator[tuple[dict[str, list[Call]], CallStack]]:
-    """Within it, every call of a watched module is kept, by name, and the stack says which are being called."""
-    calls: dict[str, list[Call]] = {}
-    stack = CallStack()
-    handles = []
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(name, []).append(Call(meta(args), meta(kwargs), tuple(stack.names())))
-            stack.names().append(name)
-
-        return hook
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if stack.names():
-            stack.names().pop()
-
-    for name, module in model.named_modules():
-        if name in watched:
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after, always_call=True))
-    try:
-        yield calls, stack
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def meta(values: Any) -> Any:
-    """`values` with every tensor in them on the meta device."""
-    return tree_map_only(Tensor, lambda t: t.detach().to(_META), values)
-
-
 def _record(
     model: nn.Module,
     watched: set[str],
@@ -283,7 +158,7 @@ def _record(
     with (
         torch.no_grad(),
         recording(model, watched) as (observation.calls, stack),
-        _WeightReads(_owners(model, watched) | held, stack, observation.reads) as seen,
+        WeightReads(owners(model, watched) | held, stack, observation.reads) as seen,
     ):
         returned = model(*args, **kwargs)
     observation.outputs = shapes(returned)
@@ -311,7 +186,7 @@ def _training_step(
     own: dict[str, set[str]] = {}
     with recording(model, watched) as (calls, stack):
         try:
-            with torch.enable_grad(), _WeightReads(_owners(model, watched) | held, stack, own):
+            with torch.enable_grad(), WeightReads(owners(model, watched) | held, stack, own):
                 returned = model(*args, **kwargs)
                 tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
                 if tensors:
@@ -324,26 +199,9 @@ def _training_step(
     return calls
 
 
-def _owners(model: nn.Module, watched: set[str]) -> dict[int, str]:
-    return {
-        id(parameter): name
-        for name, module in model.named_modules()
-        if name in watched and isinstance(module, ConvNd)
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def shapes(value: Any) -> list[Any]:
-    """The shapes and types of what lies in a value: what two runs' outputs are compared by."""
-    return [
-        tuple(leaf.shape) if isinstance(leaf, Tensor) and not leaf.is_nested else type(leaf).__name__
-        for leaf in tree_flatten(value)[0]
-    ]
-
-
 def _placed(model: nn.Module, values: Any, real: bool) -> Any:
     """Values on the device that a trial copy runs on; zeros in the place of tensors that have no values."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu")) if real else _META
+    device = next((p.device for p in model.parameters()), torch.device("cpu")) if real else META
 
     def place(t: Tensor) -> Tensor:
         if t.device.type == "meta" and device.type != "meta":
@@ -351,82 +209,3 @@ def _placed(model: nn.Module, values: Any, real: bool) -> Any:
         return t.detach().to(device, copy=True)  # a forward may write into it
 
     return tree_map_only(Tensor, place, values)
-
-
-def example_for(
-    model: nn.Module, batch: int = 2, size: tuple[int, ...] | None = None, seed: int = 0
-) -> tuple[Any, ...]:
-    """Random images that the model takes, on its device: the arguments of its forward.
-
-    Args:
-        batch: images in a batch; a model that takes a list of images gets one.
-        size: `(C, *spatial)`, or `(*spatial,)` alone. None: the first of the common sizes that the model takes.
-
-    Raises:
-        ModelError: it takes none of them, or not this size.
-    """
-    first = next(model.parameters())
-    if size is not None:
-        first_conv = next(_convs(model), None)
-        if first_conv is not None and len(size) == len(first_conv.kernel_size):
-            size = (first_conv.in_channels, *size)
-        arguments = observe(model, set(), torch.empty(1, *size, device="meta", dtype=first.dtype)).example
-    elif (observed := observe(model, set())) is not None:
-        arguments = observed.example
-    else:
-        raise ModelError(
-            f"{type(model).__name__} takes none of the common input sizes. Give an input of its size: `example=...`."
-        )
-    return random_images(arguments, first.device, batch, seed)
-
-
-Arguments = TypeVar("Arguments", tuple[Any, ...], dict[str, Any])
-
-
-def random_images(arguments: Arguments, device: torch.device, batch: int, seed: int = 0) -> Arguments:
-    """Arguments on the meta device, by position or by keyword, as random ones, with `batch` images in each that is a
-    tensor by itself."""
-    if isinstance(arguments, dict):
-        return dict(zip(arguments, random_images(tuple(arguments.values()), device, batch, seed), strict=True))
-    generator = torch.Generator("cpu").manual_seed(seed)
-
-    def image(t: Tensor, alone: bool) -> Tensor:
-        shape = (batch, *t.shape[1:]) if alone else t.shape
-        if math.prod(shape) > INPUT_VALUES:
-            raise ModelError(
-                f"An input of {'x'.join(map(str, shape))} has more than {INPUT_VALUES:,} values. Take fewer images at "
-                "a time, or smaller ones: `example=...`."
-            )
-        return torch.randn(shape, generator=generator, device="cpu").to(device, t.dtype)
-
-    return tuple(
-        image(value, True) if isinstance(value, Tensor) else tree_map_only(Tensor, lambda t: image(t, False), value)
-        for value in arguments
-    )
-
-
-def _convs(model: nn.Module) -> Iterator[nn.Module]:
-    # A converted model's first conv may be dynamic itself.
-    return (m for m in model.modules() if isinstance(m, (ConvNd, DynamicConv)))
-
-
-def guesses(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Calls, with inputs on the meta device, that a model with this first conv may take."""
-    first = next(_convs(model), None)
-    if first is None:
-        return
-    dims = len(first.kernel_size)
-    # timm's models say what they take.
-    config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    known = config.get("input_size") if isinstance(config, dict) else None
-    shapes = [(first.in_channels, *size) for size in _COMMON_SIZES[dims]]
-    if known is not None and len(known) == dims + 1:
-        shapes.insert(0, tuple(known))
-    required = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
-    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required)
-    keywords = [p.name for p in required if p.kind is p.KEYWORD_ONLY]
-    for shape in shapes:
-        image = torch.empty(1, *shape, device="meta", dtype=first.weight.dtype)
-        yield (image,) * (positional if keywords else max(positional, 1)), dict.fromkeys(keywords, image)
-    for shape in shapes[:2]:
-        yield ([torch.empty(shape, device="meta", dtype=first.weight.dtype)],), {}

@@ -11,8 +11,9 @@ from dyconvert.names import matching
 from dyconvert.nn.mixture import Sizes, sizes_for
 from dyconvert.surgery.adapters import is_conv, unsupported
 from dyconvert.surgery.blocks import candidates, check_convertible, find_stems
-from dyconvert.surgery.observe import Call, Observation, observe
+from dyconvert.surgery.observe import Observation, observe
 from dyconvert.surgery.plan import Plan, PlannedConv
+from dyconvert.surgery.recording import Call
 from dyconvert.surgery.sharing import Sharing
 from dyconvert.surgery.standins import ASKED, told_apart
 from dyconvert.torch_internals.modules import parameter_table

@@ -20,7 +20,7 @@ from dyconvert.errors import brief
 from dyconvert.nn.handing import maps_in
 from dyconvert.randomness import random_state, same_state, set_random_state
 from dyconvert.surgery.choices import Choices
-from dyconvert.surgery.observe import Call
+from dyconvert.surgery.recording import Call
 from dyconvert.torch_internals.modules import buffer_table, parameter_table
 from dyconvert.torch_internals.trees import tree_flatten, tree_unflatten
 

@@ -14,9 +14,10 @@ from dyconvert.names import holds, within
 from dyconvert.nn.handing import maps_in
 from dyconvert.surgery.blocks import innermost_blocks
 from dyconvert.surgery.hooks import has_pre_hooks, is_hooked
-from dyconvert.surgery.observe import Call, Observation, trial_copy
+from dyconvert.surgery.observe import Observation, trial_copy
 from dyconvert.surgery.plan import Plan, PlannedBlock
 from dyconvert.surgery.probe import Prober
+from dyconvert.surgery.recording import Call
 from dyconvert.surgery.values import call_with_values
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyconvert.nn.convs import DYNAMIC_OF
+from dyconvert.nn.counterparts import DYNAMIC_OF
 from dyconvert.randomness import random_state, set_random_state
 from dyconvert.surgery.apply import replace_everywhere
-from dyconvert.surgery.observe import Call, FunctionsCalled, Observation, recording, shapes, trial_copy
+from dyconvert.surgery.observe import Observation, trial_copy
+from dyconvert.surgery.recording import Call, FunctionsCalled, recording, shapes
 
 ASKED = "the model's code tells it from other modules, or holds it elsewhere too (isinstance, a list, a dict)"
 

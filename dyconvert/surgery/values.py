@@ -7,7 +7,8 @@ from torch import nn
 
 from dyconvert.arguments import as_call, in_dtype, map_tensors
 from dyconvert.nn.handing import maps_in
-from dyconvert.surgery.observe import Observation, random_images
+from dyconvert.surgery.example import random_images
+from dyconvert.surgery.observe import Observation
 
 
 def call_with_values(
