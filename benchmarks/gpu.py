@@ -40,6 +40,7 @@ from dyconvert.analysis.bench import LAYERS, Layer, geometric_mean, layer_calls
 from dyconvert.methods import get_method
 from dyconvert.nn import choice, engines
 from dyconvert.nn.dispatch import force
+from dyconvert.nn.measured_choices import Choices, environment, out_of_memory
 
 PARTS = ("tests", "layers", "models", "recipes")
 # Seconds of the whole that each part may take at most; what isn't reached is named.
@@ -102,7 +103,7 @@ class Run:
                 peaks[name] = self._peak(call)
                 runs[name] = []
             except Exception as error:
-                if not choice.out_of_memory(error):
+                if not out_of_memory(error):
                     self.error(f"{what}: {name}")
                 else:
                     self.left_out.append(f"{what}: {name} (out of memory)")
@@ -397,7 +398,7 @@ def _recipe_step(run: Run, name: str) -> dict[str, Any]:
             step()
             break
         except Exception as error:
-            if not choice.out_of_memory(error) or at_a_time % 2:
+            if not out_of_memory(error) or at_a_time % 2:
                 raise
             at_a_time //= 2
             run._empty()
@@ -452,10 +453,10 @@ def main() -> None:
         sys.exit("There is no CUDA device here. `--device cpu --quick` shows that the command itself runs.")
     began = time.monotonic()
     run = Run(device, arguments.quick)
-    console.print(" ".join(choice.environment(device)), highlight=False)
+    console.print(" ".join(environment(device)), highlight=False)
     steps = {"tests": tests, "layers": layers, "models": models_, "recipes": recipes}
     # What is measured here is neither read from the user's cache nor written to it; a CPU plays a GPU.
-    with choice.using(choice.Choices(cpu=True)):
+    with choice.using(Choices(cpu=True)):
         for name in arguments.only:
             with run.part(name):
                 steps[name](run)
@@ -471,7 +472,7 @@ def main() -> None:
     for line in run.errors:
         console.print(f"error: {line}", highlight=False, markup=False)
     report = {
-        "environment": choice.environment(device),
+        "environment": environment(device),
         "quick": arguments.quick,
         "seconds": time.monotonic() - began,
         **run.found,

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dyconvert
 from dyconvert.nn import choice, engines
-from dyconvert.nn.choice import Choices, Key, measuring, using
+from dyconvert.nn.choice import measuring, using
 from dyconvert.nn.dispatch import dynamic_conv
+from dyconvert.nn.measured_choices import VERSION, Choices, Key
 
 # Each warns once: a second warning is an error.
 pytestmark = pytest.mark.filterwarnings("error:.*strategy:RuntimeWarning", "error:.*measured:RuntimeWarning")
@@ -74,7 +75,7 @@ def test_the_fastest_is_kept_for_the_process_and_for_the_next(bench: Bench, tmp_
     assert len(bench.calls) == measured
     (path,) = files(tmp_path)
     read = json.loads(path.read_text())
-    assert read["version"] == choice.VERSION
+    assert read["version"] == VERSION
     assert f"torch-{torch.__version__}" in read["environment"]
     ((name, entry),) = read["choices"].items()
     assert "x 2x4x6x6 float32" in name

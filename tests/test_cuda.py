@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import dyconvert
 from dyconvert.nn import choice
-from dyconvert.nn.choice import Choices, measuring, using
+from dyconvert.nn.choice import measuring, using
 from dyconvert.nn.dispatch import dynamic_conv, force
+from dyconvert.nn.measured_choices import Choices
 from dyconvert.nn.triton import engine
 
 DEVICE = torch.device(os.environ.get("DYCONVERT_TEST_DEVICE", "cuda"))

@@ -11,11 +11,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyconvert
-from dyconvert.nn import dispatch as kernels
 from dyconvert.nn import tiles
-from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
+from dyconvert.nn.dispatch import dynamic_conv, force
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Operands
+from dyconvert.nn.running import STRATEGIES, tiled
 
 # dims, c_in, c_out, kernel, stride, padding, dilation, groups, bias
 CASES = {
@@ -122,9 +122,9 @@ def test_small_tiles_agree(case, per):
     *others, eta = tensors
     for tile in (tiles.Tile(2, 6), tiles.Tile(2, 4) if geometry[3] == 1 else tiles.Tile(1, 6)):
         operands = Operands(*others, Mixing(eta), Geometry(*geometry))
-        compare(kernels.tiled(operands, tile), tensors, geometry)
+        compare(tiled(operands, tile), tensors, geometry)
         with torch.no_grad():
-            compare(kernels.tiled(operands, tile), tensors, geometry)
+            compare(tiled(operands, tile), tensors, geometry)
 
 
 @pytest.mark.parametrize("per", ["layer", "channel"])

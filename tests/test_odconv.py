@@ -16,10 +16,11 @@ from dyconvert.errors import ArgumentError, PlanError
 from dyconvert.methods import AXES, get_method
 from dyconvert.nn import CoefficientPredictor, DynamicConv, native, native_library
 from dyconvert.nn.convs import DynamicConv2d
-from dyconvert.nn.dispatch import STRATEGIES, dynamic_conv, force
+from dyconvert.nn.dispatch import dynamic_conv, force
 from dyconvert.nn.mixture import Mixing, Mixture, Sizes
 from dyconvert.nn.native_library import Kernel, Task
 from dyconvert.nn.operands import Geometry, Operands
+from dyconvert.nn.running import STRATEGIES
 from dyconvert.nn.transposed import dynamic_conv_transpose
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

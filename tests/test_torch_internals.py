@@ -323,6 +323,16 @@ def test_trees():
     assert not trees.tree_is_leaf([])
 
 
+@pytest.mark.parametrize("file", [file for file in PACKAGE.rglob("*.py") if "fx.wrap(" in file.read_text("utf-8")])
+def test_functions_that_symbolic_tracing_leaves_alone_are_named_as_in_their_file(file):
+    """`torch.fx.wrap` takes a name: one that its file doesn't have fails at the first trace, of any model."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    names |= {alias.asname or alias.name for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names}
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.fx.wrap"]
+    assert {call.args[0].value for call in calls} <= names
+
+
 # ---- No other file has one ----
 
 ROOM = PACKAGE / "torch_internals"

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyconvert
-from dyconvert.nn import choice
-from dyconvert.nn.choice import Choices, using
+from dyconvert.nn.choice import using
 from dyconvert.nn.dispatch import dynamic_conv, force
+from dyconvert.nn.measured_choices import Choices
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Needs, Operands
 from dyconvert.nn.triton import engine
@@ -259,9 +259,9 @@ def test_out_of_memory_is_not_triton_s_failure(choices: Choices, monkeypatch: py
 @pytest.mark.parametrize("broken", [False, True])
 def test_triton_is_measured_beside_the_others(broken: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a GPU, for which the CPU stands in."""
-    from dyconvert.nn import dispatch
+    from dyconvert.nn import choosing
 
-    monkeypatch.setattr(dispatch, "_is_gpu", lambda x: True)
+    monkeypatch.setattr(choosing, "_is_gpu", lambda x: True)
     if broken:
         monkeypatch.setattr(engine, "_kernels", lambda: Broken(RuntimeError("PTX version is too old")))
     tensors = small()
@@ -285,9 +285,9 @@ def test_triton_is_measured_beside_the_others(broken: bool, monkeypatch: pytest.
 def test_mixing_feature_maps_is_measured_where_they_are_smaller_than_kernels(
     pixels: int, padding: str | tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from dyconvert.nn import dispatch
+    from dyconvert.nn import choosing
 
-    monkeypatch.setattr(dispatch, "_is_gpu", lambda x: True)
+    monkeypatch.setattr(choosing, "_is_gpu", lambda x: True)
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 16, pixels, pixels), (12, 16, 1, 1), (2, 3, 1)
     x, weight, eta = (torch.randn(s, generator=generator) for s in shapes)
@@ -333,7 +333,7 @@ def test_without_a_gpu_and_without_the_interpreter(monkeypatch: pytest.MonkeyPat
 def test_a_failing_strategy_is_remembered_for_the_process_only(choices: Choices) -> None:
     with pytest.warns(RuntimeWarning, match="Strategy 'a' and 'b' fails here"):
         choices.fail(["a", "b"], RuntimeError("no"))
-    assert not choice.Choices().failed("a")
+    assert not Choices().failed("a")
 
 
 def run_compiler(*arguments: str) -> None:

@@ -8,8 +8,9 @@ from nets import FlatNet, ResidualNet, image, seeded
 from torch import nn
 
 import dyconvert
-from dyconvert.nn.choice import Choices, using
-from dyconvert.nn.dispatch import STRATEGIES
+from dyconvert.nn.choice import using
+from dyconvert.nn.measured_choices import Choices
+from dyconvert.nn.running import STRATEGIES
 
 
 @pytest.fixture(autouse=True)

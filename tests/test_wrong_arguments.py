@@ -11,7 +11,8 @@ import torch
 
 from dyconvert.errors import ArgumentError
 from dyconvert.nn import DynamicConv2d, dynamic_conv, native_library
-from dyconvert.nn.dispatch import STRATEGIES, force
+from dyconvert.nn.dispatch import force
+from dyconvert.nn.running import STRATEGIES
 from dyconvert.nn.transposed import dynamic_conv_transpose
 
 

@@ -7,6 +7,9 @@ from dyconvert.nn.compress import compressed, per_output, unpacked
 from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.mixture import Mixing, Mixture
 
+# A leaf to symbolic tracing, as convs are.
+torch.fx.wrap("unpacked")
+
 
 class Bank(nn.Module):
     """The part of a dynamic conv that holds its experts; :class:`~dyconvert.nn.DynamicConv` documents the parameters.

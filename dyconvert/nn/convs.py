@@ -21,7 +21,6 @@ from dyconvert.nn.predictor import CoefficientPredictor
 # Leaves to symbolic tracing: they depend on shapes, which a Proxy doesn't know.
 torch.fx.wrap("dynamic_conv")
 torch.fx.wrap("compressed_conv")
-torch.fx.wrap("unpacked")
 torch.fx.wrap("pad_tf_same")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dyconvert.nn import tiles
-from dyconvert.nn.choice import Key
+from dyconvert.nn.measured_choices import Key
 from dyconvert.nn.operands import Operands
 
 
@@ -17,7 +17,7 @@ def needs_backward(*tensors: Tensor | None) -> bool:
 
 
 def key(operands: Operands, training: bool | None = None) -> Key:
-    """What :class:`~dyconvert.nn.choice.Choices` are looked up by.
+    """What :class:`~dyconvert.nn.measured_choices.Choices` are looked up by.
 
     Args:
         training: whether a backward may follow; None: as the tensors say.

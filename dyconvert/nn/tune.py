@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from dyconvert.arguments import as_arguments, check_module
 from dyconvert.errors import ModelError
 from dyconvert.nn import choice
+from dyconvert.nn.choosing import trials
 from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
-from dyconvert.nn.dispatch import trials
 from dyconvert.nn.handing import mixture_for
+from dyconvert.nn.measured_choices import Key
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Operands
 from dyconvert.nn.trials import key
@@ -45,7 +46,7 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
     calls = _observe(model, convs, as_arguments(example))
     choices = choice.current()
     chosen: dict[str, str] = {}
-    measured: dict[choice.Key, str] = {}  # convs of one shape share it
+    measured: dict[Key, str] = {}  # convs of one shape share it
     for name, operands in calls.items():
         with torch.set_grad_enabled(model.training):
             shape = key(operands)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dyconvert.errors import brief
 from dyconvert.nn import choice, recompute
+from dyconvert.nn.measured_choices import out_of_memory
 from dyconvert.nn.mixing import mix
 from dyconvert.nn.native import size_of_output
 from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
@@ -136,7 +137,7 @@ def backward(grad: Tensor, operands: Operands, needs: Needs, how: Tile) -> Gradi
 def _give_up(error: Exception, tile: Tile) -> None:
     """Leave the tile out from now on, or all of them where it isn't the tile's fault; raise what is no failure of
     Triton's."""
-    if choice.out_of_memory(error):
+    if out_of_memory(error):
         raise error
     if type(error).__name__ == "OutOfResources":  # the tile is too large for this GPU's shared memory: others aren't
         choice.current().fail([tile.name], error, warn=False)
