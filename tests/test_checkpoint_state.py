@@ -276,7 +276,7 @@ def _save(directory: Path, seed: int, rounds: int, queue: object) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks on this system")
-@pytest.mark.parametrize("rounds", [30, pytest.param(500, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("rounds", [30, pytest.param(1000, marks=pytest.mark.sweep)])
 def test_two_savers_and_a_reader(rounds, tmp_path):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
