@@ -191,6 +191,11 @@ def private_folder(place: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def held(directory: Path) -> set[str]:
+    """What a directory holds, by name; private folders are nothing, be they a dead process's or one's at work."""
+    return {name for name in os.listdir(directory) if not name.startswith(_PRIVATE)}
+
+
 def remove_leftovers(place: Path) -> None:
     """Remove private folders of processes that have died."""
     try:

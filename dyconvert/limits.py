@@ -34,6 +34,9 @@ TENSORS = 200_000
 # Modules and tensors that a checkpoint's architecture may have for each tensor in its file. Narrowing and conversion
 # change neither number by more than a few; what has a thousand times as many isn't what was saved.
 MODULES_PER_TENSOR = 20
+# One tensor that an architecture makes, such as a table of positions, which grows with the fourth power of the image's
+# side: those of 1,024 pixels have 0.1 GB, and the weights of a head with a million classes 8.
+TABLE_BYTES = 2**30
 # Parameters of a network that needs its values to be built, which few do; the largest of those has 0.2 GB.
 MODEL_BYTES = 4 * 10**9
 # Bytes that a zip archive may unpack to for each of its own. torch.save doesn't compress; others pack weights by half.

@@ -215,10 +215,11 @@ def checkpoints(rng: random.Random, good: Path) -> Iterator[Case]:
                 ["num_classes", "width", "checkpoint_path", "weights_backbone", "pretrained", "cache_dir", "layers",
                  "block_args", "weights", "progress", "depth", "pretrained_cfg", "in_chans", "width_mult", "img_size"]
             )  # fmt: skip
-            source["arguments"] = {name: value(rng)}
+            source["arguments"] = {name: rng.choice([value(rng), 4_096])}
             source["specifier"] = rng.choice(
                 ["builtin:digits-resnet8", "timm:resnet10t", "torchvision:resnet18", "torchvision:fcn_resnet50",
-                 "timm:resnet10t", "os:mkdir", "subprocess:call", "/tmp/x.py:f", "timm:hf-hub:x/y", rng.choice(TEXTS)]
+                 "timm:coatnet_0_rw_224", "os:mkdir", "subprocess:call", "/tmp/x.py:f", "timm:hf-hub:x/y",
+                 rng.choice(TEXTS)]
             )  # fmt: skip
             changed = content | {"source": source}
             yield Case(
@@ -501,6 +502,18 @@ SUMMARY = {
 }  # fmt: skip
 
 
+# Of a checkpoint, what is looked at before the rest is.
+PROGRESS = {
+    "loops": {
+        "fit_loop": {
+            "epoch_progress": {"current": {"processed": 10**9}},
+            "epoch_loop.batch_progress": {"is_last_batch": False, "current": {"processed": -1}},
+        }
+    },
+    "global_step": 10**9,
+}
+
+
 def runs(rng: random.Random, good: Path) -> Iterator[Case]:
     while True:
         how = rng.random()
@@ -508,7 +521,9 @@ def runs(rng: random.Random, good: Path) -> Iterator[Case]:
             changed, what = mutated(SUMMARY, rng)
             files = {"summary.json": dumps(changed).encode()}
         elif how < 0.6:
-            content = _torch_file(rng.choice([{"x": Payload()}, {"loops": {}}, {}, [], {"loops": {"fit_loop": 3}}]))
+            content = _torch_file(
+                rng.choice([{"x": Payload()}, {"loops": {}}, {}, [], {"loops": {"fit_loop": 3}}, PROGRESS])
+            )
             if rng.random() < 0.5:
                 content, _ = damaged(content, rng)
             what = "resume.ckpt"

@@ -265,6 +265,32 @@ def test_paths_are_kept_relative(tmp_path, monkeypatch):
 # ---- Several processes ----
 
 
+def test_a_model_that_is_replaced_twice_while_it_is_read(tmp_path, net, monkeypatch):
+    """Then the description is again the one that was read first, and the weights that it names are gone."""
+    from dyconvert.checkpoint import loading
+
+    model, read = trained(net), loading.load_weights
+    dyconvert.save(model, tmp_path / "saved")
+
+    def replaced(*arguments: object) -> None:
+        monkeypatch.setattr(loading, "load_weights", read)
+        for _ in range(2):
+            dyconvert.save(model, tmp_path / "saved")
+        raise RuntimeError("unable to open file <...>: No such file or directory")
+
+    monkeypatch.setattr(loading, "load_weights", replaced)
+    assert same(dyconvert.load(tmp_path / "saved", net), model)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks on this system")
+def test_what_a_killed_save_left_is_nothing(tmp_path, net):
+    left = tmp_path / "saved" / ".dyconvert-part-0"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    dyconvert.save(trained(net), tmp_path / "saved")
+    assert not left.exists()
+
+
 def _save(directory: Path, seed: int, rounds: int, queue: object) -> None:
     torch.set_num_threads(1)
     model = trained(seeded(FlatNet), seed=seed)

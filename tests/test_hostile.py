@@ -27,8 +27,9 @@ from dyconvert import DyconvertError, models
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
-# A process that computes for so long hangs. The clock gets more, for the machine may be busy with others.
-CPU_SECONDS, CLOCK_SECONDS = 10, 240
+# A process that computes for ten seconds hangs. It gets half as many more, for it may share its core, whose seconds are
+# shorter then; and the clock more still, for the machine may be busy with others.
+CPU_SECONDS, CLOCK_SECONDS = 15, 240
 # Beyond what the good case takes.
 MEMORY = 2**30
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]+")

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from torch import nn
@@ -102,12 +103,15 @@ def _opened(weights: Path, sha256: str) -> Iterator[None]:
             digest = hashlib.sha256()
             while block := stream.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
                 digest.update(block)
-            if digest.hexdigest() != sha256:
-                raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
-            yield
-            # Another save replaces files, and never writes into one.
-            if not os.path.samestat(os.fstat(stream.fileno()), os.stat(weights)):
-                raise _Replaced(f"{weights} was replaced while it was read. Load it again.")
+            try:
+                if digest.hexdigest() != sha256:
+                    raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
+                yield
+            finally:
+                # Another save replaces files, and never writes into one. What was found wrong with one that was
+                # replaced is no matter.
+                if not _is_there(stream, weights):
+                    raise _Replaced(f"{weights} was replaced while it was read. Load it again.")
     except FileNotFoundError:
         raise _Replaced(f"{weights} is missing. Copy the whole directory again.") from None
     except PermissionError as error:
@@ -116,6 +120,14 @@ def _opened(weights: Path, sha256: str) -> Iterator[None]:
         ) from error
     except (OSError, LimitError) as error:
         raise CheckpointError(f"{weights} can't be read: {error}. Copy the directory again.") from error
+
+
+def _is_there(stream: BinaryIO, file: Path) -> bool:
+    """Whether an open file is still the one that goes by its name."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _build(source: "models.Source | None", directory: Path, trust_code: bool, weights: Path) -> nn.Module:

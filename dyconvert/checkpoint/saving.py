@@ -15,7 +15,7 @@ from dyconvert.checkpoint.description import DESCRIPTION, WEIGHTS, Description, 
 from dyconvert.checkpoint.hub import check_repo, push
 from dyconvert.checkpoint.tensors import is_ours, write_weights
 from dyconvert.errors import CheckpointError
-from dyconvert.files import as_path, locked, private_folder, said, settle
+from dyconvert.files import as_path, held, locked, private_folder, said, settle
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 from dyconvert.marks import compression_of, mark_preprocessing, mark_source, narrowing_of, preprocessing_of, source_of
 from dyconvert.nn import DynamicConv
@@ -149,7 +149,7 @@ def _check_writable(directory: Path, replace: bool, force: bool) -> None:
     above = next((parent for parent in directory.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise CheckpointError(f"{directory} can't be made: {above} is a file. Choose another directory.")
-    if force or not directory.exists() or not any(directory.iterdir()):
+    if force or not directory.exists() or not held(directory):
         return
     if (directory / DESCRIPTION).exists():
         if not replace:

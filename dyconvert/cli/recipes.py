@@ -200,8 +200,9 @@ def sweep(
         write_file(runner.markdown, markdown(rows, count), RecipeError)
         out.print(f"\nsaved to {runner.csv} and {runner.markdown}", soft_wrap=True)
     if failed:
+        listed = "; ".join(each.rstrip(".") for each in failed)
         raise RecipeError(
-            f"{len(failed)} of {len(runner.jobs)} runs failed: {'; '.join(failed)}. The same command tries them again."
+            f"{len(failed)} of {len(runner.jobs)} runs failed: {listed}. The same command tries them again."
         )
 
 

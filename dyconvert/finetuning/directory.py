@@ -9,7 +9,7 @@ from typing import Any
 
 from dyconvert.checkpoint import check_writable
 from dyconvert.errors import RecipeError, brief, said_as, some
-from dyconvert.files import Claim, remove_leftovers, write_file
+from dyconvert.files import Claim, held, remove_leftovers, write_file
 from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 from dyconvert.finetuning.summary import Summary, write_json
 from dyconvert.finetuning.training.trainers import is_main_process
@@ -115,7 +115,7 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
                 f"{directory} holds {how}. Continue it with `resume=True`, set output.directory, or remove it."
             )
         # All that a run killed at its very start can leave.
-        if not (directory.is_dir() and {each.name for each in directory.iterdir()} == {LOCK}):
+        if not (directory.is_dir() and held(directory) == {LOCK}):
             with said_as({"directory": "output.directory", "force": None}):
                 check_writable(directory)
         return Run(recipe)

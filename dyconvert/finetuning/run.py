@@ -18,7 +18,7 @@ from dyconvert import checkpoint
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.checkpoint.hub import check_repo
 from dyconvert.console import err
-from dyconvert.errors import CheckpointError, RecipeError, said_as
+from dyconvert.errors import CheckpointError, DyconvertError, RecipeError, said_as
 from dyconvert.finetuning.data.augment import preprocessing_of_data
 from dyconvert.finetuning.data.datasets import Part, check_classes, load_part
 from dyconvert.finetuning.data.loading import Prepared, steps_per_epoch, train_loader, val_loader
@@ -28,7 +28,7 @@ from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.trust import check_trusted
 from dyconvert.finetuning.recipes.words import KEYS
 from dyconvert.finetuning.summary import Summary
-from dyconvert.finetuning.training.checkpoints import Checkpoints, position
+from dyconvert.finetuning.training.checkpoints import Checkpoints, position, unreadable
 from dyconvert.finetuning.training.display import Display
 from dyconvert.finetuning.training.guard import DivergenceGuard
 from dyconvert.finetuning.training.interrupts import Interrupted, Interrupts
@@ -200,6 +200,13 @@ class _Session:
             raise KeyboardInterrupt from None
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+        except DyconvertError:
+            raise
+        except Exception as error:
+            if resumed is None or results.began:
+                raise
+            # Somebody's file: it may hold anything.
+            raise unreadable(file, error) from error
         results.finish(trainer, module)
         finetuned, averaged = self._after(trainer, module, results, ema)
         summary = Summary(

@@ -32,6 +32,7 @@ __all__ = [
     "build",
     "build_without_values",
     "check",
+    "check_size",
     "create",
     "list_models",
     "load_state_dict_into",
@@ -104,6 +105,7 @@ def build_without_values(source: Source, tensors: int) -> "nn.Module":
     """
     from dyconvert.models.bounded import TooLargeError, bounded, lost_values
 
+    check_size(source)
     try:
         with bounded(tensors, values=False):
             model = build(source)
@@ -116,6 +118,19 @@ def build_without_values(source: Source, tensors: int) -> "nn.Module":
     # A few compute something of their parameters when they are made: SSD looks at its backbone's channels.
     with bounded(tensors, values=True):
         return build(source)
+
+
+def check_size(source: Source) -> None:
+    """Refuse arguments in a file that make a library build tensors of gigabytes, such as tables of positions.
+
+    Raises:
+        ModelError: they do.
+    """
+    from dyconvert.models.bounded import check_tensors
+
+    # Without arguments it is as large as its authors made it.
+    if source.arguments and not source.runs_user_code:
+        check_tensors(lambda: build(source))
 
 
 def names_code(specifier: str) -> bool:

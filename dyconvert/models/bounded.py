@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from dyconvert.errors import ModelError
-from dyconvert.limits import MODEL_BYTES, MODULES_PER_TENSOR
+from dyconvert.limits import MODEL_BYTES, MODULES_PER_TENSOR, TABLE_BYTES
+from dyconvert.torch_internals.trees import tree_leaves
+from dyconvert.torch_internals.watching import DispatchMode
 
 
 class TooLargeError(ModelError):
@@ -61,6 +63,32 @@ def bounded(tensors: int, values: bool) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Bounded(DispatchMode):
+    """Refuses to make a tensor that is larger than any architecture's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.nbytes > TABLE_BYTES:
+                raise TooLargeError(f"it makes a tensor of {tensor.nbytes / 1e9:.1f} GB")
+        return made
+
+
+def check_tensors(build: Callable[[], object]) -> None:
+    """See on the meta device, where nothing takes memory or time, that building makes no tensor of gigabytes.
+
+    Raises:
+        TooLargeError: it does.
+    """
+    try:
+        with torch.device("meta"), _Bounded():
+            build()
+    except TooLargeError:
+        raise
+    except Exception:
+        pass  # a few look at values; what else is wrong with it is said when it is built
 
 
 def lost_values(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ def call(
         with contextlib.redirect_stdout(sys.stderr):
             model = builder(**ours, **arguments)
     except TooLargeError as error:
-        raise TooLargeError(f"{specifier} isn't what was saved: {error}. Was the file edited?") from None
+        raise TooLargeError(f"{specifier} is refused: {error}. Was the file edited? Check its arguments.") from None
     except ModelError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.errors import DyconvertError
-from dyconvert.files import as_path, private_folder, replace_directory, said
+from dyconvert.files import as_path, held, private_folder, replace_directory, said
 from dyconvert.installation import install_command
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 
@@ -43,7 +43,7 @@ def check_directory(directory: Path, force: bool = False) -> None:
             raise DyconvertError(
                 f"{directory} can't be made: it, or what it stands in, is a file. Choose another: `output=...`."
             )
-        if not directory.exists() or not any(directory.iterdir()):
+        if not directory.exists() or not held(directory):
             return
     except (OSError, ValueError) as error:
         raise DyconvertError(f"{directory} can't be used: {error}. Choose another: `output=...`.") from None

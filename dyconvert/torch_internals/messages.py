@@ -8,8 +8,9 @@ import re
 
 
 def without_advice(message: str) -> str:
-    """What `torch.load` found wrong, without its advice to run the file's code, which comes before this mark."""
-    return message.rpartition("WeightsUnpickler error:")[2]
+    """What `torch.load` found wrong, without its advice to run the file's code: before this mark, or in lines of it."""
+    lines = message.rpartition("WeightsUnpickler error:")[2].splitlines()
+    return "\n".join(line for line in lines if line.strip() and "weights_only" not in line)
 
 
 def refused_code(message: str) -> str | None:

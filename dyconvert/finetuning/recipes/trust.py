@@ -49,6 +49,8 @@ def _code_of(recipe: Recipe) -> Iterator[str]:
         source = models.Source(f"{library}:{name}", section.arguments, None, None, section.num_classes)
         if argument := models.untrusted(source):
             yield f"model.arguments: {argument}, for {source.specifier}; only arguments that shape a network just run"
+        else:
+            models.check_size(source)
     kind, _, name = data.dataset.partition(":")
     if kind == "huggingface":
         script = os.path.join(name, os.path.basename(os.path.normpath(name)) + ".py")

@@ -102,6 +102,9 @@ def position(file: Path) -> tuple[int, int, int]:
         return position_in(checkpoint)
     except Exception as error:
         # Code in a checkpoint is never run, also where a sweep goes on with a folder of others.
-        raise RecipeError(
-            f"The checkpoint {file} can't be read: {brief(error)}. Remove the directory and start anew."
-        ) from error
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: Path, error: Exception) -> RecipeError:
+    """What is said of a checkpoint that no run can go on from."""
+    return RecipeError(f"The checkpoint {file} can't be read: {brief(error)}. Remove the directory and start anew.")

@@ -33,6 +33,7 @@ class Results(Callback):
 
     Attributes:
         best, best_epoch: the highest metric so far, and its epoch, counted from 1.
+        began: whether it trains; before, a checkpoint may be restored.
         last, last_step: the newest metric, and after how many steps that was.
     """
 
@@ -50,6 +51,7 @@ class Results(Callback):
         self.best, self.best_epoch = float("-inf"), 0
         self.last, self.last_step = float("nan"), -1
         self.seconds = 0.0
+        self.began = False
         self._finished = False
         self._since = time.monotonic()
         self._epoch_began = time.monotonic()
@@ -66,6 +68,7 @@ class Results(Callback):
         return self.seconds + time.monotonic() - self._since
 
     def on_train_start(self, trainer: Trainer, pl_module: FineTuner) -> None:
+        self.began = True
         self._since = self._epoch_began = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
