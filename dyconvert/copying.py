@@ -1,7 +1,7 @@
 """Copies of a model: whole, sharing tensors, or on the meta device; with or without the user's hooks."""
 
 import copy
-import types
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
+from dyconvert.closures import adopt_functions
 from dyconvert.errors import ModelError
 from dyconvert.nn.handing import is_handing
 from dyconvert.torch_internals.copies import fill_graph_module, modes_of
@@ -34,6 +35,7 @@ def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
             new = tensor(t)
         memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
     try:
+        _copy_scripts(model, memo)
         with _Tensors(tensor):
             result = copy.deepcopy(model, memo)
     except Exception as error:
@@ -44,8 +46,32 @@ def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
     for module in model.modules():
         if isinstance(module, GraphModule):
             fill_graph_module(memo[id(module)], memo[id(vars(module))], modes_of(vars(module)))
-    _adopt_hooks(result, memo)
+    adopt_functions(memo)
     return result
+
+
+def _copy_scripts(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Put into a memo of `deepcopy` copies of the scripted and traced modules in a model, with the memo's tensors.
+
+    A deep copy of a `ScriptModule` goes on computing with the original's parameters, and gives them the gradients; what
+    was saved and loaded doesn't. On the meta device it takes no tensors, so there the copy is left to `deepcopy`.
+    """
+    inside: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule) or id(module) in inside:
+            continue
+        inside |= {id(part) for part in module.modules()}
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(memo[id(t)].is_meta for t in tensors):
+            continue
+        file = io.BytesIO()
+        torch.jit.save(module, file)
+        file.seek(0)
+        copied = torch.jit.load(file)
+        for old, new in zip(tensors, [*copied.parameters(), *copied.buffers()], strict=True):
+            new.data = memo[id(old)].detach()
+            new.requires_grad_(old.requires_grad)
+        memo[id(module)] = copied
 
 
 class _Tensors(TorchFunctionMode):
@@ -117,31 +143,3 @@ def clear_hooks(model: nn.Module) -> None:
         for hooks in (forward_hooks(module), forward_pre_hooks(module)):
             for number in [number for number, hook in hooks.items() if not is_handing(hook)]:
                 remove_hook(module, number)
-
-
-def _adopt_hooks(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Have a copy's hooks work on the copy: `deepcopy` takes functions as they are, with the modules that they know."""
-    for module in model.modules():
-        for hooks in (forward_hooks(module), forward_pre_hooks(module)):
-            for key, hook in hooks.items():
-                if isinstance(hook, types.FunctionType) and hook.__closure__:
-                    hooks[key] = _with_copied_cells(hook, memo)
-
-
-def _with_copied_cells(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """The function with what it closes over as the copy has it, where the copy has it."""
-    cells = []
-    for cell in function.__closure__ or ():
-        try:
-            copied = memo.get(id(cell.cell_contents))
-        except ValueError:  # an empty cell
-            copied = None
-        cells.append(cell if copied is None else types.CellType(copied))
-    if all(new is old for new, old in zip(cells, function.__closure__ or (), strict=True)):
-        return function
-    result = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
-    result.__kwdefaults__ = function.__kwdefaults__
-    result.__dict__.update(function.__dict__)
-    return result
