@@ -45,6 +45,22 @@ def _values(holder: dict[Any, Any] | list[Any]) -> Iterable[Any]:
     return holder.values() if isinstance(holder, dict) else holder
 
 
+def cells_in(values: Iterable[Any]) -> dict[int, types.CellType]:
+    """The cells, by their `id`, of the functions among some values, and of functions that those know."""
+    cells: dict[int, types.CellType] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, functools.partial):
+            waiting.append(value.func)
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                if id(cell) not in cells and _is_full(cell):
+                    cells[id(cell)] = cell
+                    waiting.append(cell.cell_contents)
+    return cells
+
+
 class _Adoption:
     def __init__(self, memo: dict[int, Any]) -> None:
         self.memo = memo
@@ -81,6 +97,8 @@ class _Adoption:
             return type(value)(map(self._known, value))
         if type(value) is dict:
             return {key: self._known(each) for key, each in value.items()}
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self._known(value.__self__))
         return self.adopted(value)
 
     def _reaches(self, value: Any, seen: set[int]) -> bool:
@@ -95,6 +113,8 @@ class _Adoption:
                 return True
             held = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
             held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif isinstance(value, types.MethodType):
+            held = [value.__self__]
         elif isinstance(value, functools.partial):
             held = [value.func, *value.args, *value.keywords.values()]
         elif type(value) in (list, tuple, set):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dyconvert.closures import cells_in
 from dyconvert.randomness import kept_random_state
 from dyconvert.torch_internals.trees import tree_map_only
 
@@ -19,8 +20,8 @@ from dyconvert.torch_internals.trees import tree_map_only
 def kept(*models: nn.Module) -> Iterator[None]:
     """Put the models' modes, buffers and attributes back, and the global generators.
 
-    Attributes are put back to the objects that they were; lists, dicts and sets among them to what they held, and
-    generators of random numbers to where they stood.
+    Attributes are put back to the objects that they were; lists, dicts and sets among them to what they held,
+    generators of random numbers to where they stood, and the variables that functions among them close over.
     Parameters aren't copied: a forward that writes into one is not undone.
     """
     with kept_random_state(), ExitStack() as stack:
@@ -34,6 +35,8 @@ def _kept(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     modes = [module.training for module in modules]
     states = [{name: (each, _contents(each)) for name, each in vars(module).items()} for module in modules]
+    cells = cells_in(each for module in modules for each in vars(module).values()).values()
+    variables = [(cell, cell.cell_contents, _contents(cell.cell_contents)) for cell in cells]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
@@ -49,6 +52,9 @@ def _kept(model: nn.Module) -> Iterator[None]:
                     vars(module)[name] = value
                 _refill(value, contents)
             module.training = training
+        for cell, value, contents in variables:
+            cell.cell_contents = value
+            _refill(value, contents)
         with torch.no_grad():
             for buffer, values in buffers:
                 if not buffer.is_meta and not torch.equal(buffer, values):

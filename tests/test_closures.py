@@ -42,6 +42,12 @@ class KnowsTheConv(Base):
         return lambda x: conv(x).relu()
 
 
+class KnowsAMethod(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        forward = self.a.forward
+        return lambda x: forward(x).relu()
+
+
 class HasADefault(Base):
     def made(self) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor, conv: nn.Module = self.a, *, scale: float = 2.0) -> Tensor:
@@ -101,7 +107,7 @@ class Counts(Base):
         return run
 
 
-KINDS = [KnowsTheModel, KnowsTheConv, HasADefault, CallsAnother, CallsItself, Partial, InAnObject, Counts]
+KINDS = [KnowsTheModel, KnowsTheConv, KnowsAMethod, HasADefault, CallsAnother, CallsItself, Partial, InAnObject, Counts]
 
 
 def images(count: int = 3) -> Tensor:

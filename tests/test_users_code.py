@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import image, seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -288,7 +289,7 @@ STATIC = {
     "modules counted": (CountsModules, "tells it from other modules"),
     "leaves called": (CallsLeaves, "tells it from other modules"),
     "a weak reference": (ByWeakReference, "used outside of its own forward"),
-    "a closure": (ByClosure, "used outside of its own forward"),
+    "a closure": (ByClosure, "holds it elsewhere"),
     "a global": (InAGlobal, "used outside of its own forward"),
     "a class with a __call__": (first(OwnCall), "has a __call__ of its own"),
     "a class with a __getattr__": (first(OwnGetattr), "has a __getattr__ of its own"),
@@ -544,3 +545,38 @@ def test_every_conv_of_a_block_can_be_reset(method: str) -> None:
         mixed = conv.experts().sum(0) * conv.initial_coefficient
         own = nn.Conv2d(8, 8, 3).weight
         assert mixed.std().item() == pytest.approx(own.std().item(), rel=0.2)
+
+
+class KnowsConvsById(nn.Module):
+    """No copy of it computes the same: `id` is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.scales = {id(self.conv): 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.stem(x)) * self.scales.get(id(self.conv), 1.0)
+
+
+def test_the_result_is_compared_with_the_model_itself_not_with_a_copy() -> None:
+    with pytest.raises(dyconvert.ModelError, match="doesn't compute what the original does"):
+        dyconvert.convert(seeded(KnowsConvsById), example=image())
+
+
+class Clamps(nn.Module):
+    """Its forward writes into a parameter, past autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.scale = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.data.mul_(0.5)
+        return self.conv(self.stem(x)) * self.scale
+
+
+def test_what_the_check_runs_is_put_back() -> None:
+    model = seeded(Clamps)
+    dynamic = dyconvert.convert(model, example=image())
+    assert (model.scale.item(), dynamic.scale.item()) == (3.0, 3.0)

@@ -10,7 +10,7 @@ from dyconvert.copying import sharing_copy
 from dyconvert.differences import compared
 from dyconvert.outputs import tensors_in
 from dyconvert.randomness import kept_random_state
-from dyconvert.surgery.convert import TOLERANCE
+from dyconvert.surgery.check import TOLERANCE
 from dyconvert.surgery.following import trial_runner
 from dyconvert.surgery.observe import Observation
 from dyconvert.torch_internals.modules import parameter_table

@@ -3,31 +3,26 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dyconvert.arguments import as_arguments, in_dtype
-from dyconvert.copying import clear_hooks, on_meta, sharing_copy
-from dyconvert.differences import verify
+from dyconvert.copying import on_meta, sharing_copy
 from dyconvert.errors import ModelError, PlanError
 from dyconvert.limits import DIVERSITY
 from dyconvert.marks import fused_of, plan_of
 from dyconvert.methods import Method, get_method
 from dyconvert.names import checked_patterns
 from dyconvert.numbers import real, seed_of
-from dyconvert.randomness import kept_random_state, random_state, set_random_state
+from dyconvert.randomness import kept_random_state
 from dyconvert.surgery.apply import apply
 from dyconvert.surgery.blocks import check_convertible
+from dyconvert.surgery.check import check_result
 from dyconvert.surgery.example import example_for, random_images
 from dyconvert.surgery.old_plans import up_to_date
 from dyconvert.surgery.plan import Plan
 from dyconvert.surgery.planning import make_plan
 from dyconvert.surgery.trainable import Trainable, check_trainable, set_trainable
 from dyconvert.torch_internals.trees import tree_leaves
-
-# How far rounding takes the outputs of a deep network, relative to the largest: the same sums in another order, and
-# Winograd's filtering. Smaller dtypes round more.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 def plan(
@@ -147,52 +142,18 @@ def convert(
     if trainable is not None:
         check_trainable(trainable)
     example = example_of(model, plan, example) if check else None
-    # Its parameters are the model's own, so that it costs nothing; in place, they are gone from the model afterwards.
-    original = sharing_copy(model) if example is not None else None
+    original = None
+    if example is not None:
+        # In place, the model will be another one; the copy has its parameters.
+        original = sharing_copy(model) if inplace else model
     converted, undo = apply(model, plan, inplace=inplace, seed=seed, diversity=diversity, progress=progress)
     if original is not None:
         try:
-            _check(original, converted, example)
+            check_result(original, converted, example)
         except BaseException:
             undo()
             raise
     return converted if trainable is None else set_trainable(converted, trainable)
-
-
-def _check(original: nn.Module, converted: nn.Module, example: Any) -> None:
-    """Refuse a conversion that doesn't compute what the original does.
-
-    Raises:
-        ModelError: it doesn't.
-    """
-    with kept_random_state():
-        state = random_state()
-        try:
-            differences = verify(_without_hooks(original), _without_hooks(converted), example)
-        except ModelError:
-            # Its hooks may feed its decoder.
-            try:
-                differences = verify(original, sharing_copy(converted), example)
-            except ModelError as error:
-                raise ModelError(f"{error} check=False converts without running the result.") from error
-        dtypes = [p.dtype for p in original.parameters()]
-        if differences.relative <= max(TOLERANCE.get(dtype, 1e-3) for dtype in dtypes):
-            return
-        # A model that draws random numbers by itself, or sums in another order each time, differs from itself.
-        set_random_state(state)
-        if verify(original, sharing_copy(original), example).relative >= differences.relative / 10:
-            return
-    raise ModelError(
-        f"The converted {type(original).__name__} doesn't compute what the original does: {differences}. Nothing was "
-        "converted. Leave parts of it out (exclude=...), give every conv its own predictor (scope='layer'), and "
-        "please report it."
-    )
-
-
-def _without_hooks(model: nn.Module) -> nn.Module:
-    copy = sharing_copy(model)
-    clear_hooks(copy)
-    return copy
 
 
 def example_of(model: nn.Module, plan: Plan | None, example: Any) -> Any:
