@@ -42,7 +42,7 @@ err = Terminal(stderr=True)
 def printable(text: str, encoding: str = "utf-8") -> str:
     """The text without characters that control a terminal or that the encoding lacks: they become escapes."""
     if _CONTROL.search(text):
-        text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+        text = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

@@ -100,9 +100,9 @@ def verify(model: nn.Module, dynamic: nn.Module, example: Any, *, gradients: boo
     """
     check_module(model)
     check_module(dynamic, "dynamic")
-    found = compare(model, dynamic, example, gradients=gradients)
-    if found.count:
-        return found
+    differences = compare(model, dynamic, example, gradients=gradients)
+    if differences.count:
+        return differences
     name = type(model).__name__
     if any(t.numel() for _, t in _run(model, example)):
         raise ModelError(
@@ -190,14 +190,14 @@ def _compare_convs(model: nn.Module, dynamic: nn.Module, example: Any) -> tuple[
 
 
 def _calls(model: nn.Module, names: list[str], example: Any) -> _Named:
-    found: _Named = []
+    named: _Named = []
     handles = []
     modules = dict(model.named_modules())
     for name in names:
         if name in modules:
 
             def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                found.extend((name, t.detach()) for _, t in tensors_in(output))
+                named.extend((name, t.detach()) for _, t in tensors_in(output))
 
             handles.append(modules[name].register_forward_hook(keep))
     try:
@@ -205,7 +205,7 @@ def _calls(model: nn.Module, names: list[str], example: Any) -> _Named:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return named
 
 
 # ---- Gradients ----
@@ -222,7 +222,7 @@ def _compare_gradients(model: nn.Module, dynamic: nn.Module, example: Any) -> tu
     # Names that `dynamic` lacks are of parameters that made the weight of a conv, as weight_norm's.
     pairs = [(name, gradient, second[name]) for name, gradient in first.items() if name in second]
     largest = max((g.abs().max().item() for _, g, _ in pairs if g is not None and g.numel()), default=0.0)
-    found = []
+    compared = []
     for name, a, b in pairs:
         if a is None:
             if b is None:
@@ -230,8 +230,8 @@ def _compare_gradients(model: nn.Module, dynamic: nn.Module, example: Any) -> tu
             a = torch.zeros_like(b)
         b = torch.zeros_like(a) if b is None else b
         if a.shape == b.shape:
-            found.append(_difference(name, a, b, least=NEGLIGIBLE * largest))
-    return tuple(found)
+            compared.append(_difference(name, a, b, least=NEGLIGIBLE * largest))
+    return tuple(compared)
 
 
 def _of_kernel(conv: DynamicConv, gradient: Tensor, model: nn.Module) -> Tensor:
@@ -257,14 +257,14 @@ def _gradients(model: nn.Module, example: Any) -> dict[str, Tensor | None]:
         if total is None:
             return dict.fromkeys(leaves)
         try:
-            found: Sequence[Tensor | None] = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise ModelError(f"{type(model).__name__} has no gradients: {brief(error)}.") from error
             # Reentrant checkpointing knows only backward().
             again = _weighted_sum(_outputs(model, example))
-            found = [None] * len(leaves) if again is None else _by_backward(again, list(leaves.values()))
-    return dict(zip(leaves, found, strict=True))
+            gradients = [None] * len(leaves) if again is None else _by_backward(again, list(leaves.values()))
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def _weighted_sum(outputs: _Named) -> Tensor | None:

@@ -84,16 +84,16 @@ def said_as(words: Mapping[str, str | None]) -> Iterator[None]:
 
 def _line(line: str, word: Callable[[str], str | None]) -> str:
     return " ".join(
-        _ARGUMENT.sub(lambda found: _worded(found, word), sentence)
+        _ARGUMENT.sub(lambda match: _worded(match, word), sentence)
         for sentence in _NEXT.split(line)
-        if all(word(found[1]) is not None for found in _ARGUMENT.finditer(sentence))
+        if all(word(match[1]) is not None for match in _ARGUMENT.finditer(sentence))
     )
 
 
-def _worded(found: re.Match[str], word: Callable[[str], str | None]) -> str:
-    name, value = word(found[1]), found[2].strip("'\"")
+def _worded(match: re.Match[str], word: Callable[[str], str | None]) -> str:
+    name, value = word(match[1]), match[2].strip("'\"")
     if not name:
-        return found[0]
+        return match[0]
     if " " in name or value in ("True", "...", "[...]"):
         return name
     return f"{name} {value}" if name.startswith("--") else f"{name}={value}"

@@ -55,18 +55,18 @@ def _origin() -> dict[str, Any] | None:
     """What pip wrote down of where this copy came from (PEP 610); None where it came from an index."""
     try:
         text = importlib.metadata.distribution("dyconvert").read_text("direct_url.json")
-        found = json.loads(text) if text else None
+        origin = json.loads(text) if text else None
     except (importlib.metadata.PackageNotFoundError, ValueError, OSError):
         return None
-    return found if isinstance(found, dict) else None
+    return origin if isinstance(origin, dict) else None
 
 
 def _packages(extras: tuple[str, ...]) -> list[str]:
     """The requirements of the extras, as the installed copy's metadata has them."""
-    found = []
+    packages = []
     for requirement in importlib.metadata.requires("dyconvert") or ():
         package, _, marker = requirement.partition(";")
         match = re.search(r"""extra\s*==\s*["']([^"']+)["']""", marker)
         if match and match[1] in extras:
-            found.append(package.strip())
-    return found
+            packages.append(package.strip())
+    return packages

@@ -90,12 +90,12 @@ def read_bytes(file: Path, limit: int) -> bytes:
     """
     # A pipe that nobody writes to would be waited for.
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
         os.close(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise LimitError("it is no ordinary file")
-        raise LimitError(f"it has {found.st_size:,} bytes, and at most {limit:,} are read")
+        raise LimitError(f"it has {status.st_size:,} bytes, and at most {limit:,} are read")
     with open(descriptor, "rb") as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:  # such as those of /proc, whose size is 0

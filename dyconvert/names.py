@@ -28,14 +28,14 @@ def matching(patterns: Iterable[str], names: list[str]) -> list[str]:
     Raises:
         PlanError: a pattern matches nothing, or is none.
     """
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in checked_patterns(patterns):
         hits = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")}
         if not hits:
             examples = ", ".join(names[:3])
             raise PlanError(f"No conv's name matches {pattern!r}. Names look like {examples}; try '*{pattern}*'.")
-        found |= hits
-    return [name for name in names if name in found]
+        matched |= hits
+    return [name for name in names if name in matched]
 
 
 def checked_patterns(patterns: Any) -> list[str]:
@@ -48,7 +48,7 @@ def checked_patterns(patterns: Any) -> list[str]:
         return [patterns]
     if not isinstance(patterns, Iterable) or isinstance(patterns, bytes):
         raise PlanError(f"Patterns of names are needed, such as ['layer4.*'], not a {type(patterns).__name__}.")
-    found = list(patterns)
-    if odd := [each for each in found if not isinstance(each, str)]:
+    listed = list(patterns)
+    if odd := [each for each in listed if not isinstance(each, str)]:
         raise PlanError(f"A pattern of names is text, such as 'layer4.*', not a {type(odd[0]).__name__}.")
-    return found
+    return listed

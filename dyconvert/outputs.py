@@ -89,10 +89,10 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
     """An object's attributes and slots; of numbers only tensors, for a plain number may be an option of the object."""
-    found = dict(getattr(value, "__dict__", {}))
+    attributes = dict(getattr(value, "__dict__", {}))
     for base in type(value).__mro__:
         slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if not name.startswith("__") and hasattr(value, name):
-                found.setdefault(name, getattr(value, name))
-    return [(f".{name}", each) for name, each in found.items() if not isinstance(each, float | complex)]
+                attributes.setdefault(name, getattr(value, name))
+    return [(f".{name}", each) for name, each in attributes.items() if not isinstance(each, float | complex)]

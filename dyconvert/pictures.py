@@ -23,11 +23,11 @@ def picture_files(folder: Path) -> list[Path]:
     Within one subfolder of `folder`, which may be a class, each folder is entered once.
     """
     top = os.path.realpath(folder)
-    found = [Path(entry.path) for entry in os.scandir(folder) if _is_picture(entry.name) and not entry.is_dir()]
+    files = [Path(entry.path) for entry in os.scandir(folder) if _is_picture(entry.name) and not entry.is_dir()]
     for entry in os.scandir(folder):
         if entry.is_dir():
-            found += _below(entry.path, top)
-    return sorted(found)
+            files += _below(entry.path, top)
+    return sorted(files)
 
 
 def _below(folder: str, top: str) -> Iterator[Path]:

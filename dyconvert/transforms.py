@@ -62,16 +62,16 @@ class Preprocessing(BaseModel):
         """
         from torchvision.transforms.v2 import functional as F
 
-        found: Any = self._decoded(image)
+        decoded: Any = self._decoded(image)
         if self.on == "tensor":
-            found = F.pil_to_tensor(found)
+            decoded = F.pil_to_tensor(decoded)
         height, width = self.size[1:]
-        if self.resize is not None and not (self.keep and tuple(F.get_size(found)) == (height, width)):
+        if self.resize is not None and not (self.keep and tuple(F.get_size(decoded)) == (height, width)):
             sides = [self.resize] if isinstance(self.resize, int) else list(self.resize)
-            self._check_resized(*F.get_size(found))
-            found = F.resize(found, sides, interpolation=F.InterpolationMode(self.interpolation), antialias=True)
-        found = F.center_crop(found, [height, width])
-        tensor = found if self.on == "tensor" else F.pil_to_tensor(found)
+            self._check_resized(*F.get_size(decoded))
+            decoded = F.resize(decoded, sides, interpolation=F.InterpolationMode(self.interpolation), antialias=True)
+        decoded = F.center_crop(decoded, [height, width])
+        tensor = decoded if self.on == "tensor" else F.pil_to_tensor(decoded)
         return F.normalize(tensor.float() / 255, list(self.mean), list(self.std))
 
     def _decoded(self, image: Any) -> "Image":

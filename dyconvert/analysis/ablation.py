@@ -117,8 +117,8 @@ def read_run(directory: Path) -> Run | None:
     summary, courses = {}, []
     try:
         if (directory / SUMMARY).is_file():
-            found = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
-            summary = found if isinstance(found, dict) else {}
+            written = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
+            summary = written if isinstance(written, dict) else {}
         if (directory / METRICS).is_file():
             courses = _courses(directory / METRICS)
     except (OSError, ValueError, csv.Error) as error:
@@ -128,7 +128,7 @@ def read_run(directory: Path) -> Run | None:
 
 def _courses(file: Path) -> list[Course]:
     # Lightning's logger writes a row a step or an epoch, with holes where a metric wasn't logged.
-    found: dict[str, dict[float, float]] = {}
+    courses: dict[str, dict[float, float]] = {}
     for row in csv.DictReader(io.StringIO(read_text(file, CSV_BYTES), newline="")):
         if not row.get("epoch"):
             continue
@@ -138,10 +138,10 @@ def _courses(file: Path) -> list[Course]:
                 continue
             value = float(text)
             if math.isfinite(value) and epoch is not None:
-                found.setdefault(name, {})[epoch] = _plain(value)
+                courses.setdefault(name, {})[epoch] = _plain(value)
     return [
         Course(name=name, epochs=sorted(values), values=[values[epoch] for epoch in sorted(values)])
-        for name, values in found.items()
+        for name, values in courses.items()
     ]
 
 

@@ -84,24 +84,24 @@ def accuracy(labels: Tensor, predicted: Tensor, original: Tensor | None, classes
         classes: their names.
     """
     right = predicted == labels
-    found = Accuracy(model=Share.of(int(right.sum()), len(labels)))
+    result = Accuracy(model=Share.of(int(right.sum()), len(labels)))
     other = None
     if original is not None:
         other = original == labels
-        found.original = Share.of(int(other.sum()), len(labels))
-        found.only_model, found.only_original = int((right & ~other).sum()), int((other & ~right).sum())
-        found.chance = _sign_test(found.only_model, found.only_original)
+        result.original = Share.of(int(other.sum()), len(labels))
+        result.only_model, result.only_original = int((right & ~other).sum()), int((other & ~right).sum())
+        result.chance = _sign_test(result.only_model, result.only_original)
     for number, name in enumerate(classes):
         of_class = labels == number
         if images := int(of_class.sum()):
             theirs = None if other is None else Share.of(int(other[of_class].sum()), images)
-            found.classes.append(
+            result.classes.append(
                 ClassAccuracy(name=name, model=Share.of(int(right[of_class].sum()), images), original=theirs)
             )
     ours = _confused(labels, predicted)
     before = None if original is None else _confused(labels, original)
     for (label, taken), count in sorted(ours.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]:
-        found.confusions.append(
+        result.confusions.append(
             Confusion(
                 label=classes[label],
                 taken_for=classes[taken],
@@ -109,7 +109,7 @@ def accuracy(labels: Tensor, predicted: Tensor, original: Tensor | None, classes
                 original=None if before is None else before[label, taken],
             )
         )
-    return found
+    return result
 
 
 def _confused(labels: Tensor, predicted: Tensor) -> Counter[tuple[int, int]]:

@@ -145,7 +145,7 @@ def bench_layer(
     calls = layer_calls(layer, batch, method, training, device=device or "cpu")
     if not features:
         del calls["features"]
-    found = in_turns(calls, repeats, cpu=cpu, device=device)
+    timings = in_turns(calls, repeats, cpu=cpu, device=device)
     bank = g * layer.c_out * layer.c_in // layer.groups * layer.kernel**2 * 4
     peaks = {}
     if memory:
@@ -162,11 +162,11 @@ def bench_layer(
         batch,
         method.name,
         training,
-        found["static"],
-        found["dynamic"],
-        found.get("timm"),
-        found.get("features"),
-        found["static"].median + bank * (3 if training else 1) / read,
+        timings["static"],
+        timings["dynamic"],
+        timings.get("timm"),
+        timings.get("features"),
+        timings["static"].median + bank * (3 if training else 1) / read,
         peaks,
         compiled_kernel(layer, batch, method) if device is None or device.type == "cpu" else None,
     )
@@ -308,12 +308,12 @@ def bench_model(
     calls = {"static": model_call(static, arguments, training), "dynamic": model_call(dynamic, arguments, training)}
     if other is not None:
         calls["other"] = model_call(other, arguments, training)
-    found = in_turns(calls, repeats, seconds=12, cpu=cpu, device=place)
+    timings = in_turns(calls, repeats, seconds=12, cpu=cpu, device=place)
     added = sum(p.numel() * p.element_size() for p in dynamic.parameters())
     added -= sum(p.numel() * p.element_size() for p in static.parameters())
     batch = next(a.shape[0] for a in arguments if isinstance(a, Tensor))
-    limit = found["static"].median + added * (3 if training else 1) / read
-    return ModelResult(batch, training, found["static"], found["dynamic"], limit, found.get("other"))
+    limit = timings["static"].median + added * (3 if training else 1) / read
+    return ModelResult(batch, training, timings["static"], timings["dynamic"], limit, timings.get("other"))
 
 
 def prepare(

@@ -202,14 +202,14 @@ class CoefficientStatistics:
 
     def result(self) -> Coefficients:
         """What was collected so far."""
-        found = [self._conv(name, self._streams[name]) for name in self._convs if name in self._streams]
+        convs = [self._conv(name, self._streams[name]) for name in self._convs if name in self._streams]
         sampled = [
             f"classes of {conv.name}: {conv.channels_sampled} of {conv.channels} output channels, evenly spread"
-            for conv in found
+            for conv in convs
             if self.classes and conv.channels_sampled < conv.channels
         ]
         return Coefficients(
-            convs=found,
+            convs=convs,
             unreached=[name for name in self._convs if name not in self._streams],
             classes=self.classes,
             sampled=sampled,
@@ -276,8 +276,8 @@ class _Stream:
         driven = (share if self.g > 1 else eta).mean(2)  # [N, g]
         for i in range(self.g):
             best = driven[:, i].topk(min(TOP, images))
-            found = [(v, -first - j) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-            self.top[i] = heapq.nlargest(TOP, self.top[i] + found)
+            ranked = [(v, -first - j) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            self.top[i] = heapq.nlargest(TOP, self.top[i] + ranked)
         known = labels >= 0
         if self.classes and known.any():
             labels = labels[known]
@@ -287,8 +287,8 @@ class _Stream:
 
     def axis(self) -> AxisUse:
         """Of factors, which came halved."""
-        found = self.summary()
-        (use,) = found["experts"]
+        halved = self.summary()
+        (use,) = halved["experts"]
         shown = _spread(self.channels, SIGNATURE[1])
         return AxisUse(
             count=self.channels,
@@ -296,10 +296,10 @@ class _Stream:
             smallest=2 * use.smallest,
             largest=2 * use.largest,
             means=(2 * self.mean[0, shown]).tolist(),
-            spread=2 * found["spread"],
-            between_classes=found["between_classes"],
-            saturated=found["saturated"],
-            constant=found["constant"],
+            spread=2 * halved["spread"],
+            between_classes=halved["between_classes"],
+            saturated=halved["saturated"],
+            constant=halved["constant"],
         )
 
     def summary(self) -> dict[str, Any]:

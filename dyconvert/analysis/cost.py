@@ -180,7 +180,7 @@ def time_blocks(
                 if round_number:  # the first is for caches
                     for name, took in {**spent, None: whole}.items():
                         runs[key].setdefault(name, []).append(took)
-    return {key: {name: statistics.median(took) for name, took in found.items()} for key, found in runs.items()}
+    return {key: {name: statistics.median(took) for name, took in times.items()} for key, times in runs.items()}
 
 
 def _time(module: nn.Module, name: str, spent: dict[str, float], clock: Callable[[], float]) -> None:

@@ -25,18 +25,18 @@ class Finding(BaseModel):
     text: str
 
 
-def of_movement(found: Coefficients) -> list[Finding]:
+def of_movement(coefficients: Coefficients) -> list[Finding]:
     """Whether coefficients differ from image to image at all; no finding where they do."""
     findings = []
-    constant = [conv for conv in found.convs if conv.is_constant]
-    most = max((conv.varies for conv in found.convs), default=0.0)
-    if found.convs and most < UNTRAINED:
+    constant = [conv for conv in coefficients.convs if conv.is_constant]
+    most = max((conv.varies for conv in coefficients.convs), default=0.0)
+    if coefficients.convs and most < UNTRAINED:
         text = (
             "Every coefficient is the same for all images: the model computes a static network. So it is after a "
             "conversion that wasn't fine-tuned."
         )
         findings.append(Finding(level="note", text=text))
-    elif constant and len(constant) == len(found.convs):
+    elif constant and len(constant) == len(coefficients.convs):
         text = (
             f"Coefficients hardly differ from image to image, by {most:.1e} at most: the model is static in effect. "
             "Its predictors have learnt little: train longer, at a higher learning rate for them, "
@@ -53,10 +53,10 @@ def of_movement(found: Coefficients) -> list[Finding]:
     return findings
 
 
-def of_coefficients(found: Coefficients) -> list[Finding]:
+def of_coefficients(coefficients: Coefficients) -> list[Finding]:
     """Experts that are never used, predictors that are saturated, coefficients that follow the classes."""
     findings = []
-    for conv in found.convs:
+    for conv in coefficients.convs:
         if conv.unused:
             which = ", ".join(str(i + 1) for i in conv.unused)
             text = (
@@ -65,7 +65,7 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
                 "A higher temperature, or a smaller g, would not waste the weights."
             )
             findings.append(Finding(level="warning", text=text))
-    saturated = [conv for conv in found.convs if conv.is_saturated]
+    saturated = [conv for conv in coefficients.convs if conv.is_saturated]
     if saturated:
         text = (
             f"The predictor of {_listed(saturated)} is saturated: {MOSTLY:.0%} or more of "
@@ -73,12 +73,12 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
             "temperature or a lower learning rate."
         )
         findings.append(Finding(level="warning", text=text))
-    if found.unreached:
-        text = f"No image reached {some(found.unreached)}: nothing is known of their coefficients."
+    if coefficients.unreached:
+        text = f"No image reached {some(coefficients.unreached)}: nothing is known of their coefficients."
         findings.append(Finding(level="note", text=text))
     by_class = [
         conv
-        for conv in found.convs
+        for conv in coefficients.convs
         if conv.between_classes is not None
         and not conv.is_constant
         and conv.between_classes - conv.by_chance > MATTERS_CLASSES
@@ -88,39 +88,42 @@ def of_coefficients(found: Coefficients) -> list[Finding]:
         text = (
             f"Coefficients follow the class most in {best.name}, where {best.between_classes:.0%} of their variance "
             f"is between the classes (by chance it would be {best.by_chance:.1%}); the rest varies between images of a "
-            f"class. In {len(by_class)} of {len(found.convs)} convs it is clearly above chance."
+            f"class. In {len(by_class)} of {len(coefficients.convs)} convs it is clearly above chance."
         )
         findings.append(Finding(level="note", text=text))
     return findings
 
 
-def of_accuracy(found: Accuracy) -> list[Finding]:
+def of_accuracy(accuracy: Accuracy) -> list[Finding]:
     """Whether the model classifies better or worse than the original, if so many images can tell."""
-    if found.original is None or found.chance is None:
+    if accuracy.original is None or accuracy.chance is None:
         return []
-    ours, theirs = found.model, found.original
-    parted = f"{found.only_model:,} images are right in this model alone, {found.only_original:,} in the original alone"
-    if found.only_model == found.only_original == 0:
+    ours, theirs = accuracy.model, accuracy.original
+    parted = (
+        f"{accuracy.only_model:,} images are right in this model alone, "
+        f"{accuracy.only_original:,} in the original alone"
+    )
+    if accuracy.only_model == accuracy.only_original == 0:
         text = f"Both models have the same {ours.right:,} of {ours.images:,} images right."
-    elif not found.differs:
+    elif not accuracy.differs:
         text = (
             f"{ours.images:,} images don't tell the model from the original: {parted}, and chance alone would part "
-            f"them as far in {found.chance:.0%} of cases."
+            f"them as far in {accuracy.chance:.0%} of cases."
         )
     else:
         word = "better" if ours.right > theirs.right else "worse"
         text = (
             f"The model is {word} than the original by {abs(ours.percent - theirs.percent):.2f} points: {parted}. "
-            f"Chance alone would part them as far in {found.chance:.1%} of cases."
+            f"Chance alone would part them as far in {accuracy.chance:.1%} of cases."
         )
         if word == "worse":
             return [Finding(level="warning", text=text)]
     return [Finding(level="note", text=text)]
 
 
-def of_control(found: Ablation) -> list[Finding]:
+def of_control(ablation: Ablation) -> list[Finding]:
     """The best dynamic setting against the static control: the same recipe, width and epochs without dynamic convs."""
-    pairs = [(each, control) for each in found.settings if (control := control_of(each, found)) is not None]
+    pairs = [(each, control) for each in ablation.settings if (control := control_of(each, ablation)) is not None]
     if not pairs:
         return []
     best, control = max(pairs, key=lambda pair: pair[0].scores["finetuned"].mean - pair[1].scores["finetuned"].mean)
@@ -140,7 +143,7 @@ def of_control(found: Ablation) -> list[Finding]:
     return [Finding(level="note", text=text)]
 
 
-def control_of(setting: Setting, found: Ablation) -> Setting | None:
+def control_of(setting: Setting, ablation: Ablation) -> Setting | None:
     """The static setting of the same recipe, width and epochs; None for a static setting, or where there is none."""
 
     def like(other: Setting) -> bool:
@@ -149,13 +152,13 @@ def control_of(setting: Setting, found: Ablation) -> Setting | None:
 
     if setting.static or "finetuned" not in setting.scores:
         return None
-    return next((other for other in found.settings if like(other) and "finetuned" in other.scores), None)
+    return next((other for other in ablation.settings if like(other) and "finetuned" in other.scores), None)
 
 
-def of_correlations(found: list[LayerCorrelation]) -> list[Finding]:
+def of_correlations(correlations: list[LayerCorrelation]) -> list[Finding]:
     """Maps that carry the same, or nothing; whether the dynamic network's maps repeat one another less."""
     findings = []
-    for layer in found:
+    for layer in correlations:
         same = [pair for pair in layer.model.strongest if abs(pair.r) >= SAME]
         if same:
             named = some([f"{pair.first} and {pair.second} (r = {pair.r:.3f})" for pair in same], 3)

@@ -140,14 +140,14 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder. Give a folder of images, or `digits`.")
     try:
-        found = picture_files(folder)
+        files = picture_files(folder)
     except OSError as error:
         raise ModelError(f"{folder} can't be read: {error.strerror}. Give a folder of images.") from None
-    if not found:
+    if not files:
         raise ModelError(
             f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}), nor do its subfolders. Give another folder."
         )
-    return found
+    return files
 
 
 def image_size(file: Path) -> tuple[int, int]:

@@ -110,11 +110,11 @@ def pass_over(
         )
     correlations = []
     for layer, why in (layers or {}).items():
-        found = maps["model"][layer].result() if layer in maps["model"] else None
-        if found is not None:
+        correlation = maps["model"][layer].result() if layer in maps["model"] else None
+        if correlation is not None:
             other = maps.get("original", {}).get(layer)
             correlations.append(
-                LayerCorrelation(layer=layer, why=why, model=found, original=other.result() if other else None)
+                LayerCorrelation(layer=layer, why=why, model=correlation, original=other.result() if other else None)
             )
     return Seen(
         images=done,
@@ -139,18 +139,18 @@ def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _watch_maps(model: nn.Module, layers: dict[str, str], count: int | None) -> dict[str, MapCorrelation]:
-    found = {}
+    correlations = {}
     modules = dict(model.named_modules())
     for layer in layers:
         if layer in modules:
-            found[layer] = collector = MapCorrelation(count)
+            correlations[layer] = collector = MapCorrelation(count)
 
             def see(_: nn.Module, args: Any, output: Any, collector: MapCorrelation = collector) -> None:
                 if isinstance(output, Tensor) and output.dim() > 1:
                     collector.add(output)
 
             modules[layer].register_forward_hook(see)
-    return found
+    return correlations
 
 
 def _predicted(returned: Any, labels: Tensor | None, classes: int) -> Tensor | None:

@@ -53,8 +53,8 @@ def classified(
             f"{type(model).__name__} returns {what}, and classes are read from logits [images, classes]. Call the "
             "loaded model yourself."
         )
-    found = logits.float().softmax(1).topk(min(top, logits.shape[1]))
+    likeliest = logits.float().softmax(1).topk(min(top, logits.shape[1]))
     return [
         [Classified(i, prepare.class_name(i), p) for i, p in zip(indices, values, strict=True)]
-        for indices, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        for indices, values in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     ]

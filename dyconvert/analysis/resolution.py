@@ -105,17 +105,17 @@ def resolution(
         raise ModelError("Only models of images have a resolution; this one's first conv isn't two-dimensional.")
     # A copy, for the modes and hooks of the user's model stay as they are; it shares all tensors.
     runners = {name: in_eval_mode(skeleton(model, lambda t: t.detach())) for name, model in models.items()}
-    found, refused = [], {}
+    timings, refused = [], {}
     for done, size in enumerate(sizes):
         if progress is not None:
             progress(done, len(sizes))
         try:
-            found.append(_one(runners, size, repeats, seconds, cpu))
+            timings.append(_one(runners, size, repeats, seconds, cpu))
         except Exception as error:
             refused[size] = str(error) if isinstance(error, ModelError) else brief(error)
-    if not found:
+    if not timings:
         raise ModelError(f"The model takes none of the sizes {', '.join(map(str, sizes))}: {refused[sizes[0]]}")
-    return Resolution(sizes=found, refused=refused, threads=torch.get_num_threads(), clock="cpu" if cpu else "wall")
+    return Resolution(sizes=timings, refused=refused, threads=torch.get_num_threads(), clock="cpu" if cpu else "wall")
 
 
 def takes_images(models: dict[str, nn.Module]) -> bool:

@@ -150,8 +150,8 @@ def analyse(
         result.seconds["images"] = time.perf_counter() - began
     if not dynamic:
         result.left_out["coefficients"] = "the model has no dynamic conv"
-    found = (expert_correlation(name, conv) for name, conv in dynamic.items())
-    result.experts = [each for each in found if each is not None]
+    correlations = (expert_correlation(name, conv) for name, conv in dynamic.items())
+    result.experts = [each for each in correlations if each is not None]
 
     began = time.perf_counter()
     tell("counting and timing blocks", 0, None)
@@ -203,12 +203,16 @@ def _look(
     if result.images < result.images_in_data:
         result.sampled.append(f"images: {result.images} of {result.images_in_data}, evenly spread")
     for layer in seen.correlations:
-        found = layer.model
-        per_image = found.positions / seen.images
-        maps = f"{found.compared} of {found.maps} maps" if found.compared < found.maps else f"all {found.maps} maps"
-        if found.compared < found.maps:
+        correlation = layer.model
+        per_image = correlation.positions / seen.images
+        maps = (
+            f"{correlation.compared} of {correlation.maps} maps"
+            if correlation.compared < correlation.maps
+            else f"all {correlation.maps} maps"
+        )
+        if correlation.compared < correlation.maps:
             maps += " (evenly spread)"
-        where = f"{found.positions} positions: {per_image:g} of each image, at random"
+        where = f"{correlation.positions} positions: {per_image:g} of each image, at random"
         result.sampled.append(f"correlation of {layer.layer}: {maps}, at {where}")
     if seen.coefficients is not None:
         result.sampled += seen.coefficients.sampled
@@ -245,17 +249,17 @@ def _time_sizes(
 
 
 def _conclude(result: Analysis, cpu_time: bool) -> None:
-    found: list[Finding] = []
+    conclusions: list[Finding] = []
     if result.coefficients is not None:
         # Whether they move at all decides what the rest means, so it is said first.
         result.findings += findings.of_movement(result.coefficients)
-        found += findings.of_coefficients(result.coefficients)
+        conclusions += findings.of_coefficients(result.coefficients)
     if result.accuracy is not None:
-        found += findings.of_accuracy(result.accuracy)
+        conclusions += findings.of_accuracy(result.accuracy)
     if result.ablation is not None:
-        found += findings.of_control(result.ablation)
-    found += findings.of_correlations(result.correlations)
-    result.findings += sorted(found, key=lambda finding: finding.level != "warning")
+        conclusions += findings.of_control(result.ablation)
+    conclusions += findings.of_correlations(result.correlations)
+    result.findings += sorted(conclusions, key=lambda finding: finding.level != "warning")
     result.conditions = {
         "dyconvert": __version__,
         "torch": torch.__version__,

@@ -72,7 +72,7 @@ def in_turns(
             wait()
             took = clock() - start
             runs[name].append((took, not cpu and _interruptions() > switches))
-    return {name: _summary(found) for name, found in runs.items()}
+    return {name: _summary(taken) for name, taken in runs.items()}
 
 
 def _go_on() -> None:

@@ -99,8 +99,8 @@ def layers(
     if memory:
         peaks = _table("peak memory, MB", "batch", method, "timm", "features")
         for r in results:
-            found = [f"{r.memory[n] / 1e6:.0f}" if n in r.memory else "-" for n in ("dynamic", "timm", "features")]
-            peaks.add_row(r.layer, str(r.batch), *found)
+            megabytes = [f"{r.memory[n] / 1e6:.0f}" if n in r.memory else "-" for n in ("dynamic", "timm", "features")]
+            peaks.add_row(r.layer, str(r.batch), *megabytes)
         out.print(peaks)
     for name in ("timm", "features"):
         against = [getattr(r, name).median / r.dynamic.median for r in results if getattr(r, name) is not None]

@@ -87,9 +87,9 @@ def parse_device(text: str | None) -> Any:
         raise ModelError(f"There is no device {text!r}. Write --device cpu, cuda, cuda:1 or mps.")
     device = torch.device(text)
     if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            there = f"has {found} of them" if found else "has none that this torch can use"
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= devices:
+            there = f"has {devices} of them" if devices else "has none that this torch can use"
             raise ModelError(f"--device {text}: this machine {there}. Choose another, or leave it out for the CPU.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("--device mps: this machine has no Metal GPU. Leave it out for the CPU.")

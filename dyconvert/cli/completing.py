@@ -14,12 +14,12 @@ def models(incomplete: str) -> list[str]:
     from dyconvert.models.source import LIBRARIES
 
     library, colon, start = incomplete.partition(":")
-    found = list_models()
+    listed = list_models()
     if not colon:
-        names = [name for source in ("torchvision", "builtin") for name in found[source]]
-        names += [f"{each}:" for each in LIBRARIES if each in found]
+        names = [name for source in ("torchvision", "builtin") for name in listed[source]]
+        names += [f"{each}:" for each in LIBRARIES if each in listed]
         return [name for name in names if name.startswith(incomplete)]
-    return [f"{library}:{name}" for name in found.get(library, []) if name.startswith(start)]
+    return [f"{library}:{name}" for name in listed.get(library, []) if name.startswith(start)]
 
 
 def methods(incomplete: str) -> list[str]:

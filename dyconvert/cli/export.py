@@ -98,7 +98,7 @@ def export(
             "bytes": done.bytes,
             "opset": done.opset,
             "difference": done.difference,
-            "compression": (found := compression_of(model)) and found.model_dump(),
+            "compression": (compression := compression_of(model)) and compression.model_dump(),
             "checked": done.checked,
             "seconds": seconds,
         }
@@ -116,8 +116,8 @@ def export(
     computes = ", and computes in float16" if fp16 and to is Format.onnx else ""
     dtype = str(example[0].dtype).removeprefix("torch.")
     out.print(f"takes {batches}, {pixels}, in {dtype}{computes}")
-    if found := compression_of(model):
-        out.print(str(found))
+    if compression := compression_of(model):
+        out.print(str(compression))
     if done.difference is None:
         out.print(f"not checked: onnxruntime isn't installed ({install_command('onnx')})", soft_wrap=True)
     else:

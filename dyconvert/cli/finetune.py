@@ -58,11 +58,11 @@ def finetune(
     if dry_run:
         from dyconvert.finetuning.dry_run import preview
 
-        found = preview(loaded, report=err.print, trust_code=trust_code)
+        shown = preview(loaded, report=err.print, trust_code=trust_code)
         if as_json:
-            write_json(found.to_json())
+            write_json(shown.to_json())
         else:
-            out.print(found)
+            out.print(shown)
             out.print("\nDry run: nothing was written.")
         return
     with progress("importing torch and Lightning"), contextlib.suppress(ImportError):  # run() says what is missing

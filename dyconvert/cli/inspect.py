@@ -49,13 +49,13 @@ def inspect(
     with progress(f"reading {directory}"):
         place = checkpoint.local(directory)
         description = checkpoint.describe(place)
-        found = opened(str(place), "default", trust_code, device, factory)
-        model = found.model
+        saved = opened(str(place), "default", trust_code, device, factory)
+        model = saved.model
         check_finite(model, str(directory))
-        example = example_of(model, None, size or image_size_for(found, data), 1)
+        example = example_of(model, None, size or image_size_for(saved, data), 1)
         # Of a static model, saved as a control, what would become of it.
         plan = plan_of(model) or plan_model(model, example=example)
-        static = models.build(found.source) if found.source is not None else None
+        static = models.build(saved.source) if saved.source is not None else None
         costs = cost(model, plan, example, static, seconds=0)
         coefficients = None
         if data is not None:
@@ -80,7 +80,7 @@ def inspect(
         }
         write_json(result)
         return
-    source = found.source
+    source = saved.source
     where = f"{source.specifier}, weights: {source.weights or 'of the factory, or random'}" if source else "no source"
     out.print(Text(f"{directory}", style="bold"), f"({plan.model}, saved by dyconvert {description.dyconvert})")
     out.print(Text(where))
@@ -115,12 +115,12 @@ def _conv(model: Any, name: str, conv: "DynamicConv") -> dict[str, Any]:
     from dyconvert.surgery.watch import predictor_of
 
     predictor = predictor_of(model, name)
-    found = expert_correlation(name, conv)
+    correlation = expert_correlation(name, conv)
     return {
         "conv": name,
         "g": conv.g,
         "parameters": sum(p.numel() for p in (conv.weight, conv.bias) if p is not None),
-        "alike": found.between.mean_absolute if found else None,
+        "alike": correlation.between.mean_absolute if correlation else None,
         "temperature": float(predictor.temperature),
         # A conversion starts the last linear at zero, and training moves it.
         "predictor": "trained" if bool(predictor.linear.weight.any()) else "as converted",

@@ -22,17 +22,17 @@ def ls(
 
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     listed = {
-        name: [m for m in found if fnmatch.fnmatchcase(m, glob)] for name, found in models.list_models(source).items()
+        name: [m for m in names if fnmatch.fnmatchcase(m, glob)] for name, names in models.list_models(source).items()
     }
     if not any(listed.values()):
         raise ModelError(f"No model's name matches {pattern!r}. `dyconvert ls` lists them all.")
     if as_json:
         write_json(listed)
         return
-    for name, found in listed.items():
-        if found:
-            out.print(Text(f"{name}: ({len(found)})", style="bold"))
-            out.print(in_columns(found, out.width), soft_wrap=True)
+    for name, names in listed.items():
+        if names:
+            out.print(Text(f"{name}: ({len(names)})", style="bold"))
+            out.print(in_columns(names, out.width), soft_wrap=True)
     if source is None:
         if "timm" not in listed:
             out.print(f"\ntimm isn't installed; over a thousand more models: {install_command('timm')}", soft_wrap=True)

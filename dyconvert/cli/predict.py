@@ -45,16 +45,16 @@ def predict(
     with progress(f"loading {directory}") as tell:
         model = restored(directory, trust_code, factory).to(parse_device(device))
         prepared = _preprocessing(model, size, mean, std)
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for start in range(0, len(files), batch_size):
             tell("classifying", start, len(files))
             part = files[start : start + batch_size]
             for file, classes in zip(part, classified(model, prepared, part, top), strict=True):
-                found.append({"image": str(file), "classes": [each._asdict() for each in classes]})
+                rows.append({"image": str(file), "classes": [each._asdict() for each in classes]})
     if as_json:
-        write_json({"model": str(directory), "predictions": found})
+        write_json({"model": str(directory), "predictions": rows})
         return
-    for number, each in enumerate(found):
+    for number, each in enumerate(rows):
         if number:
             out.print()
         out.print(Text(each["image"], style="bold"), soft_wrap=True)

@@ -33,8 +33,8 @@ def prepared(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
     Others, of three dimensions and transposed, are exported operation by operation, to ExecuTorch's portable ones.
     """
-    found = (m for m in model.modules() if isinstance(m, DynamicConv) and type(m) in _WRITTEN)
-    convs: dict[nn.Module, nn.Module] = {m: _replacement(m) for m in found}
+    dynamic = (m for m in model.modules() if isinstance(m, DynamicConv) and type(m) in _WRITTEN)
+    convs: dict[nn.Module, nn.Module] = {m: _replacement(m) for m in dynamic}
     return convs | {m: _plain(m) for m in model.modules() if isinstance(m, CompressedLinear)}
 
 

@@ -134,7 +134,7 @@ def explained(what: str, model: nn.Module) -> Iterator[None]:
                 f"({brief(error)}). Rename that key, in the ModuleDict or in add_module, and convert again."
             ) from error
         text = "\n".join(str(each) for each in chain)
-        node = next((found[1] for pattern in _NODES if (found := re.search(pattern, text))), None)
+        node = next((match[1] for pattern in _NODES if (match := re.search(pattern, text))), None)
         workaround = next((advice for pattern, advice in _WORKAROUNDS if re.search(pattern, text)), _OTHERWISE)
         reason = next((line.strip() for each in reversed(chain) for line in str(each).splitlines() if line.strip()), "")
         where = _line_of_the_model(chain)
@@ -204,7 +204,7 @@ def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, s
     generator = torch.Generator().manual_seed(0)
 
     def like(batch: int | None, more: int) -> Inputs:
-        made = []
+        checks = []
         for argument, dynamic in zip(arguments, axes, strict=True):
             shape = list(argument.shape)
             for axis, name in dynamic.items():
@@ -213,10 +213,10 @@ def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, s
                 elif batch is not None:
                     shape[axis] = batch
             if argument.is_floating_point():
-                made.append(torch.randn(shape, generator=generator).to(argument.dtype))
+                checks.append(torch.randn(shape, generator=generator).to(argument.dtype))
             else:
-                made.append(argument.flatten()[:1].expand(shape).contiguous())
-        return tuple(made)
+                checks.append(argument.flatten()[:1].expand(shape).contiguous())
+        return tuple(checks)
 
     dynamic_batch = any("batch" in each.values() for each in axes)
     dynamic_size = any(set(each.values()) - {"batch"} for each in axes)

@@ -37,9 +37,9 @@ def output_names(returned: Any, taken: Collection[str] = ()) -> list[str]:
     Args:
         taken: names that the inputs have.
     """
-    found = tensors_in(returned, numbers=False)
+    tensors = tensors_in(returned, numbers=False)
     names: list[str] = []
-    for path, _ in found:
+    for path, _ in tensors:
         steps = [next(part for part in match if part) for match in _STEP.findall(path) if any(match)]
         name = "_".join(steps) or "output"
         if name[0].isdigit():

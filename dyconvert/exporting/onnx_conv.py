@@ -43,8 +43,8 @@ def prepared(model: nn.Module, dynamic_batch: bool, by_terms: bool = False) -> d
                 f"{name or 'The model'} is a {type(module).__name__}, which ONNX has for a fixed batch only. Export "
                 "with `dynamic_batch=False`, don't convert it, or export for torch (export_torch, --to torch)."
             )
-    found = (m for m in model.modules() if isinstance(m, DynamicConv) and type(m) in _WRITTEN)
-    convs: dict[nn.Module, nn.Module] = {m: MixedConv(m, dynamic_batch, by_terms) for m in found}
+    dynamic = (m for m in model.modules() if isinstance(m, DynamicConv) and type(m) in _WRITTEN)
+    convs: dict[nn.Module, nn.Module] = {m: MixedConv(m, dynamic_batch, by_terms) for m in dynamic}
     return convs | {m: PackedLinear(m) for m in model.modules() if isinstance(m, CompressedLinear)}
 
 

@@ -74,7 +74,7 @@ def _runner(file: Path) -> Callable[..., list[Tensor]]:
     compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": openvino.Type.f32})
 
     def run(*arguments: Tensor) -> list[Tensor]:
-        found = compiled([argument.contiguous().numpy() for argument in arguments])
-        return [torch.from_numpy(found[index].copy()) for index in range(len(compiled.outputs))]
+        results = compiled([argument.contiguous().numpy() for argument in arguments])
+        return [torch.from_numpy(results[index].copy()) for index in range(len(compiled.outputs))]
 
     return run

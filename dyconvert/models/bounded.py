@@ -69,11 +69,11 @@ class _Bounded(DispatchMode):
     """Refuses to make a tensor that is larger than any architecture's."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.nbytes > TABLE_BYTES:
                 raise TooLargeError(f"it makes a tensor of {tensor.nbytes / 1e9:.1f} GB")
-        return made
+        return result
 
 
 def check_tensors(build: Callable[[], object]) -> None:

@@ -77,7 +77,7 @@ def sample(model: nn.Module, images: Images, positions: Positions) -> Samples:
             break
         aims = seen
     else:
-        rows = {name: found for name, found in rows.items() if name not in unsteady}
+        rows = {name: layer_rows for name, layer_rows in rows.items() if name not in unsteady}
     return Samples({name: seen[name] for name in rows}, rows, unsteady)
 
 

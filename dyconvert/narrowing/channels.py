@@ -48,8 +48,8 @@ class Chooser:
         self._similarity = {group.name: self._of(group, samples) for group in graph.free}
 
     def _of(self, group: Group, samples: Samples | None) -> Tensor:
-        found = map_similarity(samples, self._graph, group) if samples is not None else None
-        return choose.filter_similarity(self._model, self._graph, group) if found is None else found
+        similarity = map_similarity(samples, self._graph, group) if samples is not None else None
+        return choose.filter_similarity(self._model, self._graph, group) if similarity is None else similarity
 
     def by_width(self, width: float) -> Chosen:
         """The same share of each group."""

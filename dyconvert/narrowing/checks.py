@@ -114,16 +114,16 @@ def check_runs(original: nn.Module, narrowed: nn.Module, example: tuple[Any, ...
     with torch.no_grad():
         expected = _shapes(original(*tree_map_only(Tensor, torch.clone, example)))
         try:
-            found = _shapes(runner(*tree_map_only(Tensor, torch.clone, example)))
+            shapes = _shapes(runner(*tree_map_only(Tensor, torch.clone, example)))
         except Exception as error:
             where = inside[-1] if inside and inside[-1] else type(narrowed).__name__
             raise ModelError(
                 f"{type(narrowed).__name__} doesn't run when its channels are narrowed: {where} raises {brief(error)}. "
                 "It counts on their number; keep the channels that it reads: `keep=[...]`."
             ) from error
-    if found != expected:
+    if shapes != expected:
         raise ModelError(
-            f"{type(narrowed).__name__} returns {found} when its channels are narrowed, not {expected}. "
+            f"{type(narrowed).__name__} returns {shapes} when its channels are narrowed, not {expected}. "
             "Keep the channels of its last layers: `keep=[...]`."
         )
 

@@ -85,7 +85,7 @@ def by_unit(similarity: Tensor, group: Group) -> Tensor:
 
 def filters(model: nn.Module, graph: Graph, group: Group) -> list[Tensor]:
     """The filters that make a group's channels, `[size, K]` for each of its layers."""
-    found = []
+    layers = []
     for member in group.makers:
         module = model.get_submodule(member.name)
         if member.name not in graph.layers:
@@ -95,8 +95,8 @@ def filters(model: nn.Module, graph: Graph, group: Group) -> list[Tensor]:
         if len(member.positions) == group.size:
             ordered = torch.empty(group.size, dtype=torch.long)
             ordered[member.positions] = member.channels
-            found.append(rows[ordered])
-    return found
+            layers.append(rows[ordered])
+    return layers
 
 
 def filter_similarity(model: nn.Module, graph: Graph, group: Group) -> Tensor:

@@ -149,14 +149,14 @@ def _merged(module: nn.Module, side: str, fold: Fold) -> dict[str, Tensor]:
         # Representatives are the same in each group of a grouped conv.
         into = fold.into[:per_group] if per_group < len(fold.into) else fold.into
         return {"weight": _summed(tensors["weight"], dim, into)}
-    found = {}
+    merged = {}
     for key, t in tensors.items():
         dim = 1 if key == "weight" and getattr(module, "transposed", False) else 0
         if t.dim() > dim and t.shape[dim] == len(fold.into):
             counts = torch.bincount(fold.into).to(t)
             shape = [-1 if d == dim else 1 for d in range(t.dim())]
-            found[key] = _summed(t, dim, fold.into) / counts.view(shape)
-    return found
+            merged[key] = _summed(t, dim, fold.into) / counts.view(shape)
+    return merged
 
 
 def _summed(t: Tensor, dim: int, into: Tensor) -> Tensor:

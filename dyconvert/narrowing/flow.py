@@ -54,19 +54,19 @@ def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
     for number in watch.returned:
         readers[number].append(-1)  # whoever called the model
     norms = {number: place.module for number, place in enumerate(watch.places) if _is_norm(model, watch, place)}
-    found: dict[str, tuple[Aim, ...]] = {}
+    aims: dict[str, tuple[Aim, ...]] = {}
     for name, calls in watch.calls.items():
         module = model.get_submodule(name)
         if not is_layer(module) or not all(_is_batch(module, call) for call in calls):
             continue
         first = isinstance(module, ConvNd)
         if len(calls) == 1:
-            found[name] = (_aim(watch, readers, norms, calls[0], first),)
+            aims[name] = (_aim(watch, readers, norms, calls[0], first),)
         else:
-            found[name] = tuple(
+            aims[name] = tuple(
                 Aim(watch.places[c.number], None, None, first, _clamp(watch, readers[c.number]), c.shape) for c in calls
             )
-    return found
+    return aims
 
 
 def _is_norm(model: nn.Module, watch: Watch, place: Place) -> bool:

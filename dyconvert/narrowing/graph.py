@@ -141,9 +141,9 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
     groups, cutters = _groups(traced, runner)
     _check_disjoint(groups)
     _keep(groups, keep, [name for name, _ in model.named_modules() if name], traced.watch)
-    found = Graph(groups, traced.watch.layers, traced.watch.paddings, cutters)
-    check_free(model, found)
-    return found
+    graph = Graph(groups, traced.watch.layers, traced.watch.paddings, cutters)
+    check_free(model, graph)
+    return graph
 
 
 def check_free(model: nn.Module, graph: Graph) -> None:
@@ -261,13 +261,13 @@ def _traced(runner: nn.Module, arguments: tuple[Any, ...], training: bool = Fals
 
 def _groups(traced: _Traced, runner: nn.Module) -> tuple[list[Group], dict[str, Any]]:
     names = {id(m): name for name, m in runner.named_modules()}
-    found = {names[id(node.module)]: node for node in bridge.nodes(traced.graph) if id(node.module) in names}
+    by_name = {names[id(node.module)]: node for node in bridge.nodes(traced.graph) if id(node.module) in names}
     covered: dict[str, set[int]] = {}
     groups, cutters = [], dict[str, Any]()
     for name in traced.watch.layers:
-        if name not in found:
+        if name not in by_name:
             continue  # it doesn't reach the output
-        module = found[name].module
+        module = by_name[name].module
         size = bridge.cutter(traced.graph, module).get_out_channels(module)
         rest = sorted(set(range(size)) - covered.get(name, set()))
         if rest:

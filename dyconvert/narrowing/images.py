@@ -71,28 +71,28 @@ def collect_images(data: Iterable[Any], count: int, model: nn.Module, example: A
     takes = [at for at, value in enumerate(template) if _is_images(value)] or [0]
     dims = _dims(model, template[takes[0]] if template else None)
     check_iterable(data)
-    found: list[list[Tensor]] = [[] for _ in takes]
+    taken: list[list[Tensor]] = [[] for _ in takes]
     listed = False
     for batch in [data] if isinstance(data, Tensor) else data:
         items, as_list = _items(batch, len(takes), dims)
         listed = listed or as_list
-        for column, images in zip(found, items, strict=True):
+        for column, images in zip(taken, items, strict=True):
             column.extend(images[: count - len(column)])
-        if len(found[0]) >= count:
+        if len(taken[0]) >= count:
             break
-    if not found[0]:
+    if not taken[0]:
         raise ModelError("The calibration data holds no images. Give a DataLoader or a tensor of images: `data=...`.")
     listed = isinstance(template[takes[0]], list) if template else listed and _takes_lists(model)
     columns, notes = list(template) or [None], []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    for at, images in zip(takes, found, strict=True):
+    for at, images in zip(takes, taken, strict=True):
         shown = template[at] if template else None
         images = [_as_taken(image, number, like, shown) for number, image in enumerate(images)]
         if not listed:
             images, note = _of_one_size(images, shown)
             notes += note
         columns[at] = images if listed else torch.stack(images)
-    return Images(columns, len(found[0]), notes)
+    return Images(columns, len(taken[0]), notes)
 
 
 def _takes_lists(model: nn.Module) -> bool:
@@ -128,22 +128,22 @@ def _items(batch: Any, columns: int, dims: int) -> tuple[list[list[Tensor]], boo
     if columns == 1:
         nested = list(_nested(values))
         values = [v for v in nested if isinstance(v, Tensor) or _is_list_of_images(v, dims)][:1]
-    found, listed = [], False
+    items, listed = [], False
     for value in values[:columns]:
         if _is_list_of_images(value, dims):
-            found.append(list(value))
+            items.append(list(value))
             listed = True
         elif isinstance(value, Tensor) and value.dim() == dims:
-            found.append([value])
+            items.append([value])
         elif isinstance(value, Tensor) and value.dim() > 1:
-            found.append(list(value))
-    if len(found) < columns:
+            items.append(list(value))
+    if len(items) < columns:
         what = "a batch of images" if columns == 1 else f"the {columns} tensors that the forward takes"
         raise ModelError(
             f"The calibration data gave a {type(batch).__name__} without {what}. Give batches "
             "[N, C, H, W], or (images, labels), as a DataLoader does."
         )
-    return found, listed
+    return items, listed
 
 
 def _nested(values: Iterable[Any]) -> Iterator[Any]:

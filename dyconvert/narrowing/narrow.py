@@ -111,8 +111,8 @@ def narrow(
         if width is not None:
             chosen = chooser.by_width(width)
         else:
-            made = None if static else lambda m: preview(m, plan(m, method, g, example=example, **choices))
-            chosen = chooser.by_flops(flops, example, made)
+            converted = None if static else lambda m: preview(m, plan(m, method, g, example=example, **choices))
+            chosen = chooser.by_flops(flops, example, converted)
         narrowed = copied(model)
         folds = Folds(graph, chosen.choices)
         cut_channels(narrowed, graph, folds, merge=init != "l1")

@@ -240,14 +240,14 @@ def _sizes(grad_fn: Any) -> tuple[int, ...]:
     return tuple(saved_argument(grad_fn, "self_sym_sizes") or saved_argument(grad_fn, "self_sizes") or ())
 
 
-def follow_padding(graph: bridge.DependencyGraph, found: Obstacles, owner: Callable[..., str | None]) -> None:
+def follow_padding(graph: bridge.DependencyGraph, obstacles: Obstacles, owner: Callable[..., str | None]) -> None:
     """Couple what a channel-padding shortcut reads with what it returns.
 
     Args:
         owner: gives the name of the module that pads, by its grad_fn and by how many channels, or None.
     """
     for node in bridge.nodes(graph):
-        if (pair := found.padding(node)) is None or (name := owner(node.grad_fn, *pair)) is None:
+        if (pair := obstacles.padding(node)) is None or (name := owner(node.grad_fn, *pair)) is None:
             continue
         node.dyconvert_padding = name
         for before in node.inputs:

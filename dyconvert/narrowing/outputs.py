@@ -22,17 +22,17 @@ def output_error(original: nn.Module, narrowed: nn.Module, images: Images) -> fl
     if not count:
         return None
     first = len(images) - count
-    wanted, found = (
+    wanted, ours = (
         [t for _, t in tensors_in(model(*images.part(first, len(images)))) if t.is_floating_point() and t.numel()]
         for model in (original, narrowed)
     )
-    if [t.shape for t in wanted] != [t.shape for t in found]:
+    if [t.shape for t in wanted] != [t.shape for t in ours]:
         return None
-    errors = [e for a, b in zip(wanted, found, strict=True) if (e := _error(a.double(), b.double(), count)) is not None]
+    errors = [e for a, b in zip(wanted, ours, strict=True) if (e := _error(a.double(), b.double(), count)) is not None]
     return sum(errors) / len(errors) if errors else None
 
 
-def _error(wanted: Tensor, found: Tensor, count: int) -> float | None:
+def _error(wanted: Tensor, outputs: Tensor, count: int) -> float | None:
     if not wanted.isfinite().all():
         return None
     by_image = count > 1 and wanted.dim() > 1 and len(wanted) == count
@@ -40,4 +40,4 @@ def _error(wanted: Tensor, found: Tensor, count: int) -> float | None:
     variance = (wanted - mean).square().mean()
     if variance <= 1e-12 * wanted.square().mean():
         return None
-    return ((wanted - found).square().mean() / variance).nan_to_num(float("inf"), float("inf")).item()
+    return ((wanted - outputs).square().mean() / variance).nan_to_num(float("inf"), float("inf")).item()

@@ -71,8 +71,8 @@ class Watch(DispatchMode):
 
     def number(self, value: Any) -> int | None:
         """The number of the operator that made this tensor; None for what no operator of this run made."""
-        found = self._made.get(id(value))
-        return found[1] if found is not None and found[0]() is value else None
+        place = self._made.get(id(value))
+        return place[1] if place is not None and place[0]() is value else None
 
     def __enter__(self) -> "Watch":
         for name, module in self._model.named_modules():
@@ -115,18 +115,18 @@ class Watch(DispatchMode):
         self.inputs.append(reads)
         plain = tuple(None if isinstance(value, Tensor | list) else value for value in args)
         self.arguments.append((plain, {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}))
-        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        self.shapes.append(tuple(made[0].shape) if made else ())
-        for leaf in made:
+        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.shapes.append(tuple(results[0].shape) if results else ())
+        for leaf in results:
             self._keep(leaf, number)
         for tell in self._wanted.get(place, ()):
             tell(output if isinstance(output, Tensor) else output[0])
         return output
 
     def _keep(self, t: Tensor, number: int) -> None:
-        key, made = id(t), self._made
+        key, places = id(t), self._made
         # Another tensor may get the same id once this one is gone.
-        made[key] = weakref.ref(t, lambda _: made.pop(key, None)), number
+        places[key] = weakref.ref(t, lambda _: places.pop(key, None)), number
 
 
 @torch.no_grad()

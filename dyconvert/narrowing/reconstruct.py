@@ -217,12 +217,12 @@ class _Work:
         norm_name = self.aims[name][0].norm
         norm = self.model.get_submodule(norm_name) if norm_name else None
         if any(part is None for part in parts):
-            found = SolvedLayer(name=name, weights=MERGED, why="it reads or returns other maps than in the original")
+            solved = SolvedLayer(name=name, weights=MERGED, why="it reads or returns other maps than in the original")
         else:
-            found = _fit(name, layer, norm, _joined(parts), self.ridge)
-        if found.weights == SOLVED and norm_name:
+            solved = _fit(name, layer, norm, _joined(parts), self.ridge)
+        if solved.weights == SOLVED and norm_name:
             self.norms.add(norm_name)
-        self.found[name] = found
+        self.found[name] = solved
         self.progress(len(self.found), len(self.aims))
 
 
@@ -283,25 +283,25 @@ def _made_now(layer: nn.Module, norm: nn.Module | None, now: Tensor, rows: Rows)
     """What the layer, and the batch norm behind it, return with the weights that they have."""
     x = rows.x  # [P, g, F]
     weight = now.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # [g, F, C]
-    made = (x.transpose(0, 1) @ weight).transpose(0, 1).flatten(1)
+    outputs = (x.transpose(0, 1) @ weight).transpose(0, 1).flatten(1)
     if layer.bias is not None:
-        made = made + layer.bias.to(x.dtype)
+        outputs = outputs + layer.bias.to(x.dtype)
     if norm is None:
-        return made
+        return outputs
     scale = (norm.running_var.double() + norm.eps).rsqrt().to(x.dtype)
-    made = (made - norm.running_mean.to(x.dtype)) * scale
+    outputs = (outputs - norm.running_mean.to(x.dtype)) * scale
     if norm.weight is not None:
-        made = made * norm.weight.to(x.dtype)
-    return made if norm.bias is None else made + norm.bias.to(x.dtype)
+        outputs = outputs * norm.weight.to(x.dtype)
+    return outputs if norm.bias is None else outputs + norm.bias.to(x.dtype)
 
 
-def _write(layer: nn.Module, norm: nn.Module | None, found: Solution, factor: Tensor) -> None:
-    effective = found.weight.transpose(1, 2).flatten(0, 1)  # [C, F]
-    mean = (found.weight.transpose(1, 2) @ found.mean_in.unsqueeze(2)).flatten()
+def _write(layer: nn.Module, norm: nn.Module | None, solution: Solution, factor: Tensor) -> None:
+    effective = solution.weight.transpose(1, 2).flatten(0, 1)  # [C, F]
+    mean = (solution.weight.transpose(1, 2) @ solution.mean_in.unsqueeze(2)).flatten()
     if norm is None:
         layer.weight.copy_(as_weight(layer, effective))
         if layer.bias is not None:
-            layer.bias.copy_(found.mean_out - mean)
+            layer.bias.copy_(solution.mean_out - mean)
         return
     # In the scale that the layer had, with the statistics and the affine map to match: in training mode, whose
     # statistics are the batch's, the batch norm computes nearly the same.
@@ -309,18 +309,18 @@ def _write(layer: nn.Module, norm: nn.Module | None, found: Solution, factor: Te
     if layer.bias is not None:
         layer.bias.zero_()
     if norm.weight is not None and norm.bias is not None:
-        variance = found.variance / factor.square()
+        variance = solution.variance / factor.square()
         norm.running_mean.copy_(mean / factor)
         norm.running_var.copy_(variance)
         norm.weight.copy_((variance + norm.eps).sqrt() * factor)
-        norm.bias.copy_(found.mean_out)
+        norm.bias.copy_(solution.mean_out)
         return
     if norm.weight is not None:
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt() * factor)
     if norm.bias is not None:
-        norm.bias.copy_(found.mean_out)
+        norm.bias.copy_(solution.mean_out)
     else:
-        mean = mean - found.mean_out
+        mean = mean - solution.mean_out
     norm.running_mean.copy_(mean / factor)
 
 

@@ -135,7 +135,7 @@ class Narrowing(BaseModel):
 
 def changes(original: nn.Module, narrowed: nn.Module) -> list[NarrowedModule]:
     """What differs in shape between a model and a narrowed copy of it."""
-    found = []
+    changed = []
     for name, old in original.named_modules():
         new = narrowed.get_submodule(name)
         channels = None
@@ -149,8 +149,8 @@ def changes(original: nn.Module, narrowed: nn.Module) -> list[NarrowedModule]:
             channels=channels,
         )
         if entry.shapes or entry.attributes or entry.channels:
-            found.append(entry)
-    return found
+            changed.append(entry)
+    return changed
 
 
 def rebuild_narrowed(model: nn.Module, narrowing: Narrowing) -> nn.Module:
@@ -160,13 +160,13 @@ def rebuild_narrowed(model: nn.Module, narrowing: Narrowing) -> nn.Module:
         PlanError: the model isn't the one that was narrowed.
     """
     # A tensor that has several names stays one tensor.
-    made: dict[int, torch.Tensor] = {}
+    replaced: dict[int, torch.Tensor] = {}
     for entry in narrowing.modules:
         try:
             module = model.get_submodule(entry.name)
             tensors, numbers = dict(_own_tensors(module)), dict(_numbers(module))
             for name, shape in entry.shapes.items():
-                _replace(module, name, tensors[name], shape, made)
+                _replace(module, name, tensors[name], shape, replaced)
             for name, value in entry.attributes.items():
                 like: Any = numbers[name]
                 new: Any = value
@@ -205,12 +205,14 @@ def _plain(value: Any) -> int | list[int]:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-def _replace(module: nn.Module, name: str, old: torch.Tensor, shape: list[int], made: dict[int, torch.Tensor]) -> None:
+def _replace(
+    module: nn.Module, name: str, old: torch.Tensor, shape: list[int], replaced: dict[int, torch.Tensor]
+) -> None:
     if len(shape) != old.dim() or any(new > whole for new, whole in zip(shape, old.shape, strict=True)):
         raise ValueError(f"{name} can't become {shape}")
-    if id(old) not in made:
+    if id(old) not in replaced:
         # Values that aren't saved would otherwise be whatever lay in memory.
         new = old.detach().new_zeros(shape)
-        made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     own, buffers = tensor_tables(module)
-    (own if name in own else buffers)[name] = made[id(old)]
+    (own if name in own else buffers)[name] = replaced[id(old)]

@@ -45,13 +45,13 @@ class Rows:
         held = len(self.z) - self.fitted
         if held < 2:
             return None
-        wanted, found = self.z[self.fitted :], made[self.fitted :]
+        wanted, outputs = self.z[self.fitted :], made[self.fitted :]
         if self.added is not None:
-            wanted, found = wanted + self.added[self.fitted :], found + self.added[self.fitted :]
+            wanted, outputs = wanted + self.added[self.fitted :], outputs + self.added[self.fitted :]
         if self.clamp is not None:
-            wanted, found = wanted.clamp(*self.clamp), found.clamp(*self.clamp)
+            wanted, outputs = wanted.clamp(*self.clamp), outputs.clamp(*self.clamp)
         variance = wanted.double().var(0, correction=0).mean().clamp(min=1e-30)
-        return ((wanted.double() - found.double()).square().mean() / variance).item()
+        return ((wanted.double() - outputs.double()).square().mean() / variance).item()
 
 
 @dataclass
@@ -125,12 +125,12 @@ def solve(rows: Rows, priors: list[Tensor], *, center: bool, ridge: float = RIDG
     def at(strength: float) -> tuple[float, Tensor, Tensor, float]:
         factor = normal.factor(strength)
         pull = strength * normal.scale
-        found = []
+        tried = []
         for prior in priors if rows.fitted < len(rows.z) else priors[:1]:
             weight = torch.cholesky_solve(normal.cross + pull * prior, factor)
             error = rows.error(normal.made(weight, normal.mean_out))
-            found.append((float("nan") if error is None else error, weight, prior))
-        error, weight, prior = min(found, key=lambda entry: entry[0])
+            tried.append((float("nan") if error is None else error, weight, prior))
+        error, weight, prior = min(tried, key=lambda entry: entry[0])
         return error, weight, prior, strength
 
     best = _search(at, ridge)

@@ -159,7 +159,7 @@ def maps_in(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return [found for item in value for found in maps_in(item)]
+        return [tensor for item in value for tensor in maps_in(item)]
     return []
 
 

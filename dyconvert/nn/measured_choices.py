@@ -109,14 +109,14 @@ class Choices:
 
     def known(self, key: Key) -> str | None:
         """What was chosen in this process, be it measured here or read."""
-        found = self._found.get(key)
-        return None if found is None or found.strategy in self._failed else found.strategy
+        choice = self._found.get(key)
+        return None if choice is None or choice.strategy in self._failed else choice.strategy
 
     def read(self, key: Key) -> str | None:
         """What was chosen in this process, or by an earlier one as the file has it."""
-        found = self._file(key.device).get(str(key))
-        if found is not None and found.strategy not in self._failed:
-            self._found.setdefault(key, found)
+        choice = self._file(key.device).get(str(key))
+        if choice is not None and choice.strategy not in self._failed:
+            self._found.setdefault(key, choice)
         return self.known(key)
 
     def choose(self, key: Key, trials: Mapping[str, Callable[[], object]], rule: str) -> str:
@@ -143,12 +143,12 @@ class Choices:
             for name, trial in trials.items():
                 if name not in self._failed and (took := self._try(name, trial, key, repeats)) is not None:
                     seconds[name] = took
-            found = Found(min(seconds, key=seconds.__getitem__) if seconds else rule, seconds)
-            self._found[key] = found
+            choice = Found(min(seconds, key=seconds.__getitem__) if seconds else rule, seconds)
+            self._found[key] = choice
             # Where a strategy failed, another process may have more memory, or a compiler.
             if file and len(seconds) == len(trials):
-                self._write(key, found)
-            return found.strategy
+                self._write(key, choice)
+            return choice.strategy
 
     def fail(self, names: Sequence[str], error: BaseException, *, warn: bool = True) -> None:
         """Leave strategies out in this process from now on, with one warning that says why."""
@@ -165,7 +165,7 @@ class Choices:
 
     def items(self) -> dict[str, Found]:
         """All that was chosen in this process, for people to read."""
-        return {str(key): found for key, found in self._found.items()}
+        return {str(key): choice for key, choice in self._found.items()}
 
     def _try(self, name: str, trial: Callable[[], object], key: Key, repeats: int) -> float | None:
         """Seconds a call; None if it can't run."""
@@ -231,13 +231,13 @@ class Choices:
             )
             return {}
 
-    def _write(self, key: Key, found: Found) -> None:
+    def _write(self, key: Key, choice: Found) -> None:
         """Add to the device's file, in one step: readers see the file of before, or of after."""
         if self._folder is None:
             return
         path = self._path(key.device)
         # Other processes have written meanwhile: what they found is kept.
-        choices = {**self._load(path), str(key): found}
+        choices = {**self._load(path), str(key): choice}
         self._files[key.device] = choices
         text = json.dumps(
             {

@@ -161,13 +161,13 @@ def bank_gradient(out: Tensor, kernel_grad: Tensor, coefficients: Tensor, *, add
         return
     images, channels, elements = kernel_grad.shape
     if elements >= _LONG:
-        found = torch.bmm(coefficients.permute(2, 1, 0), kernel_grad.transpose(0, 1)).transpose(0, 1)
+        gradient = torch.bmm(coefficients.permute(2, 1, 0), kernel_grad.transpose(0, 1)).transpose(0, 1)
     else:
         g = out.shape[0]
         index = _rows(images, channels, channels).repeat(g)
-        found = sums_of_rows(kernel_grad.view(-1, elements), index, images, coefficients.permute(1, 2, 0))
-        found = found.view(g, channels, elements)
-    out.add_(found) if add else out.copy_(found)
+        gradient = sums_of_rows(kernel_grad.view(-1, elements), index, images, coefficients.permute(1, 2, 0))
+        gradient = gradient.view(g, channels, elements)
+    out.add_(gradient) if add else out.copy_(gradient)
 
 
 def coefficient_gradient(bank: Tensor, kernel_grad: Tensor, per_channel: bool) -> Tensor:

@@ -82,7 +82,7 @@ def prepare(operands: Operands, compressed: Compressed | None = None) -> Call | 
     last = not weight.is_contiguous()
     if compressed is not None and not _readable(compressed, last):
         return None
-    found = _call(
+    call = _call(
         x.shape,
         x.stride(),
         x.dtype,
@@ -99,7 +99,7 @@ def prepare(operands: Operands, compressed: Compressed | None = None) -> Call | 
         torch.get_num_threads(),
         None if compressed is None else compressed.mean.dtype,
     )
-    return None if last and not weight.is_contiguous(memory_format=torch.channels_last) else found
+    return None if last and not weight.is_contiguous(memory_format=torch.channels_last) else call
 
 
 def _readable(bank: Compressed, last: bool) -> bool:

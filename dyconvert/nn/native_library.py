@@ -74,13 +74,13 @@ def library() -> ctypes.CDLL | None:
     wish = os.environ.get("DYCONVERT_NATIVE")
     if wish == "0":
         return None
-    found = _loaded()
-    if isinstance(found, str):
+    loaded = _loaded()
+    if isinstance(loaded, str):
         if wish == "1":
-            raise DyconvertError(f"DYCONVERT_NATIVE=1 asks for the compiled kernels, but {found}")
+            raise DyconvertError(f"DYCONVERT_NATIVE=1 asks for the compiled kernels, but {loaded}")
         return None
-    _use(found, os.environ.get("DYCONVERT_CPU") or _targets(found)[0])
-    return found
+    _use(loaded, os.environ.get("DYCONVERT_CPU") or _targets(loaded)[0])
+    return loaded
 
 
 def _loaded() -> ctypes.CDLL | str:
@@ -90,46 +90,46 @@ def _loaded() -> ctypes.CDLL | str:
     if parallel_for() is None:
         return f"torch {torch.__version__} has no torch_parallel_for. Take torch 2.10 or later."
     try:
-        found = ctypes.CDLL(str(LIBRARY))
+        loaded = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY} can't be loaded: {error}."
-    if not hasattr(found, "dyconvert_abi") or (found.dyconvert_abi(), found.dyconvert_shape_bytes()) != (
+    if not hasattr(loaded, "dyconvert_abi") or (loaded.dyconvert_abi(), loaded.dyconvert_shape_bytes()) != (
         _ABI,
         ctypes.sizeof(Shape),
     ):
         return f"{LIBRARY} is of another version. Install dyconvert again."
-    found.dyconvert_target_name.restype = ctypes.c_char_p
+    loaded.dyconvert_target_name.restype = ctypes.c_char_p
     for function, tensors, types in (
-        (found.dyconvert_conv, 9, 2),
-        (found.dyconvert_input_gradient, 5, 1),
-        (found.dyconvert_bank_gradient, 8, 1),
+        (loaded.dyconvert_conv, 9, 2),
+        (loaded.dyconvert_input_gradient, 5, 1),
+        (loaded.dyconvert_bank_gradient, 8, 1),
     ):  # the shape, torch's threads, the tensors' addresses and their types; declared, calls are quicker
         function.argtypes = [ctypes.POINTER(Shape)] + [ctypes.c_void_p] * (1 + tensors) + [ctypes.c_int] * types
-    found.dyconvert_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_int]
-    found.dyconvert_path.argtypes = [ctypes.POINTER(Shape), ctypes.c_int, ctypes.c_int]
-    return found
+    loaded.dyconvert_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+    loaded.dyconvert_path.argtypes = [ctypes.POINTER(Shape), ctypes.c_int, ctypes.c_int]
+    return loaded
 
 
-def _names(found: ctypes.CDLL) -> list[str]:
+def _names(loaded: ctypes.CDLL) -> list[str]:
     """Of all targets, by their numbers."""
     names: list[str] = []
-    while name := found.dyconvert_target_name(len(names)):
+    while name := loaded.dyconvert_target_name(len(names)):
         names.append(name.decode())
     return names
 
 
-def _targets(found: ctypes.CDLL) -> list[str]:
-    return [name for number, name in enumerate(_names(found)) if found.dyconvert_target_runs_here(number)]
+def _targets(loaded: ctypes.CDLL) -> list[str]:
+    return [name for number, name in enumerate(_names(loaded)) if loaded.dyconvert_target_runs_here(number)]
 
 
-def _use(found: ctypes.CDLL, name: str) -> None:
+def _use(loaded: ctypes.CDLL, name: str) -> None:
     global _used
-    if name not in _targets(found):
+    if name not in _targets(loaded):
         raise DyconvertError(
             f"DYCONVERT_CPU={name}: there are no such kernels for this processor. "
-            f"It can use {', '.join(_targets(found))}."
+            f"It can use {', '.join(_targets(loaded))}."
         )
-    found.dyconvert_use(_names(found).index(name))
+    loaded.dyconvert_use(_names(loaded).index(name))
     _used = name
 
 

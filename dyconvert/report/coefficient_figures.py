@@ -8,9 +8,9 @@ from dyconvert.report.figures import _short, new, spread_rows
 from dyconvert.report.style import COLOUR
 
 
-def ridges(found: Coefficients) -> Any:
+def ridges(coefficients: Coefficients) -> Any:
     """The distribution of each conv's coefficients, one above the other, at the width that they take."""
-    shown = spread_rows(found.convs)
+    shown = spread_rows(coefficients.convs)
     figure, axes = new(1.0 + 0.26 * len(shown))
     low, high = _range(shown)
     for number, conv in enumerate(shown):
@@ -28,9 +28,9 @@ def ridges(found: Coefficients) -> Any:
     return figure
 
 
-def variation(found: Coefficients) -> Any:
+def variation(coefficients: Coefficients) -> Any:
     """How far coefficients vary from image to image, between the classes' means and within the classes."""
-    shown = spread_rows(found.convs)
+    shown = spread_rows(coefficients.convs)
     figure, axes = new(0.95 + 0.2 * len(shown))
     y = range(len(shown))
     between = [conv.spread * (conv.between_classes or 0) for conv in shown]
@@ -62,11 +62,11 @@ def variation(found: Coefficients) -> Any:
     return figure
 
 
-def usage(found: Coefficients) -> Any:
+def usage(coefficients: Coefficients) -> Any:
     """Each conv's experts: the mean coefficient of each over all images, and those that are never used."""
     import numpy as np
 
-    shown = spread_rows(found.convs)
+    shown = spread_rows(coefficients.convs)
     experts = max(conv.g for conv in shown)
     figure, axes = new(0.95 + 0.2 * len(shown))
     apart = np.zeros((len(shown), experts))
@@ -87,11 +87,11 @@ def usage(found: Coefficients) -> Any:
     return figure
 
 
-def axes(found: Coefficients) -> Any:
+def axes(coefficients: Coefficients) -> Any:
     """How far what is given along each axis of each conv varies: experts, outputs, inputs and positions."""
     import numpy as np
 
-    shown = spread_rows(found.convs)
+    shown = spread_rows(coefficients.convs)
     figure, plot = new(0.95 + 0.2 * len(shown))
     values = np.full((len(shown), len(AXES)), np.nan)
     for row, conv in enumerate(shown):

@@ -38,13 +38,13 @@ def spread_rows(items: Sequence[Any]) -> list[Any]:
 def bands(layer: LayerCorrelation, name: str) -> Any:
     """The shares of strong, middle, weak and no correlation (DyNet, figure 6)."""
     figure, axes = new(2.5)
-    found = {name: layer.model} | ({"original": layer.original} if layer.original else {})
-    found = dict(sorted(found.items(), key=lambda item: item[0] != "original"))
-    height = 0.8 / len(found)
-    for number, (key, correlation) in enumerate(found.items()):
+    layers = {name: layer.model} | ({"original": layer.original} if layer.original else {})
+    layers = dict(sorted(layers.items(), key=lambda item: item[0] != "original"))
+    height = 0.8 / len(layers)
+    for number, (key, correlation) in enumerate(layers.items()):
         label, colour = MODELS[key]
         values = [100 * correlation.bands[band] for band in BANDS]
-        y = [i + (number - (len(found) - 1) / 2) * height for i in range(len(BANDS))]
+        y = [i + (number - (len(layers) - 1) / 2) * height for i in range(len(BANDS))]
         bars = axes.barh(y, values, height * 0.9, color=COLOUR[colour], label=label)
         axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=7.5, color=COLOUR["muted"])
     axes.set_yticks(range(len(BANDS)), [BAND_LABELS[band] for band in BANDS])
@@ -53,7 +53,7 @@ def bands(layer: LayerCorrelation, name: str) -> Any:
     axes.set_xlim(0, 112)
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_xlabel("share of pairs of feature maps, %")
-    if len(found) > 1:
+    if len(layers) > 1:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.3))
     return figure
 
@@ -80,9 +80,9 @@ def distribution(layer: LayerCorrelation, name: str) -> Any:
     return figure
 
 
-def experts(found: Sequence[ExpertCorrelation]) -> Any:
+def experts(correlations: Sequence[ExpertCorrelation]) -> Any:
     """For each conv, how alike its experts are: the bands, stacked."""
-    shown = spread_rows(found)
+    shown = spread_rows(correlations)
     figure, axes = new(0.9 + 0.19 * len(shown))
     _stacked_bands(axes, [(each.conv, each.between) for each in shown])
     axes.set_xlabel("share of pairs of experts' kernels, %")
@@ -103,16 +103,16 @@ def _stacked_bands(axes: Any, rows: Sequence[tuple[str, Correlation]]) -> None:
     axes.figure.legend(loc="outside upper left", ncols=4, fontsize=8, columnspacing=1)
 
 
-def latency(found: Resolution) -> Any:
+def latency(resolution: Resolution) -> Any:
     """Time of one image against the input's size."""
     from matplotlib.ticker import LogLocator
 
     figure, axes = new(2.7)
-    names = [name for name in MODELS if any(name in each.seconds for each in found.sizes)]
+    names = [name for name in MODELS if any(name in each.seconds for each in resolution.sizes)]
     for name in names:
         label, colour = MODELS[name]
-        sizes = [each.size for each in found.sizes]
-        timings = [each.seconds[name] for each in found.sizes]
+        sizes = [each.size for each in resolution.sizes]
+        timings = [each.seconds[name] for each in resolution.sizes]
         axes.plot(sizes, [1e3 * t.median for t in timings], "o-", color=COLOUR[colour], label=label)
         low, high = [1e3 * t.low for t in timings], [1e3 * t.high for t in timings]
         axes.fill_between(sizes, low, high, color=COLOUR[colour], alpha=0.2, linewidth=0)
@@ -120,40 +120,40 @@ def latency(found: Resolution) -> Any:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
-    _size_axis(axes, found)
+    _size_axis(axes, resolution)
     axes.set_ylabel("ms an image, log scale")
     axes.legend(loc="upper left")
     return figure
 
 
-def reduced(found: Resolution) -> Any:
+def reduced(resolution: Resolution) -> Any:
     """The latency-reduced ratio against the input's size (DyNet, figure 7), beside that of the multiply-adds."""
     figure, axes = new(2.7)
-    sizes = [each.size for each in found.sizes]
+    sizes = [each.size for each in resolution.sizes]
     for name in ("dynamic", "static", "narrow"):
-        if all(each.latency_reduced(name) is not None for each in found.sizes):
+        if all(each.latency_reduced(name) is not None for each in resolution.sizes):
             label, colour = MODELS[name]
-            time = [100 * each.latency_reduced(name) for each in found.sizes]
-            counted = [100 * each.macs_reduced(name) for each in found.sizes]
+            time = [100 * each.latency_reduced(name) for each in resolution.sizes]
+            counted = [100 * each.macs_reduced(name) for each in resolution.sizes]
             axes.plot(sizes, time, "o-", color=COLOUR[colour], label=f"{label}: latency")
             axes.plot(sizes, counted, "--", color=COLOUR[colour], label=f"{label}: MACs", linewidth=1.2)
     axes.axhline(0, color=COLOUR["muted"], linewidth=0.8)
-    _size_axis(axes, found)
+    _size_axis(axes, resolution)
     axes.set_ylabel("saved against the original, %")
     axes.legend(loc="best", fontsize=7.5)
     return figure
 
 
-def overhead(found: Resolution) -> Any:
+def overhead(resolution: Resolution) -> Any:
     """The share of the dynamic model's time that predicting and mixing take."""
     figure, axes = new(2.7)
-    sizes = [each.size for each in found.sizes]
+    sizes = [each.size for each in resolution.sizes]
     parts = {}
     for part in ("predicting", "mixing"):
-        parts[part] = [100 * e.seconds[part].median / e.seconds["dynamic"].median for e in found.sizes]
+        parts[part] = [100 * e.seconds[part].median / e.seconds["dynamic"].median for e in resolution.sizes]
     colours = [COLOUR["narrow"], COLOUR["dynamic"]]
     axes.stackplot(sizes, parts.values(), labels=list(parts), colors=colours, alpha=0.75)
-    _size_axis(axes, found)
+    _size_axis(axes, resolution)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
     axes.set_ylabel("share of the time, %")
@@ -161,8 +161,8 @@ def overhead(found: Resolution) -> Any:
     return figure
 
 
-def _size_axis(axes: Any, found: Resolution) -> None:
-    sizes = [each.size for each in found.sizes]
+def _size_axis(axes: Any, resolution: Resolution) -> None:
+    sizes = [each.size for each in resolution.sizes]
     # Labels of sizes close together would meet.
     shown = [size for i, size in enumerate(sizes) if i == 0 or size - sizes[i - 1] >= (sizes[-1] - sizes[0]) / 12]
     axes.set_xticks(shown, [str(size) for size in shown])
@@ -194,9 +194,9 @@ def costs(blocks: Sequence[BlockCost], field: str) -> Any:
     return figure
 
 
-def runs(found: Ablation) -> Any | None:
+def runs(ablation: Ablation) -> Any | None:
     """Top-1 of every run of a sweep after fine-tuning, with the spread over seeds, against the original's."""
-    rows = [setting for setting in found.settings if "finetuned" in setting.scores]
+    rows = [setting for setting in ablation.settings if "finetuned" in setting.scores]
     if not rows:
         return None
     shown = spread_rows(rows)
@@ -216,9 +216,9 @@ def runs(found: Ablation) -> Any | None:
     return figure
 
 
-def widths(found: Ablation) -> Any | None:
+def widths(ablation: Ablation) -> Any | None:
     """Static against dynamic at equal width, with the spread over seeds; None with fewer than two settings."""
-    scored = [setting for setting in found.settings if "finetuned" in setting.scores]
+    scored = [setting for setting in ablation.settings if "finetuned" in setting.scores]
     by_width = [setting for setting in scored if setting.width is not None]
     # Runs are narrowed to a width or to a share of the multiply-adds; one axis shows one of them.
     rows = by_width or [setting for setting in scored if setting.flops is not None]
@@ -234,9 +234,9 @@ def widths(found: Ablation) -> Any | None:
     return figure
 
 
-def group_sizes(found: Ablation) -> Any | None:
+def group_sizes(ablation: Ablation) -> Any | None:
     """Top-1 against g, the number of experts; None with fewer than two."""
-    rows = [s for s in found.settings if not s.static and s.g is not None and "finetuned" in s.scores]
+    rows = [s for s in ablation.settings if not s.static and s.g is not None and "finetuned" in s.scores]
     if len({s.g for s in rows}) < 2:
         return None
     figure, axes = new(2.7)
@@ -246,7 +246,7 @@ def group_sizes(found: Ablation) -> Any | None:
         label = key[1] + (f", width {key[2]:g}" if key[2] is not None else "")
         label += f", {key[3]:.0%} of the MACs" if key[3] is not None else ""
         _spread_line(axes, [s.g for s in chosen], chosen, label, COLOUR[SERIES[number % len(SERIES)]])
-    for setting in found.settings:
+    for setting in ablation.settings:
         if setting.static and "finetuned" in setting.scores:
             mean = setting.scores["finetuned"].mean
             axes.axhline(mean, color=COLOUR["original"], linestyle="--", linewidth=1.2)
@@ -270,14 +270,14 @@ def group_sizes(found: Ablation) -> Any | None:
 def _series(rows: Sequence[Setting]) -> list[tuple[str, list[Setting]]]:
     keys = dict.fromkeys((s.recipe, s.static, None if s.static else s.method, None if s.static else s.g) for s in rows)
     recipes = {s.recipe for s in rows}
-    found = []
+    series = []
     for recipe, static, method, g in keys:
         chosen = [
             s for s in rows if s.recipe == recipe and s.static == static and (static or (s.method, s.g) == (method, g))
         ]
         label = "static" if static else f"{method}, g = {g}"
-        found.append((label + (f" ({recipe})" if len(recipes) > 1 else ""), chosen))
-    return found
+        series.append((label + (f" ({recipe})" if len(recipes) > 1 else ""), chosen))
+    return series
 
 
 def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label: str, colour: str) -> None:

@@ -14,7 +14,7 @@ Rows = list[dict[str, Any]]
 
 def tables(analysis: Analysis) -> dict[str, str]:
     """CSV by file name; what was left out of the analysis has no file."""
-    found = {
+    tables_by_name = {
         "plan": [conv.model_dump(exclude={"note"}) | {"note": conv.note} for conv in analysis.plan.convs],
         "accuracy": list(_accuracy(analysis)),
         "confusions": list(_confusions(analysis)),
@@ -27,7 +27,7 @@ def tables(analysis: Analysis) -> dict[str, str]:
         "cost": list(_cost(analysis)),
         "ablation": list(_ablation(analysis)),
     }
-    return {f"{name}.csv": _csv(rows) for name, rows in found.items() if rows}
+    return {f"{name}.csv": _csv(rows) for name, rows in tables_by_name.items() if rows}
 
 
 def _csv(rows: Rows) -> str:
@@ -45,11 +45,14 @@ def _safe(value: Any) -> Any:
 
 
 def _accuracy(analysis: Analysis) -> Iterable[dict[str, Any]]:
-    found = analysis.accuracy
-    if found is None:
+    accuracy = analysis.accuracy
+    if accuracy is None:
         return
     mine = "dynamic" if analysis.dynamic else "static"
-    shares = [("all classes", found.model, found.original), *((c.name, c.model, c.original) for c in found.classes)]
+    shares = [
+        ("all classes", accuracy.model, accuracy.original),
+        *((c.name, c.model, c.original) for c in accuracy.classes),
+    ]
     for name, ours, theirs in shares:
         row: dict[str, Any] = {"class": name, "images": ours.images}
         for called, share in (("original", theirs), (mine, ours)):
@@ -69,10 +72,10 @@ def _correlation(analysis: Analysis) -> Iterable[dict[str, Any]]:
     sources = [(f"maps of {each.layer}", mine, each.model) for each in analysis.correlations]
     sources += [(f"maps of {e.layer}", "original", e.original) for e in analysis.correlations if e.original is not None]
     sources += [(f"experts of {each.conv}", mine, each.between) for each in analysis.experts]
-    for what, which, found in sources:
-        row = {"what": what, "of": which, "pairs": found.pairs, "mean_absolute": found.mean_absolute, **found.bands}
+    for what, which, layers in sources:
+        row = {"what": what, "of": which, "pairs": layers.pairs, "mean_absolute": layers.mean_absolute, **layers.bands}
         low = [round(-1 + 2 * i / CORRELATION_BINS, 4) for i in range(CORRELATION_BINS)]
-        yield row | {f"from {edge}": count for edge, count in zip(low, found.histogram, strict=True)}
+        yield row | {f"from {edge}": count for edge, count in zip(low, layers.histogram, strict=True)}
 
 
 def _coefficients(analysis: Analysis) -> Iterable[dict[str, Any]]:

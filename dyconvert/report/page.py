@@ -43,12 +43,18 @@ class Drawing:
 def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
     """The pictures of each section, those that the analysis has data for."""
     mine = "dynamic" if analysis.dynamic else "static"
-    found: dict[str, list[Drawing]] = {"coefficients": [], "correlation": [], "cost": [], "resolution": [], "runs": []}
+    sections: dict[str, list[Drawing]] = {
+        "coefficients": [],
+        "correlation": [],
+        "cost": [],
+        "resolution": [],
+        "runs": [],
+    }
     if analysis.coefficients is not None and analysis.coefficients.convs:
-        found["coefficients"] = _coefficients(analysis)
+        sections["coefficients"] = _coefficients(analysis)
     for number, layer in enumerate(analysis.correlations):
         suffix = f"_{number + 1}" if number else ""
-        found["correlation"] += [
+        sections["correlation"] += [
             Drawing(
                 f"correlation_bands{suffix}",
                 f"Feature maps of {layer.layer}",
@@ -63,7 +69,7 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
             ),
         ]
     if analysis.experts:
-        found["correlation"].append(
+        sections["correlation"].append(
             Drawing(
                 "experts",
                 "Experts of a conv",
@@ -75,9 +81,9 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
         for name, title in (("macs", "Multiply-adds"), ("parameters", "Parameters"), ("seconds", "Time")):
             if any(getattr(block.after, name) is not None for block in analysis.cost.blocks):
                 drawing = Drawing(f"cost_{name}", title, figures.costs(analysis.cost.blocks, name))
-                found["cost"].append(drawing)
+                sections["cost"].append(drawing)
     if analysis.resolution is not None:
-        found["resolution"] = _resolution(analysis)
+        sections["resolution"] = _resolution(analysis)
     if analysis.ablation is not None:
         pairs = [
             ("ablation_runs", "All runs", figures.runs(analysis.ablation)),
@@ -85,9 +91,9 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
             ("ablation_g", "Number of experts", figures.group_sizes(analysis.ablation)),
         ]
         spread = "Mean and standard deviation over the seeds."
-        found["runs"] = [Drawing(name, title, drawn, spread) for name, title, drawn in pairs if drawn is not None]
+        sections["runs"] = [Drawing(name, title, drawn, spread) for name, title, drawn in pairs if drawn is not None]
     if analysis.run is not None:
-        found["runs"] += [
+        sections["runs"] += [
             Drawing(f"run_{title.lower()}", title, figure, "Over the epochs of fine-tuning.")
             for title, figure in figures.courses(analysis.run)
         ]
@@ -95,38 +101,38 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
     rows |= {name: rows["coefficients"] for name in ("variation", "usage", "axes")} | {"experts": len(analysis.experts)}
     rows |= {f"cost_{name}": len(analysis.cost.blocks) for name in ("macs", "parameters", "seconds") if analysis.cost}
     rows["classes"] = len(analysis.classes)
-    for section in found.values():
+    for section in sections.values():
         for drawing in section:
             if (count := rows.get(drawing.name, 0)) > figures.ROWS:
                 drawing.caption += f" Shown are {figures.ROWS} of {count}, evenly spread; numbers/ has all of them."
             drawing.label = drawing.label or f"{drawing.title}. {drawing.caption}"
-    return found
+    return sections
 
 
 def _coefficients(analysis: Analysis) -> list[Drawing]:
-    found = analysis.coefficients
+    coefficients = analysis.coefficients
     drawn = [
         Drawing(
             "coefficients",
             "Distribution",
-            coefficient_figures.ridges(found),
+            coefficient_figures.ridges(coefficients),
             "All coefficients of each conv, over all images and output channels; as high as the root of their density.",
         ),
         Drawing(
             "variation",
             "What varies",
-            coefficient_figures.variation(found),
+            coefficient_figures.variation(coefficients),
             "How far coefficients move from image to image; the number is the share between the classes' means.",
         ),
-        Drawing("usage", "Which experts are used", coefficient_figures.usage(found), USAGE),
+        Drawing("usage", "Which experts are used", coefficient_figures.usage(coefficients), USAGE),
     ]
-    if any(conv.axes for conv in found.convs):
+    if any(conv.axes for conv in coefficients.convs):
         caption = (
             "Standard deviation over the images of what a predictor gives along each axis: the experts' coefficients, "
             "and the factors of output channels, input channels and kernel positions, which start at 1."
         )
-        drawn.append(Drawing("axes", "Four kinds of attention", coefficient_figures.axes(found), caption))
-    if all(conv.varies < UNTRAINED for conv in found.convs):
+        drawn.append(Drawing("axes", "Four kinds of attention", coefficient_figures.axes(coefficients), caption))
+    if all(conv.varies < UNTRAINED for conv in coefficients.convs):
         # As converted: there is nothing that varies to be shown.
         drawn = [drawing for drawing in drawn if drawing.name != "variation"]
     conv = most_by_class(analysis)
@@ -145,20 +151,23 @@ def most_by_class(analysis: Analysis) -> ConvCoefficients | None:
 
 
 def _resolution(analysis: Analysis) -> list[Drawing]:
-    found = analysis.resolution
-    clock = "CPU time" if found.clock == "cpu" else "Wall time"
-    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    resolution = analysis.resolution
+    clock = "CPU time" if resolution.clock == "cpu" else "Wall time"
+    threads = f"{resolution.threads} thread{'s' if resolution.threads > 1 else ''}"
     drawn = [
         Drawing(
-            "latency", "Latency", figures.latency(found), f"{clock}, {threads}, medians in turns; shaded: quartiles."
+            "latency",
+            "Latency",
+            figures.latency(resolution),
+            f"{clock}, {threads}, medians in turns; shaded: quartiles.",
         )
     ]
-    if len(found.sizes) > 1 and all(len(each.macs) > 1 for each in found.sizes):
+    if len(resolution.sizes) > 1 and all(len(each.macs) > 1 for each in resolution.sizes):
         caption = "1 − L/L of the original, as in the paper's figure 7. Below zero, it takes longer."
-        drawn.append(Drawing("latency_reduced", "Saved", figures.reduced(found), caption))
-    if len(found.sizes) > 1 and all(each.overhead is not None for each in found.sizes):
+        drawn.append(Drawing("latency_reduced", "Saved", figures.reduced(resolution), caption))
+    if len(resolution.sizes) > 1 and all(each.overhead is not None for each in resolution.sizes):
         caption = "All predictors, and all kernels mixed, each timed alone, over the whole model's time."
-        drawn.append(Drawing("overhead", "Predicting and mixing", figures.overhead(found), caption))
+        drawn.append(Drawing("overhead", "Predicting and mixing", figures.overhead(resolution), caption))
     return drawn
 
 
@@ -232,33 +241,33 @@ def render(analysis: Analysis, sections: dict[str, list[Drawing]], shown: list[G
 
 def facts(analysis: Analysis) -> list[tuple[str, str, str]]:
     """The figures at the head of the page: `(what, the model's, the original's or a remark)`."""
-    found = []
+    rows = []
     if analysis.accuracy is not None:
         ours, theirs = analysis.accuracy.model, analysis.accuracy.original
         remark = f"{ours.right:,} of {ours.images:,} (95 %: {ours.low:.1f} to {ours.high:.1f})"
         remark += f"; original {theirs.percent:.2f} %, {theirs.right:,}" if theirs else ""
-        found.append(("top-1", f"{ours.percent:.2f} %", remark))
+        rows.append(("top-1", f"{ours.percent:.2f} %", remark))
     if analysis.cost is not None:
         before, after = analysis.cost.before, analysis.cost.after
         for what, field in (("parameters", "parameters"), ("multiply-adds", "macs")):
             value, was = getattr(after, field), getattr(before, field) if before else None
             if value is not None:
-                found.append((what, count(value), f"original {count(was)}" if was else ""))
+                rows.append((what, count(value), f"original {count(was)}" if was else ""))
         if after.seconds is not None:
             was = f"original {_ms(before.seconds)}" if before and before.seconds else ""
-            found.append(("one image", _ms(after.seconds), was))
+            rows.append(("one image", _ms(after.seconds), was))
     if analysis.dynamic:
         converted = len(analysis.plan.converted)
         method = analysis.plan.method
-        found.append(("dynamic convs", f"{converted} of {len(analysis.plan.convs)}", f"{method.name}, g = {method.g}"))
-    return found
+        rows.append(("dynamic convs", f"{converted} of {len(analysis.plan.convs)}", f"{method.name}, g = {method.g}"))
+    return rows
 
 
 def _temperatures(analysis: Analysis) -> str:
     if analysis.coefficients is None or not analysis.coefficients.convs:
         return ""
-    found = sorted({conv.temperature for conv in analysis.coefficients.convs})
-    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
+    temperatures = sorted({conv.temperature for conv in analysis.coefficients.convs})
+    return f"{temperatures[0]:g}" if len(temperatures) == 1 else f"{temperatures[0]:g} to {temperatures[-1]:g}"
 
 
 def _dead(analysis: Analysis) -> dict[str, int]:

@@ -68,14 +68,14 @@ def written_before(directory: Path) -> list[str]:
     if not isinstance(content, dict) or not {"conditions", "findings", "dynamic"} <= content.keys():
         return []
     kinds = (("figures", (".svg", ".png")), ("numbers", (".csv",)))
-    found = [
+    files = [
         f"{folder}/{file.name}"
         for folder, suffixes in kinds
         if (directory / folder).is_dir() and not (directory / folder).is_symlink()
         for file in (directory / folder).iterdir()
         if file.suffix in suffixes
     ]
-    return [PAGE, NUMBERS, *found]
+    return [PAGE, NUMBERS, *files]
 
 
 def write_report(

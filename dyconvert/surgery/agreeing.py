@@ -90,20 +90,20 @@ class _Comparison:
 
     def _run(self, model: nn.Module) -> _Named:
         runner = trial_runner(model, self.observed)
-        found: _Named = []
+        named: _Named = []
         for name in self.norms:
-            runner.get_submodule(name).register_forward_hook(_keeper(name, found))
+            runner.get_submodule(name).register_forward_hook(_keeper(name, named))
         args, kwargs = fresh(self.call)
         with kept_random_state(), torch.no_grad():
-            return found + tensors_in(runner(*args, **kwargs))
+            return named + tensors_in(runner(*args, **kwargs))
 
 
-def _keeper(name: str, found: _Named) -> Any:
+def _keeper(name: str, named: _Named) -> Any:
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
         # The moments of each channel of each image, for all the maps of a model are much memory.
         values = output if output.dtype == torch.float64 else output.float()
         values = values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1)
-        found.append((name, torch.stack([values.mean(2), values.square().mean(2).sqrt()])))
+        named.append((name, torch.stack([values.mean(2), values.square().mean(2).sqrt()])))
 
     return keep
 

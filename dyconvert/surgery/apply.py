@@ -179,8 +179,8 @@ def _predictor(
 ) -> CoefficientPredictor:
     sizes = [sizes_for(method, conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups) for conv in convs]
     weight: Tensor = convs[0].weight
-    made = CoefficientPredictor(in_channels, sizes, method, generator=generator, dtype=weight.dtype)
-    return made.to(weight.device)
+    predictor = CoefficientPredictor(in_channels, sizes, method, generator=generator, dtype=weight.dtype)
+    return predictor.to(weight.device)
 
 
 def _dynamic(

@@ -28,7 +28,7 @@ def check_convertible(model: nn.Module) -> None:
         raise ModelError("The model is scripted, its Python is gone. Convert it before torch.jit.script.")
     if is_compiled(model):
         raise ModelError(f"The model is compiled. Convert model.{ORIGINAL}, and compile the result.")
-    found = 0
+    convs = 0
     for name, module in model.named_modules():
         if isinstance(module, DynamicConv):
             raise ModelError(
@@ -39,8 +39,8 @@ def check_convertible(model: nn.Module) -> None:
             raise ModelError(
                 f"{name or 'The model'} is lazy and has no weights yet. Run a batch through the model first."
             )
-        found += is_conv(module)
-    if not found:
+        convs += is_conv(module)
+    if not convs:
         raise ModelError(
             f"{type(model).__name__} has no convs (Conv1d, Conv2d, Conv3d), so there is nothing to convert."
         )
@@ -71,9 +71,9 @@ def _is_container(module: nn.Module) -> bool:
 
 def innermost_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     """Each block's name, and those of `names` that stand in it."""
-    found = candidates(model, names)
+    blocks = candidates(model, names)
     return {
-        name: held for name, held in found.items() if not any(other != name and holds(name, other) for other in found)
+        name: held for name, held in blocks.items() if not any(other != name and holds(name, other) for other in blocks)
     }
 
 

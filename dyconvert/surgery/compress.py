@@ -40,9 +40,9 @@ class Compression(BaseModel):
     difference: float | None = None
 
     def __str__(self) -> str:
-        found = "not compared" if self.difference is None else f"largest difference {self.difference:.1e} relative"
+        difference = "not compared" if self.difference is None else f"largest difference {self.difference:.1e} relative"
         also = "" if self.predictors == self.dtype else f" (the predictors to {self.predictors})"
-        return f"compressed to {self.dtype}{also}, {found}"
+        return f"compressed to {self.dtype}{also}, {difference}"
 
 
 def compress(model: nn.Module, dtype: str = "int8", example: Any = None, *, check: bool = True) -> nn.Module:
@@ -78,14 +78,14 @@ def compress(model: nn.Module, dtype: str = "int8", example: Any = None, *, chec
         return result, _compared(model, result, example) if check else None
 
     predictors = dtype
-    result, found = made(predictors)
-    if dtype == "int8" and found is not None and found.relative > _CLOSE:
+    result, differences = made(predictors)
+    if dtype == "int8" and differences is not None and differences.relative > _CLOSE:
         # What predictors read is much alike in all images, so their rounding shifts all images' coefficients alike.
         predictors = "bfloat16"
-        result, found = made(predictors)
-    if found is not None and found.relative > TOLERANCE[dtype]:
-        _refuse(model, found, dtype, example)
-    difference = None if found is None else found.relative
+        result, differences = made(predictors)
+    if differences is not None and differences.relative > TOLERANCE[dtype]:
+        _refuse(model, differences, dtype, example)
+    difference = None if differences is None else differences.relative
     mark_compression(result, Compression(dtype=_named(dtype), predictors=_named(predictors), difference=difference))
     return result
 
@@ -115,13 +115,13 @@ def compress_in_place(model: nn.Module, dtype: str, predictors: str, *, fill: bo
 
 
 def _compressible(model: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, CoefficientPredictor) or (
             isinstance(module, DynamicConv) and worth_it(module.weight.shape[1:])
         ):
-            found.append(module)
-    return found
+            modules.append(module)
+    return modules
 
 
 def _check(model: nn.Module, dtype: str) -> None:
@@ -148,12 +148,12 @@ def _compared(model: nn.Module, result: nn.Module, example: Any) -> Differences 
         return None if example is None else verify(model, result, example)
 
 
-def _refuse(model: nn.Module, found: Differences, dtype: str, example: Any) -> None:
+def _refuse(model: nn.Module, differences: Differences, dtype: str, example: Any) -> None:
     # A model that draws random numbers by itself differs from itself.
     itself = _compared(model, sharing_copy(model), example)
-    if itself is not None and itself.relative >= found.relative / 10:
+    if itself is not None and itself.relative >= differences.relative / 10:
         return
     raise ModelError(
-        f"Compressed to {dtype}, {type(model).__name__} computes something else: {found}; {TOLERANCE[dtype]:g} "
+        f"Compressed to {dtype}, {type(model).__name__} computes something else: {differences}; {TOLERANCE[dtype]:g} "
         "relative is allowed. Nothing was changed. Take 'bfloat16', or check=False and measure the accuracy."
     )

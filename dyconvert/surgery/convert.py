@@ -195,10 +195,10 @@ def check_converted(model: nn.Module) -> Plan:
             f"This {type(model).__name__} was fused: its batch norms are in its convs, and no plan describes that. "
             "Do this with the model before it was fused, and fuse after loading."
         )
-    found = plan_of(model)
-    if found is None:
+    plan = plan_of(model)
+    if plan is None:
         raise ModelError(
             f"{type(model).__name__} isn't what dyconvert.convert or dyconvert.load returned. "
             "Pass that model itself, not a part or a wrapper of it."
         )
-    return found
+    return plan

@@ -127,12 +127,12 @@ def shown(
         watch = _Flow(runner, left)
         try:
             with kept_random_state(), torch.enable_grad() if grad else torch.no_grad():
-                found = watch.run(*fresh(args), kwargs=fresh(kwargs), kept=not grad)
+                failures = watch.run(*fresh(args), kwargs=fresh(kwargs), kept=not grad)
         except Exception:
             if number == 0:
                 raise
             continue  # it doesn't take this: nothing is shown
-        reasons |= {norm: reason for norm, reason in found.items() if number == 0 or reason != NOT_CALLED}
+        reasons |= {norm: reason for norm, reason in failures.items() if number == 0 or reason != NOT_CALLED}
     return reasons
 
 

@@ -82,11 +82,11 @@ class Prober:
             failure: Exception | None = None
             for small in sizes:
                 try:
-                    found = self._unfit_now(block, convs, _grown(call, batch, images, small), images, training)
+                    unfit = self._unfit_now(block, convs, _grown(call, batch, images, small), images, training)
                 except Exception as error:
                     failure = error
                     continue
-                for name, reason in found.items():
+                for name, reason in unfit.items():
                     reasons.setdefault(name, reason)
                 break
             else:

@@ -95,18 +95,18 @@ class Sharing:
             convs = {within(block, name): runner.get_submodule(name) for name in held}
             call = calls.get(block)
             if call is None:
-                found: dict[str, str] | _Read = dict.fromkeys(
+                outcome: dict[str, str] | _Read = dict.fromkeys(
                     convs, "it is called neither in eval mode nor in training"
                 )
             else:
-                found = self._read(block, module, convs, call, prober)
-            if isinstance(found, _Read):
-                unfit = prober.unfit(module, convs, call, found.value)
+                outcome = self._read(block, module, convs, call, prober)
+            if isinstance(outcome, _Read):
+                unfit = prober.unfit(module, convs, call, outcome.value)
                 if convs.keys() - unfit.keys():
-                    self._share(block, held, unfit, found, failures)
+                    self._share(block, held, unfit, outcome, failures)
                     continue
-                found = unfit
-            self._note(block, held, {name: found[within(block, name)] for name in held}, failures)
+                outcome = unfit
+            self._note(block, held, {name: outcome[within(block, name)] for name in held}, failures)
 
     def _share(
         self, block: str, held: Sequence[str], unfit: Mapping[str, str], read: "_Read", failures: dict[str, str]

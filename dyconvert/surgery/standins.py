@@ -60,17 +60,17 @@ def _stand_in(conv: nn.Module) -> _StandIn:
 def told_apart(model: nn.Module, convs: Sequence[str], observed: Observation) -> set[str]:
     """Those of the `convs` without which the model runs, with stand-ins for the others, as it does with its convs."""
     trial = _Trial(model, observed)
-    told: set[str] = set()
+    apart: set[str] = set()
     # A model that runs otherwise each time, by draws of its own, can't be compared: at the end none is left.
-    while left := [name for name in convs if name not in told]:
+    while left := [name for name in convs if name not in apart]:
         calls = trial.calls(left)
         if trial.is_as_observed(calls):
             break
         own = {name for name in left if calls is None or calls[0].get(name) != trial.reference[0].get(name)}
         # Where its own calls don't say which conv it is, each is tried by itself.
         culprits = own if calls is not None and own else {n for n in left if not trial.is_as_observed(trial.calls([n]))}
-        told |= culprits or set(left)
-    return told
+        apart |= culprits or set(left)
+    return apart
 
 
 class _Trial:
