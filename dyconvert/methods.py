@@ -156,11 +156,11 @@ def get_method(method: "str | Method" = "dynet", **changes: object) -> Method:
         raise PlanError(
             f"A method is one of {', '.join(METHODS)}, or a dyconvert.Method, and not a {type(method).__name__}."
         )
-    given = {key: value for key, value in changes.items() if value is not None}
-    if type(given.get("reduction")) is int and given["reduction"] == 0:
-        given["reduction"] = None
+    changed = {key: value for key, value in changes.items() if value is not None}
+    if type(changed.get("reduction")) is int and changed["reduction"] == 0:
+        changed["reduction"] = None
     try:
-        return Method.model_validate(method.model_dump() | given)
+        return Method.model_validate(method.model_dump() | changed)
     except ValidationError as error:
         problems = "; ".join(
             ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()

@@ -27,8 +27,8 @@ def with_versions(state: Mapping[str, Any], model: nn.Module, saved: Mapping[str
         saved: what :func:`versions` returned when it was saved. None: it isn't known, and taken for the model's own.
     """
     result: Any = OrderedDict(state)
-    kept: Any = model.state_dict(keep_vars=True)
-    own = versions_of(kept)
+    current: Any = model.state_dict(keep_vars=True)
+    own = versions_of(current)
     if saved is not None:
         own = OrderedDict((name, {**each, "version": saved.get(name, 1)}) for name, each in own.items())
     set_versions(result, own)

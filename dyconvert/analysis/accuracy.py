@@ -100,13 +100,13 @@ def accuracy(labels: Tensor, predicted: Tensor, original: Tensor | None, classes
             )
     ours = _confused(labels, predicted)
     before = None if original is None else _confused(labels, original)
-    for (label, taken), count in sorted(ours.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]:
+    for (label, said), count in sorted(ours.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]:
         result.confusions.append(
             Confusion(
                 label=classes[label],
-                taken_for=classes[taken],
+                taken_for=classes[said],
                 model=count,
-                original=None if before is None else before[label, taken],
+                original=None if before is None else before[label, said],
             )
         )
     return result
@@ -114,7 +114,7 @@ def accuracy(labels: Tensor, predicted: Tensor, original: Tensor | None, classes
 
 def _confused(labels: Tensor, predicted: Tensor) -> Counter[tuple[int, int]]:
     wrong = torch.stack([labels, predicted], 1)[labels != predicted]
-    return Counter((label, taken) for label, taken in wrong.tolist())
+    return Counter((label, said) for label, said in wrong.tolist())
 
 
 def _sign_test(first: int, second: int) -> float:

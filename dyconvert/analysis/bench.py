@@ -98,9 +98,9 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     fields = dict(line.partition(":")[::2] for line in reversed(lines))
-    said = {name.strip(): value.strip() for name, value in fields.items()}
-    name = said.get("model name") or platform.machine()
-    return f"{name} (family {said['cpu family']}, model {said['model']})" if "cpu family" in said else name
+    about = {name.strip(): value.strip() for name, value in fields.items()}
+    name = about.get("model name") or platform.machine()
+    return f"{name} (family {about['cpu family']}, model {about['model']})" if "cpu family" in about else name
 
 
 def compiled_kernel(layer: Layer, batch: int, method: Method) -> str | None:

@@ -188,17 +188,17 @@ class CoefficientStatistics:
     def see(self, name: str, mixture: Mixture) -> None:
         """The mixture of a call of one conv."""
         for axis, values in mixture.axes().items():
-            seen = values.detach().double().cpu()
+            numbers = values.detach().double().cpu()
             if axis != "experts":
-                seen = seen.unsqueeze(1) / 2  # [N, 1, count], from 0 to 1 as coefficients are
-            if not seen.isfinite().all():
+                numbers = numbers.unsqueeze(1) / 2  # [N, 1, count], from 0 to 1 as coefficients are
+            if not numbers.isfinite().all():
                 raise ModelError(f"The {axis} of {name} over the data aren't finite. Look for NaN in the images.")
             streams = self._streams.setdefault(name, {})
             if axis not in streams:
-                streams[axis] = _Stream(seen.shape[1], seen.shape[2], len(self.classes))
+                streams[axis] = _Stream(numbers.shape[1], numbers.shape[2], len(self.classes))
             # A head that is called for every box or frame has its own batch, whose rows are no images.
-            labels = self._labels if self._labels is not None and len(self._labels) == len(seen) else None
-            streams[axis].add(seen, labels, self._first)
+            labels = self._labels if self._labels is not None and len(self._labels) == len(numbers) else None
+            streams[axis].add(numbers, labels, self._first)
 
     def result(self) -> Coefficients:
         """What was collected so far."""

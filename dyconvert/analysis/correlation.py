@@ -157,8 +157,8 @@ class MapCorrelation:
     """
 
     def __init__(self, images: int | None = None) -> None:
-        wanted = MAX_POSITIONS // images if images else POSITIONS_PER_IMAGE
-        self._per_image = max(1, min(wanted, POSITIONS_PER_IMAGE))
+        positions = MAX_POSITIONS // images if images else POSITIONS_PER_IMAGE
+        self._per_image = max(1, min(positions, POSITIONS_PER_IMAGE))
         self._generator = torch.Generator().manual_seed(0)
         self._count = 0
         self._maps = 0
@@ -168,10 +168,10 @@ class MapCorrelation:
         """Feature maps `[N, C, *spatial]` (or `[N, C]`), an output of the layer."""
         if self._chosen is None:
             self._maps = maps.shape[1]
-            kept = min(self._maps, MAX_MAPS)
-            self._chosen = torch.arange(kept) * self._maps // kept
-            self._mean = torch.zeros(kept, dtype=torch.float64)
-            self._products = torch.zeros(kept, kept, dtype=torch.float64)
+            maps_kept = min(self._maps, MAX_MAPS)
+            self._chosen = torch.arange(maps_kept) * self._maps // maps_kept
+            self._mean = torch.zeros(maps_kept, dtype=torch.float64)
+            self._products = torch.zeros(maps_kept, maps_kept, dtype=torch.float64)
         x = maps.detach().cpu().unsqueeze(2).flatten(2)  # [N, C, positions]
         if x.shape[2] > self._per_image:
             x = x[:, :, torch.randperm(x.shape[2], generator=self._generator)[: self._per_image]]

@@ -117,12 +117,12 @@ def analyse(
         ModelError: a model has NaN in its weights, no convs, or rejects the images; a layer has no such name.
     """
     names = {} if names is None else names
-    given = {"model": model, "original": original, "narrow": narrow}
-    called = {key: names.get(key, type(each).__name__) for key, each in given.items() if each is not None}
+    models = {"model": model, "original": original, "narrow": narrow}
+    called = {key: names.get(key, type(each).__name__) for key, each in models.items() if each is not None}
     tell = progress or (lambda *_: None)
     tell("looking at the weights", 0, None)
     for key, name in called.items():
-        check_finite(given[key], name)
+        check_finite(models[key], name)
     if example is None:
         example = example_for(model, batch=1)
     example = as_arguments(example)
@@ -187,7 +187,7 @@ def _look(
         size = batch_size or min(max(2**20 // (height * width), 8), 100)
         count, classes, batches = len(images), images.classes, images.batches(size)
         result.data, result.images_in_data = images.name, images.total
-    seen = pass_over(
+    statistics = pass_over(
         model,
         batches,
         against=original,
@@ -197,14 +197,18 @@ def _look(
         progress=lambda done: tell("looking at images", done, count),
     )
     result.data = result.data or "batches of your own"
-    result.images, result.shape, result.classes = seen.images, seen.shape, list(classes)
-    result.images_in_data = max(result.images_in_data, seen.images)
-    result.accuracy, result.coefficients, result.correlations = seen.accuracy, seen.coefficients, seen.correlations
+    result.images, result.shape, result.classes = statistics.images, statistics.shape, list(classes)
+    result.images_in_data = max(result.images_in_data, statistics.images)
+    result.accuracy, result.coefficients, result.correlations = (
+        statistics.accuracy,
+        statistics.coefficients,
+        statistics.correlations,
+    )
     if result.images < result.images_in_data:
         result.sampled.append(f"images: {result.images} of {result.images_in_data}, evenly spread")
-    for layer in seen.correlations:
+    for layer in statistics.correlations:
         correlation = layer.model
-        per_image = correlation.positions / seen.images
+        per_image = correlation.positions / statistics.images
         maps = (
             f"{correlation.compared} of {correlation.maps} maps"
             if correlation.compared < correlation.maps
@@ -214,8 +218,8 @@ def _look(
             maps += " (evenly spread)"
         where = f"{correlation.positions} positions: {per_image:g} of each image, at random"
         result.sampled.append(f"correlation of {layer.layer}: {maps}, at {where}")
-    if seen.coefficients is not None:
-        result.sampled += seen.coefficients.sampled
+    if statistics.coefficients is not None:
+        result.sampled += statistics.coefficients.sampled
 
 
 def _time_sizes(

@@ -72,7 +72,7 @@ def in_turns(
             wait()
             took = clock() - start
             runs[name].append((took, not cpu and _interruptions() > switches))
-    return {name: _summary(taken) for name, taken in runs.items()}
+    return {name: _summary(seconds_of_call) for name, seconds_of_call in runs.items()}
 
 
 def _go_on() -> None:
@@ -83,8 +83,8 @@ def _summary(runs: list[tuple[float, bool]]) -> Timing:
     clean = [took for took, interrupted in runs if not interrupted]
     disturbed = 1 - len(clean) / len(runs)
     # The fastest third takes their place: an interruption can only make a run longer.
-    kept = clean if 3 * len(clean) >= len(runs) else sorted(took for took, _ in runs)[: max(len(runs) // 3, 1)]
-    low, median, high = statistics.quantiles(kept, n=4) if len(kept) > 1 else (kept[0],) * 3
+    quiet = clean if 3 * len(clean) >= len(runs) else sorted(took for took, _ in runs)[: max(len(runs) // 3, 1)]
+    low, median, high = statistics.quantiles(quiet, n=4) if len(quiet) > 1 else (quiet[0],) * 3
     return Timing(median, low, high, disturbed)
 
 

@@ -167,9 +167,9 @@ def model(
     static, source = models.create(model, "none", {})
     static.to(place)
     dynamic = convert(static, method=method, g=g, scope=scope, include=include or ())
-    wanted = (input_size, input_size) if input_size else source.input_size
-    examples = [example_of(static, source, wanted, sizes[0])]
-    examples += [example_for(static, batch=count, size=wanted) for count in sizes[1:]]
+    size = (input_size, input_size) if input_size else source.input_size
+    examples = [example_of(static, source, size, sizes[0])]
+    examples += [example_for(static, batch=count, size=size) for count in sizes[1:]]
     if fuse:
         dynamic = fuse_model(dynamic.eval(), examples[0], bank_dtype=half)
         static = fuse_model(static.eval(), examples[0])

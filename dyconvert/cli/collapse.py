@@ -109,7 +109,7 @@ def _save(model: "nn.Module", file: Path) -> None:
         save_model(model, str(file))
 
 
-def _counted(images: "ImageSet", size: int, seen: list[int]) -> "Iterator[Tensor]":
+def _counted(images: "ImageSet", size: int, count: list[int]) -> "Iterator[Tensor]":
     for batch, _ in images.batches(size):
-        seen[0] += len(batch)
+        count[0] += len(batch)
         yield batch

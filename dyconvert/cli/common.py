@@ -58,11 +58,11 @@ def with_common(function: Callable[..., None], *, silent: bool = False, device: 
     parameters += [_parameter(name, annotation, False) for name, annotation in extra.items()]
 
     @functools.wraps(function)
-    def command(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+    def command(*, quiet: bool = False, verbose: bool = False, **options: Any) -> None:
         said = console.err.quiet, console.out.quiet
         _speak(quiet, verbose, silent)
         try:
-            function(**given)
+            function(**options)
         except DyconvertError as error:
             error.args = (in_options(str(error), own), *error.args[1:])
             raise

@@ -172,17 +172,17 @@ def convert(
     }
     get_method(method, g=g, scope=scope, reduction=reduction, temperature=temperature)
 
-    from dyconvert.cli.converting import Asked, convert_and_save, show_plan
+    from dyconvert.cli.converting import Request, convert_and_save, show_plan
     from dyconvert.cli.narrowing import Options
 
     narrowing = Options(width, flops, data, init, static, tuple(keep or ()), round_to, calibration_images, mean, std)
     narrowing.check()
     check_compress(compress, static)
-    asked = Asked(model, weights, arguments, size, device)
+    request = Request(model, weights, arguments, size, device)
     if dry_run:
         narrowing.refuse_dry_run()
-        show_plan(asked, chosen, as_json)
+        show_plan(request, chosen, as_json)
     else:
         convert_and_save(
-            asked, chosen, narrowing, seed=seed, compress=compress, output=output, force=force, as_json=as_json
+            request, chosen, narrowing, seed=seed, compress=compress, output=output, force=force, as_json=as_json
         )

@@ -41,7 +41,7 @@ _TITLES = {
 
 
 @dataclass
-class Asked:
+class Request:
     """The model, as the command line names it.
 
     Attributes:
@@ -65,10 +65,10 @@ class Asked:
         return model, source, example_of(model, source, self.size, 2)
 
 
-def show_plan(asked: Asked, chosen: dict[str, Any], as_json: bool) -> None:
+def show_plan(request: Request, chosen: dict[str, Any], as_json: bool) -> None:
     """Print what would become of every conv."""
     # The plan doesn't depend on the library's weights, so they aren't downloaded for it.
-    static, _, example = asked.create("none" if asked.weights == "default" else None)
+    static, _, example = request.create("none" if request.weights == "default" else None)
     plan = plan_model(static, **chosen, example=example)
     if as_json:
         write_json(plan.model_dump(mode="json"))
@@ -81,7 +81,7 @@ def show_plan(asked: Asked, chosen: dict[str, Any], as_json: bool) -> None:
 
 
 def convert_and_save(
-    asked: Asked,
+    request: Request,
     chosen: dict[str, Any],
     narrowing: Options,
     *,
@@ -93,11 +93,11 @@ def convert_and_save(
 ) -> None:
     """Convert the model, compare, save, and print what was found."""
     started = time.perf_counter()
-    with progress(f"loading {asked.specifier}") as tell:
+    with progress(f"loading {request.specifier}") as tell:
         # What can be refused without the weights is refused before they are loaded.
-        wanted = output or Path(_name(asked.specifier, chosen, narrowing) + (f"-{compress}" if compress else ""))
-        checkpoint.check_writable(wanted, force=force)
-        static, source, example = asked.create()
+        destination = output or Path(_name(request.specifier, chosen, narrowing) + (f"-{compress}" if compress else ""))
+        checkpoint.check_writable(destination, force=force)
+        static, source, example = request.create()
         if narrowing.wanted:
             dynamic = narrowing.narrow(static, example, seed, tell, {} if narrowing.static else chosen)
             plan = plan_of(dynamic)
@@ -114,10 +114,10 @@ def convert_and_save(
             figures["bytes"] = [tensor_bytes(static), tensor_bytes(dynamic)]
         if source.specifier == "builtin:digits-resnet8":
             figures["accuracy"] = [builtin.accuracy(static.cpu()), builtin.accuracy(dynamic.cpu())]
-        tell(f"saving to {wanted}", 0, None)
+        tell(f"saving to {destination}", 0, None)
         checkpoint.save(
             dynamic,
-            wanted,
+            destination,
             source=source,
             force=force,
             preprocessing=preprocessing_for(source),
@@ -135,12 +135,12 @@ def convert_and_save(
             },
             **({"compression": packed.model_dump()} if compress and (packed := compression_of(dynamic)) else {}),
             "seconds": seconds,
-            "output": str(wanted),
+            "output": str(destination),
             **figures,
         }
         write_json(result)
     else:
-        _report(source, dynamic, plan, differences, figures, seconds, wanted)
+        _report(source, dynamic, plan, differences, figures, seconds, destination)
 
 
 def _name(model: str, chosen: dict[str, Any], narrowing: Options) -> str:

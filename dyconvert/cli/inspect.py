@@ -92,10 +92,10 @@ def inspect(
     else:
         out.print(f"static: none of {len(plan.convs)} convs is dynamic")
     out.print(f"tensors: {count(tensor_bytes(model))}B" + (f", {how}" if (how := description.compression) else ""))
-    taken = "x".join(map(str, getattr(example[0], "shape", ())[1:]))
+    shape = "x".join(map(str, getattr(example[0], "shape", ())[1:]))
     for what in ("parameters", "macs"):
         after, before = getattr(costs.after, what), getattr(costs.before, what) if costs.before else None
-        name = {"parameters": "parameters", "macs": f"multiply-adds, one image of {taken}"}[what]
+        name = {"parameters": "parameters", "macs": f"multiply-adds, one image of {shape}"}[what]
         was = f"{count(before)} became " if before else ""
         if after is not None:
             out.print(f"{name}: {was}{count(after)}")

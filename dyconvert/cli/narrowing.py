@@ -48,8 +48,8 @@ class Options:
         Raises:
             PlanError: one was given.
         """
-        given = {"--data": self.data, "--init": self.init, "--static": self.static, "--keep": self.keep}
-        if not self.wanted and (alone := [name for name, value in given.items() if value]):
+        options = {"--data": self.data, "--init": self.init, "--static": self.static, "--keep": self.keep}
+        if not self.wanted and (alone := [name for name, value in options.items() if value]):
             raise PlanError(f"{', '.join(alone)} is for narrowing. Say how far: --width 0.5, or --flops 0.3.")
 
     def refuse_dry_run(self) -> None:
@@ -99,8 +99,10 @@ def print_narrowing(narrowing: Narrowing) -> None:
     for line in narrowing.said():
         out.print(Text(f"  {line}", style="yellow" if line.startswith("warning") else ""))
     for why in dict.fromkeys(group.kept for group in narrowing.groups if group.kept):
-        kept = [group.name for group in narrowing.groups if group.kept == why]
-        out.print(Text(f"  kept, {why}: {', '.join(kept[:3])}{f' and {len(kept) - 3} more' if len(kept) > 3 else ''}"))
+        names = [group.name for group in narrowing.groups if group.kept == why]
+        out.print(
+            Text(f"  kept, {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+        )
     if narrowing.layers:
         errors = [
             f"{layer.name} {'?' if layer.error is None else f'{layer.error:.3f}'}{' (merged)' if layer.why else ''}"

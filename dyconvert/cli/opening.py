@@ -82,8 +82,8 @@ def example_of(
     known = size or (source.input_size if source is not None else None) or _size_in_plan(model)
     example = example_for(model, batch=batch, size=known)
     if known is None:
-        taken = "x".join(map(str, getattr(example[0], "shape", ())[1:]))
-        warn(f"The model doesn't say what its input is: {taken} is assumed. Say it with --input-size.")
+        shape = "x".join(map(str, getattr(example[0], "shape", ())[1:]))
+        warn(f"The model doesn't say what its input is: {shape} is assumed. Say it with --input-size.")
     return example
 
 

@@ -65,7 +65,7 @@ def report(
     device: str | None = None,
 ) -> None:
     """See what a conversion and its fine-tuning did: one HTML page, its pictures, its numbers."""
-    wanted = _sizes(sizes)
+    sizes_asked = _sizes(sizes)
     size = parse_size(input_size)
 
     from dyconvert.analysis.ablation import read_run, read_sweep
@@ -101,7 +101,7 @@ def report(
             narrow=static.model if static else None,
             layers=layer or (),
             example=example,
-            sizes=wanted,
+            sizes=sizes_asked,
             batch_size=batch_size,
             seconds=seconds,
             cpu_time=cpu_time,

@@ -124,11 +124,11 @@ def _runner(runtime: Any, file: Path) -> Iterator[Callable[..., Sequence[Tensor]
 @contextlib.contextmanager
 def _said_by_runtime(what: str) -> Iterator[None]:
     """Turns the runtime's error, which is a number, into one with what it told standard error."""
-    with _without_stderr() as said:
+    with _without_stderr() as messages:
         try:
             yield
         except Exception as error:
-            reason = said().splitlines()[-1:] or [brief(error)]
+            reason = messages().splitlines()[-1:] or [brief(error)]
             raise ExportError(
                 f"ExecuTorch's runtime can't {what}: {reason[0].rstrip('.')}. Nothing was written. Try a fixed batch, "
                 "`dynamic_batch=False`."
@@ -149,7 +149,7 @@ def _without_stderr() -> Iterator[Callable[[], str]]:
             return file.read().decode(errors="replace").strip()
 
         try:
-            kept = os.dup(2)
+            own_stderr = os.dup(2)
         except OSError:  # there is none
             yield said
             return
@@ -159,5 +159,5 @@ def _without_stderr() -> Iterator[Callable[[], str]]:
             yield said
         finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(own_stderr, 2)
+            os.close(own_stderr)

@@ -263,8 +263,8 @@ def difference_of_onnx(model: nn.Module, file: Path, inputs: Sequence[Inputs], f
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         for arguments in inputs:
-            given = {value.name: a.numpy() for value, a in zip(session.get_inputs(), arguments, strict=True)}
-            outputs = [torch.from_numpy(each) for each in session.run(None, given)]
+            feeds = {value.name: a.numpy() for value, a in zip(session.get_inputs(), arguments, strict=True)}
+            outputs = [torch.from_numpy(each) for each in session.run(None, feeds)]
             differences.append(_difference(_run(model, arguments), outputs))
     except DyconvertError:
         raise

@@ -33,9 +33,9 @@ def call(
             raise ModelError(
                 f"The weights of {specifier} can't be downloaded from {url}: {cause}. {_OTHER_WEIGHTS}"
             ) from error
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        described = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ModelError(
-            f"{specifier} can't be built with {given or 'no arguments'}: {cause}. Check its arguments."
+            f"{specifier} can't be built with {described or 'no arguments'}: {cause}. Check its arguments."
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{specifier} returns a {type(model).__name__}; name one that returns a torch.nn.Module.")

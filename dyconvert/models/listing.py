@@ -36,8 +36,8 @@ def list_models(source: str | None = None) -> dict[str, list[str]]:
     """
     if source not in (None, *LIBRARIES):
         raise ModelError(f"There is no model source {source!r}; use one of {', '.join(LIBRARIES)}.")
-    wanted = [source] if source else [name for name in LIBRARIES if name != "timm" or importlib.util.find_spec("timm")]
-    return {name: _names(name) for name in wanted}
+    sources = [source] if source else [name for name in LIBRARIES if name != "timm" or importlib.util.find_spec("timm")]
+    return {name: _names(name) for name in sources}
 
 
 def names_of(library: str) -> list[str]:

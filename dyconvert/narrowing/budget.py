@@ -55,18 +55,18 @@ class Cost:
     def whole(self) -> int:
         return sum(self._layers.values())
 
-    def layer(self, name: str, kept: dict[str, int]) -> float:
-        left = {"out": 0.0, "in": 0.0}
+    def layer(self, name: str, units: dict[str, int]) -> float:
+        shares = {"out": 0.0, "in": 0.0}
         for group, side, channels in self._sides[name]:
-            left[side] += channels * kept.get(group, self._units[group]) / self._units[group]
+            shares[side] += channels * units.get(group, self._units[group]) / self._units[group]
         cost = float(self._layers[name])
-        for side, remaining in left.items():
+        for side, remaining in shares.items():
             if whole := self._whole.get((name, side)):
                 cost *= remaining / whole
         return cost
 
-    def total(self, kept: dict[str, int]) -> float:
-        return sum(self.layer(name, kept) for name in self._layers)
+    def total(self, units: dict[str, int]) -> float:
+        return sum(self.layer(name, units) for name in self._layers)
 
 
 def by_flops(
@@ -85,7 +85,7 @@ def by_flops(
         ModelError: the target is below what can be reached.
     """
     cost = Cost(graph)
-    kept = {group.name: group.units for group in graph.free}
+    units = {group.name: group.units for group in graph.free}
     least = {group.name: rounded(group, _LEAST * group.size, round_to) for group in graph.free}
     lowest = cost.total(least) / cost.whole + reserve
     if share < lowest:
@@ -95,37 +95,37 @@ def by_flops(
         )
     lost = {group.name: _lost(group, similarity[group.name], graph) for group in graph.free}
     groups = {group.name: group for group in graph.free}
-    now = cost.total(kept)
+    now = cost.total(units)
     rates: dict[str, tuple[float, int, float]] = {}
     while now > (share - reserve) * cost.whole:
         for name, group in groups.items():
             if name in rates:
                 continue
-            fewer = _narrower(group, kept[name], least[name], round_to)
+            fewer = _narrower(group, units[name], least[name], round_to)
             if fewer is None:
                 rates[name] = (float("inf"), 0, 0.0)
                 continue
-            before = sum(cost.layer(layer, kept) for layer in cost.touched[name])
-            saved = before - sum(cost.layer(layer, kept | {name: fewer}) for layer in cost.touched[name])
-            loss = lost[name][fewer - 1] - lost[name][kept[name] - 1]
+            before = sum(cost.layer(layer, units) for layer in cost.touched[name])
+            saved = before - sum(cost.layer(layer, units | {name: fewer}) for layer in cost.touched[name])
+            loss = lost[name][fewer - 1] - lost[name][units[name] - 1]
             rates[name] = (max(loss, 1e-9) / max(saved, 1e-9), fewer, saved)
         best = min(rates, key=lambda name: rates[name][0])
-        _, kept[best], saved = rates[best]
+        _, units[best], saved = rates[best]
         now -= saved
         # What shares a layer with it saves less now.
         for name in groups:
             if cost.touched[name] & cost.touched[best]:
                 rates.pop(name, None)
-    return kept
+    return units
 
 
-def _narrower(group: Group, kept: int, least: int, round_to: int) -> int | None:
+def _narrower(group: Group, units: int, least: int, round_to: int) -> int | None:
     """The next smaller number of units, or None if there is none."""
     per_unit = group.size / group.units
     step = max(multiple(group.size, round_to), int(_STEP * group.size))
-    fewer = rounded(group, kept * per_unit - step, round_to)
-    fewer = min(fewer, kept - 1)
-    return fewer if fewer >= least else (least if least < kept else None)
+    fewer = rounded(group, units * per_unit - step, round_to)
+    fewer = min(fewer, units - 1)
+    return fewer if fewer >= least else (least if least < units else None)
 
 
 def _lost(group: Group, similarity: Tensor, graph: Graph) -> list[float]:

@@ -67,18 +67,18 @@ def sample(model: nn.Module, images: Images, positions: Positions) -> Samples:
     aims = first_look(model, images)
     for _ in range(2):
         rows: dict[str, list[Tensor]] = {name: [] for name in aims}
-        wanted: dict[Place, list[Callable[[Tensor], None]]] = {}
+        readers: dict[Place, list[Callable[[Tensor], None]]] = {}
         for name, calls in aims.items():
             for aim in calls:
-                wanted.setdefault(aim.place, []).append(_keeper(rows[name], aim, positions, len(calls)))
-        seen = find_aims(model, watched(model, images.part(0, len(images)), wanted))
-        unsteady = {name for name in aims.keys() | seen.keys() if aims.get(name) != seen.get(name)}
+                readers.setdefault(aim.place, []).append(_keeper(rows[name], aim, positions, len(calls)))
+        watch = find_aims(model, watched(model, images.part(0, len(images)), readers))
+        unsteady = {name for name in aims.keys() | watch.keys() if aims.get(name) != watch.get(name)}
         if not unsteady:
             break
-        aims = seen
+        aims = watch
     else:
         rows = {name: layer_rows for name, layer_rows in rows.items() if name not in unsteady}
-    return Samples({name: seen[name] for name in rows}, rows, unsteady)
+    return Samples({name: watch[name] for name in rows}, rows, unsteady)
 
 
 def _keeper(rows: list[Tensor], aim: Aim, positions: Positions, calls: int) -> Callable[[Tensor], None]:

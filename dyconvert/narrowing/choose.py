@@ -17,19 +17,19 @@ def choose(similarity: Tensor, count: int, group: Group) -> Choice:
         similarity: `[units, units]`: covariance, in units of each layer's own variance.
         count: units to keep.
     """
-    taken = pivots(similarity, count)
+    representatives = pivots(similarity, count)
     size = similarity.diagonal().clamp(min=1e-12).sqrt()
     correlation = (similarity / size / size.unsqueeze(1)).abs()
-    nearest = taken[correlation[:, taken].argmax(1)]
-    nearest[taken] = taken
+    nearest = representatives[correlation[:, representatives].argmax(1)]
+    nearest[representatives] = representatives
     return of_units(nearest, group)
 
 
 def strongest(strength: Tensor, count: int, group: Group) -> Choice:
     """Keep the units of the largest `strength` `[units]`; each other one is represented by the first of them."""
-    taken = strength.topk(count).indices.sort().values
-    nearest = taken[:1].repeat(len(strength))
-    nearest[taken] = taken
+    representatives = strength.topk(count).indices.sort().values
+    nearest = representatives[:1].repeat(len(strength))
+    nearest[representatives] = representatives
     return of_units(nearest, group)
 
 
@@ -39,20 +39,20 @@ def pivots(similarity: Tensor, count: int) -> Tensor:
     Taking unit j leaves the residual R - r r^T, with r = R_j / sqrt(R_jj), and explains sum_i R_ij^2 / R_jj.
     """
     # In single precision where double would take long.
-    left = similarity.double().clone() if len(similarity) <= 1024 else similarity.float().clone()
-    squares = left.square().sum(0)
-    explained = 1e-5 * left.diagonal()  # less is rounding
+    residual = similarity.double().clone() if len(similarity) <= 1024 else similarity.float().clone()
+    squares = residual.square().sum(0)
+    explained = 1e-5 * residual.diagonal()  # less is rounding
     floor = explained.mean().clamp(min=1e-30)
     taken: list[int] = []
     for _ in range(count):
-        rest = left.diagonal()
+        rest = residual.diagonal()
         gain = torch.where(rest > explained, squares / rest.clamp(min=floor), 0.0)
         gain[taken] = -1
         best = int(gain.argmax())
-        column = left[best] / left[best, best].clamp(min=floor).sqrt()
+        column = residual[best] / residual[best, best].clamp(min=floor).sqrt()
         # The new sums of squares, from the old: one product with R instead of another pass over it.
-        squares += column * (column * column.square().sum() - 2 * (left @ column))
-        left.addr_(column, column, alpha=-1)
+        squares += column * (column * column.square().sum() - 2 * (residual @ column))
+        residual.addr_(column, column, alpha=-1)
         taken.append(best)
     return torch.tensor(taken)
 

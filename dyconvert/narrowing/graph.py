@@ -160,8 +160,8 @@ def check_free(model: nn.Module, graph: Graph) -> None:
 def keep_unsteady(graph: Graph, names: set[str]) -> None:
     """Keep the channels that layers read or make whose calls can't be recognised from one run to the next."""
     for group in graph.free:
-        if held := sorted({member.name for member in group.members} & names):
-            group.kept = f"{held[0]} is called otherwise from one run to the next"
+        if unsteady := sorted({member.name for member in group.members} & names):
+            group.kept = f"{unsteady[0]} is called otherwise from one run to the next"
 
 
 def _on_meta(t: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ def _group(
     parameters = {id(p): n for n, p in runner.named_parameters()}
     dims = bridge.parameter_dims(traced.graph)
     place = {channel: position for position, channel in enumerate(rest)}
-    members, kept = [], None
+    members, reason = [], None
     unit = torch.arange(len(rest))
     try:
         coupled = list(bridge.coupled(traced.graph, module, rest))
@@ -299,8 +299,8 @@ def _group(
         return Group(name, len(rest), [Member(name, "out", torch.tensor(rest), unit)], unit, ENDLESS)
     for node, side, numbers, roots in coupled:
         target = node.module
-        if kept is None and (kept := traced.obstacles.of(node, max(numbers) + 1)) and id(target) in names:
-            kept = f"{names[id(target)]}: {kept}"
+        if reason is None and (reason := traced.obstacles.of(node, max(numbers) + 1)) and id(target) in names:
+            reason = f"{names[id(target)]}: {reason}"
         channels, positions = torch.tensor(numbers), torch.tensor([place[r] for r in roots])
         if id(target) in parameters:
             member = Member(parameters[id(target)], "parameter", channels, positions, dims[id(target)])
@@ -310,16 +310,16 @@ def _group(
             if side == "out":
                 covered.setdefault(member.name, set()).update(numbers)
                 if not node.outputs:
-                    kept = kept or OUTPUT
+                    reason = reason or OUTPUT
             unit = _tie(unit, target, side, channels, positions)
         elif padded := getattr(node, "dyconvert_padding", None):
             member = Member(padded, "padding", channels, positions)
         else:
-            kept = kept or (OUTPUT if bridge.is_output(node) else None)
+            reason = reason or (OUTPUT if bridge.is_output(node) else None)
             continue
         members.append(member)
-    group = Group(name, len(rest), members, unit, kept)
-    if kept is None and group.units == 1:
+    group = Group(name, len(rest), members, unit, reason)
+    if reason is None and group.units == 1:
         grouped = next((m.name for m in members if getattr(runner.get_submodule(m.name), "groups", 1) > 1), None)
         group.kept = SINGLE if len(rest) == 1 or grouped is None else f"{grouped}: its groups tie all channels together"
     return group

@@ -71,28 +71,28 @@ def collect_images(data: Iterable[Any], count: int, model: nn.Module, example: A
     takes = [at for at, value in enumerate(template) if _is_images(value)] or [0]
     dims = _dims(model, template[takes[0]] if template else None)
     check_iterable(data)
-    taken: list[list[Tensor]] = [[] for _ in takes]
+    images_of: list[list[Tensor]] = [[] for _ in takes]
     listed = False
     for batch in [data] if isinstance(data, Tensor) else data:
         items, as_list = _items(batch, len(takes), dims)
         listed = listed or as_list
-        for column, images in zip(taken, items, strict=True):
+        for column, images in zip(images_of, items, strict=True):
             column.extend(images[: count - len(column)])
-        if len(taken[0]) >= count:
+        if len(images_of[0]) >= count:
             break
-    if not taken[0]:
+    if not images_of[0]:
         raise ModelError("The calibration data holds no images. Give a DataLoader or a tensor of images: `data=...`.")
     listed = isinstance(template[takes[0]], list) if template else listed and _takes_lists(model)
     columns, notes = list(template) or [None], []
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    for at, images in zip(takes, taken, strict=True):
+    for at, images in zip(takes, images_of, strict=True):
         shown = template[at] if template else None
         images = [_as_taken(image, number, like, shown) for number, image in enumerate(images)]
         if not listed:
             images, note = _of_one_size(images, shown)
             notes += note
         columns[at] = images if listed else torch.stack(images)
-    return Images(columns, len(taken[0]), notes)
+    return Images(columns, len(images_of[0]), notes)
 
 
 def _takes_lists(model: nn.Module) -> bool:

@@ -22,22 +22,26 @@ def output_error(original: nn.Module, narrowed: nn.Module, images: Images) -> fl
     if not count:
         return None
     first = len(images) - count
-    wanted, ours = (
+    original_outputs, narrowed_outputs = (
         [t for _, t in tensors_in(model(*images.part(first, len(images)))) if t.is_floating_point() and t.numel()]
         for model in (original, narrowed)
     )
-    if [t.shape for t in wanted] != [t.shape for t in ours]:
+    if [t.shape for t in original_outputs] != [t.shape for t in narrowed_outputs]:
         return None
-    errors = [e for a, b in zip(wanted, ours, strict=True) if (e := _error(a.double(), b.double(), count)) is not None]
+    errors = [
+        e
+        for a, b in zip(original_outputs, narrowed_outputs, strict=True)
+        if (e := _error(a.double(), b.double(), count)) is not None
+    ]
     return sum(errors) / len(errors) if errors else None
 
 
-def _error(wanted: Tensor, outputs: Tensor, count: int) -> float | None:
-    if not wanted.isfinite().all():
+def _error(original: Tensor, narrowed: Tensor, count: int) -> float | None:
+    if not original.isfinite().all():
         return None
-    by_image = count > 1 and wanted.dim() > 1 and len(wanted) == count
-    mean = wanted.mean(0) if by_image else wanted.mean()
-    variance = (wanted - mean).square().mean()
-    if variance <= 1e-12 * wanted.square().mean():
+    by_image = count > 1 and original.dim() > 1 and len(original) == count
+    mean = original.mean(0) if by_image else original.mean()
+    variance = (original - mean).square().mean()
+    if variance <= 1e-12 * original.square().mean():
         return None
-    return ((wanted - outputs).square().mean() / variance).nan_to_num(float("inf"), float("inf")).item()
+    return ((original - narrowed).square().mean() / variance).nan_to_num(float("inf"), float("inf")).item()

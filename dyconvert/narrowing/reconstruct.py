@@ -133,12 +133,12 @@ class _Work:
         """Solve all that is planned; returns the aims that the last pass saw."""
         while True:
             solved = len(self.found)
-            seen = self._pass()
+            aims = self._pass()
             if self.waiting is not None:
                 self._solve(self.waiting, self.parts)
                 self.waiting, self.parts = None, []
             elif len(self.found) == solved or all(name in self.found for name in self.planned):
-                return seen
+                return aims
 
     def _pass(self) -> dict[str, tuple[Aim, ...]]:
         wanted: dict[Place, list[Callable[[Tensor], None]]] = {}
@@ -206,11 +206,11 @@ class _Work:
             if not self.users[aim.other]:
                 del self.others[aim.other]
         read = _real(patches(layer, x, self.positions, shape, count))
-        wanted = _real(z) if added is None else _real(z) - added
+        targets = _real(z) if added is None else _real(z) - added
         fitted = self.positions.fitted(total, count)
         if count == len(self.images) and len(x) == 1:  # a loop over the images
             fitted = len(z) if number < count - held_out(count) else 0
-        return Rows(read, wanted, added, fitted, aim.clamp)
+        return Rows(read, targets, added, fitted, aim.clamp)
 
     def _solve(self, name: str, parts: list[Rows | None]) -> None:
         layer = self.model.get_submodule(name)

@@ -42,16 +42,16 @@ class Rows:
 
         Both are seen behind the activation. 1 is what the mean of each channel would have.
         """
-        held = len(self.z) - self.fitted
-        if held < 2:
+        held_out = len(self.z) - self.fitted
+        if held_out < 2:
             return None
-        wanted, outputs = self.z[self.fitted :], made[self.fitted :]
+        targets, outputs = self.z[self.fitted :], made[self.fitted :]
         if self.added is not None:
-            wanted, outputs = wanted + self.added[self.fitted :], outputs + self.added[self.fitted :]
+            targets, outputs = targets + self.added[self.fitted :], outputs + self.added[self.fitted :]
         if self.clamp is not None:
-            wanted, outputs = wanted.clamp(*self.clamp), outputs.clamp(*self.clamp)
-        variance = wanted.double().var(0, correction=0).mean().clamp(min=1e-30)
-        return ((wanted.double() - outputs.double()).square().mean() / variance).item()
+            targets, outputs = targets.clamp(*self.clamp), outputs.clamp(*self.clamp)
+        variance = targets.double().var(0, correction=0).mean().clamp(min=1e-30)
+        return ((targets.double() - outputs.double()).square().mean() / variance).item()
 
 
 @dataclass

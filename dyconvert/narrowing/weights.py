@@ -64,8 +64,8 @@ def give_weights(
 
 def warn_of_width(record: Narrowing) -> None:
     """Say so where next to nothing could be narrowed."""
-    wanted = record.width**2 if record.width is not None else record.flops
-    if record.macs > _MUCH_LEFT > wanted:
+    share = record.width**2 if record.width is not None else record.flops
+    if record.macs > _MUCH_LEFT > share:
         reasons = Counter(group.kept.rpartition(": ")[2] for group in record.groups if group.kept)
         named = "; ".join(f"{count} since {why}" for why, count in reasons.most_common(3))
         record.warnings.append(

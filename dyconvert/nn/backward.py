@@ -45,6 +45,6 @@ class MixedAgainConv(torch.autograd.Function):
 
 def _differentiable(grad: Tensor, operands: Operands, needs: Needs) -> list[Tensor | None]:
     inputs = (operands.x, operands.weight, *operands.mixing)
-    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
-    gradients = iter(torch.autograd.grad(strategies.groups(operands), wanted, grad, create_graph=True))
+    differentiated = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    gradients = iter(torch.autograd.grad(strategies.groups(operands), differentiated, grad, create_graph=True))
     return [next(gradients) if needed else None for needed in needs]

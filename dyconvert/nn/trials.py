@@ -61,17 +61,17 @@ def trial(run: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Calla
     checkpointing counts what is saved, and autocast, which has changed the tensors already.
     """
     leaves = [t if t is None else t.detach().requires_grad_(needs_backward(t)) for t in tensors]
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    differentiated = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     device = next(leaf.device.type for leaf in leaves if leaf is not None)
     grad: list[Tensor] = []
 
     def call() -> None:
         with torch.autograd.graph.saved_tensors_hooks(_itself, _itself), torch.autocast(device, enabled=False):
             out = run(*leaves)
-            if wanted:
+            if differentiated:
                 if not grad:
                     grad.append(torch.ones_like(out))
-                torch.autograd.grad(out, wanted, grad)
+                torch.autograd.grad(out, differentiated, grad)
 
     return call
 

@@ -62,8 +62,8 @@ def _observe(model: nn.Module, convs: set[str], arguments: tuple[Any, ...]) -> d
     calls: dict[str, Operands] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def hook(conv: DynamicConv, given: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-            x = given[0] if given else options["input"]
+        def hook(conv: DynamicConv, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+            x = args[0] if args else options["input"]
             mixing = conv.fold(mixture_for(conv, x))
             x, padding = conv.padded(x)
 

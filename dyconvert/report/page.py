@@ -185,12 +185,12 @@ def galleries(analysis: Analysis, images: ImageSet | None) -> list[Gallery]:
         return []
     convs = [conv for conv in analysis.coefficients.convs if not conv.is_constant and any(e.top for e in conv.experts)]
     convs.sort(key=lambda conv: -(conv.between_classes or conv.spread))
-    kept: dict[int, str] = {}
+    pictures: dict[int, str] = {}
 
     def shown(index: int) -> str:
-        if index not in kept:
-            kept[index] = _thumbnail(images, index)
-        return kept[index]
+        if index not in pictures:
+            pictures[index] = _thumbnail(images, index)
+        return pictures[index]
 
     def called(index: int) -> str:
         label = int(images.labels[index])

@@ -48,12 +48,12 @@ def folded_and_agreeing(
         if len(some) < 2:
             return None, []
         half = len(some) // 2
-        left = agreeing(some[:half])[1] + agreeing(some[half:])[1]
+        pairs_left = agreeing(some[:half])[1] + agreeing(some[half:])[1]
         # Each half may agree by itself, and both together not.
-        return agreeing(left) if 0 < len(left) < len(some) else (None, [])
+        return agreeing(pairs_left) if 0 < len(pairs_left) < len(some) else (None, [])
 
-    folded, left = agreeing(pairs)
-    return fold(model, []) if folded is None else folded, left
+    folded, pairs_left = agreeing(pairs)
+    return fold(model, []) if folded is None else folded, pairs_left
 
 
 class _Comparison:
@@ -76,10 +76,10 @@ class _Comparison:
 
     def agrees(self, other: nn.Module) -> bool:
         try:
-            seen = self._run(other)
+            outputs = self._run(other)
         except Exception:  # its code asks the batch norm for something
             return False
-        apart = _apart(self.reference, seen)
+        apart = _apart(self.reference, outputs)
         if apart is not None and max(apart, default=0.0) <= self.tolerance:
             return True
         # Deep models with random weights amplify rounding, and detectors rank their boxes by it.

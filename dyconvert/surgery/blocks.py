@@ -73,7 +73,9 @@ def innermost_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, list[s
     """Each block's name, and those of `names` that stand in it."""
     blocks = candidates(model, names)
     return {
-        name: held for name, held in blocks.items() if not any(other != name and holds(name, other) for other in blocks)
+        name: convs
+        for name, convs in blocks.items()
+        if not any(other != name and holds(name, other) for other in blocks)
     }
 
 
@@ -86,7 +88,7 @@ def candidates(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
             parent = parent.rpartition(".")[0]
             inside.setdefault(parent, []).append(name)
     return {
-        parent: held
-        for parent, held in inside.items()
-        if len(held) >= 2 and not _is_container(model.get_submodule(parent))
+        parent: convs
+        for parent, convs in inside.items()
+        if len(convs) >= 2 and not _is_container(model.get_submodule(parent))
     }

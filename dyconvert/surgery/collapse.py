@@ -119,13 +119,13 @@ def mean_mixtures(model: nn.Module, batches: Iterable[Any]) -> dict[str, Mixture
     sums: dict[str, Mixture] = {}
     calls: dict[str, int] = {}
 
-    def add(name: str, seen: Mixture) -> None:
-        total = seen.map(lambda axis: axis.detach().double().sum(0, keepdim=True))
+    def add(name: str, mixture: Mixture) -> None:
+        total = mixture.map(lambda axis: axis.detach().double().sum(0, keepdim=True))
         if name in sums:
             before = sums[name].axes()
             total = Mixture(**{axis: value + before[axis] for axis, value in total.axes().items()})
         sums[name] = total
-        calls[name] = calls.get(name, 0) + seen.experts.shape[0]
+        calls[name] = calls.get(name, 0) + mixture.experts.shape[0]
 
     names = [name for name, module in runner.named_modules() if isinstance(module, DynamicConv)]
     watch_mixtures(runner, add)

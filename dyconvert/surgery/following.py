@@ -122,9 +122,9 @@ def shown(
     """
     reasons: dict[str, str] = {}
     for number, (args, kwargs, grad) in enumerate(_varied(model, call)):
-        left = [pair for pair in pairs if pair[1] not in reasons]
+        unexplained = [pair for pair in pairs if pair[1] not in reasons]
         runner = trial_runner(model, observed)
-        watch = _Flow(runner, left)
+        watch = _Flow(runner, unexplained)
         try:
             with kept_random_state(), torch.enable_grad() if grad else torch.no_grad():
                 failures = watch.run(*fresh(args), kwargs=fresh(kwargs), kept=not grad)
@@ -185,13 +185,13 @@ class _Flow(TorchFunctionMode):
         return {norm: reason for conv, norm in self.pairs if (reason := self._reason(conv, norm, alive))}
 
     def _reason(self, conv: str, norm: str, alive: set[str]) -> str | None:
-        given = self.calls[norm]
-        if not given and not self.calls[conv]:
+        calls = self.calls[norm]
+        if not calls and not self.calls[conv]:
             return NOT_CALLED
         for name in (conv, norm):
             if name in self.misused:
                 return self.misused[name]
-        if any(source != conv for source in given) or len(given) != len(self.calls[conv]):
+        if any(source != conv for source in calls) or len(calls) != len(self.calls[conv]):
             return f"its input isn't always what {conv} returns, or {conv} is called elsewhere too"
         return f"what {conv} returns is also kept, or returned by the model" if conv in alive else None
 
@@ -251,9 +251,9 @@ def _varied(
     halved = map_tensors(_halved, call)
     yield *halved, False
     yield *halved, True
-    given = len(args)
+    count = len(args)
     for index, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
-        if index >= given and parameter.name not in kwargs and isinstance(parameter.default, bool):
+        if index >= count and parameter.name not in kwargs and isinstance(parameter.default, bool):
             yield halved[0], {**halved[1], parameter.name: not parameter.default}, False
 
 

@@ -71,19 +71,19 @@ def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | Non
     _check_eval(model)
     if bank_dtype not in (None, torch.float16, torch.bfloat16):
         raise ModelError(f"bank_dtype={bank_dtype} isn't half precision. Take torch.float16 or torch.bfloat16.")
-    pairs, kept = pairs_by_graph(model)
+    pairs, unfused = pairs_by_graph(model)
     if pairs:
         observed, call = _a_call(model, pairs, example)
         try:
-            kept |= shown(model, pairs, observed, call)
+            unfused |= shown(model, pairs, observed, call)
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} fails on {'noise' if example is None else 'the example'}: {brief(error)}. "
                 "Give an input that it takes: example=..."
             ) from error
-        following = [pair for pair in pairs if pair[1] not in kept]
+        following = [pair for pair in pairs if pair[1] not in unfused]
         result, pairs = folded_and_agreeing(model, following, observed, call, _folded)
-        kept |= dict.fromkeys({norm for _, norm in following} - {norm for _, norm in pairs}, INEXACT)
+        unfused |= dict.fromkeys({norm for _, norm in following} - {norm for _, norm in pairs}, INEXACT)
     else:
         result = copied(model)
     if bank_dtype is not None:
@@ -93,7 +93,7 @@ def fuse(model: nn.Module, example: Any = None, *, bank_dtype: torch.dtype | Non
     # A plan describes what `convert` makes of the static model, and this is no longer that.
     remove_marks(result)
     order = list(dict(model.named_modules()))
-    mark_fused(result, pairs, {norm: kept[norm] for norm in sorted(kept, key=order.index)})
+    mark_fused(result, pairs, {norm: unfused[norm] for norm in sorted(unfused, key=order.index)})
     return result
 
 

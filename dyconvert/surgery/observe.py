@@ -87,7 +87,7 @@ def observe(model: nn.Module, watched: set[str], example: Any = None, *, train: 
 
 
 def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> Observation | None:
-    given = [as_call(model, example)] if example is not None else None
+    calls = [as_call(model, example)] if example is not None else None
     failure: Exception | None = None
     # Detection and optical flow look at values, which the meta device doesn't have: they get a real run. Some models'
     # own hooks keep what their decoders read: they run with their hooks.
@@ -96,13 +96,13 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
             continue
         if hooked and not _has_hooks(model):
             break
-        for args, kwargs in given or guesses(model):
+        for args, kwargs in calls or guesses(model):
             runner = trial_copy(model, real, hooked)
             try:
                 observation = _record(runner, watched, args, kwargs, real, owners(model, watched))
             except Exception as error:
                 failure = error
-                if not given and real is False and needs_values(error):
+                if not calls and real is False and needs_values(error):
                     break
                 continue
             observation.real, observation.hooked = real, hooked
@@ -110,11 +110,13 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
             if train:
                 runner = trial_copy(model, real, hooked)
                 versions = [times_written(p) for p in runner.parameters()]
-                held = owners(model, watched)
-                observation.training = _training_step(runner, watched, args, kwargs, real, observation.reads, held)
+                parameters = owners(model, watched)
+                observation.training = _training_step(
+                    runner, watched, args, kwargs, real, observation.reads, parameters
+                )
                 observation.edits |= versions != [times_written(p) for p in runner.parameters()]
             return observation
-    if given:
+    if calls:
         raise ModelError(
             f"{type(model).__name__} rejects the example input: {brief(failure)}. Pass an example that the model's "
             "forward takes: `example=...`."
@@ -144,13 +146,13 @@ def _record(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     real: bool,
-    held: dict[int, str],
+    parameters: dict[int, str],
 ) -> Observation:
     """One run in eval mode.
 
     Args:
-        held: the parameters of the model that this is a copy of: closures, weak references and globals go on holding
-            its convs, for a copy doesn't follow them.
+        parameters: of the model that was copied, by id: closures, weak references and globals go on holding its convs,
+            for a copy doesn't follow them.
     """
     observation = Observation(meta(args), meta(kwargs))
     versions = [times_written(p) for p in model.parameters()]
@@ -158,7 +160,7 @@ def _record(
     with (
         torch.no_grad(),
         recording(model, watched) as (observation.calls, stack),
-        WeightReads(owners(model, watched) | held, stack, observation.reads) as seen,
+        WeightReads(owners(model, watched) | parameters, stack, observation.reads) as seen,
     ):
         returned = model(*args, **kwargs)
     observation.outputs = shapes(returned)
@@ -174,7 +176,7 @@ def _training_step(
     kwargs: dict[str, Any],
     real: bool,
     reads: dict[str, set[str]],
-    held: dict[int, str],
+    parameters: dict[int, str],
 ) -> dict[str, list[Call]] | None:
     """The calls of one step in training mode, forward and backward; None if the model can't take it."""
     model.train()
@@ -186,7 +188,7 @@ def _training_step(
     own: dict[str, set[str]] = {}
     with recording(model, watched) as (calls, stack):
         try:
-            with torch.enable_grad(), WeightReads(owners(model, watched) | held, stack, own):
+            with torch.enable_grad(), WeightReads(owners(model, watched) | parameters, stack, own):
                 returned = model(*args, **kwargs)
                 tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
                 if tensors:

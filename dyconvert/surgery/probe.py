@@ -282,9 +282,9 @@ def _signature(call: Call) -> Any:
 
 
 def _places(call: Call, read: Any) -> tuple[int, ...]:
-    wanted = {id(t) for t in maps_in(read)}
+    ids = {id(t) for t in maps_in(read)}
     leaves = tree_flatten((call.args, call.kwargs))[0]
-    return tuple(index for index, leaf in enumerate(leaves) if id(leaf) in wanted)
+    return tuple(index for index, leaf in enumerate(leaves) if id(leaf) in ids)
 
 
 _OWN = vars(nn.Module()).keys() - {"training"}

@@ -38,21 +38,21 @@ class Sharing:
     def settle(self, stems: set[str]) -> dict[str, str]:
         """Fill in the plan; why convs of a block have predictors of their own, by block."""
         failures: dict[str, str] = {}
-        wanted: dict[str, dict[str, str]] = {}
-        for block, held in innermost_blocks(self.model, [conv.name for conv in self.plan.converted]).items():
+        reasons_by_block: dict[str, dict[str, str]] = {}
+        for block, convs in innermost_blocks(self.model, [conv.name for conv in self.plan.converted]).items():
             kind = type(self.model.get_submodule(block)).__name__
             if any(holds(block, stem) for stem in stems):
-                for name in held:
+                for name in convs:
                     self.plan[name].note = f"in no block but {kind}, which reads the image"
             elif self.observed is None:
                 failures[block] = f"{kind}: no input is known, so it can't be run"
-                for name in held:
+                for name in convs:
                     self.plan[name].note = failures[block]
             else:
-                wanted[block] = {name: reason for name in held if (reason := self._outside(block, name))}
-                self._note(block, held, wanted[block], failures)
-        if wanted:
-            self._probe(wanted, failures)
+                reasons_by_block[block] = {name: reason for name in convs if (reason := self._outside(block, name))}
+                self._note(block, convs, reasons_by_block[block], failures)
+        if reasons_by_block:
+            self._probe(reasons_by_block, failures)
         return failures
 
     def _outside(self, block: str, name: str) -> str | None:
@@ -74,25 +74,25 @@ class Sharing:
             return has_pre_hooks(self.hooked[hooked])
         return self.order.get(hooked, -1) < self.order.get(conv, 0)
 
-    def _note(self, block: str, held: Sequence[str], reasons: Mapping[str, str], failures: dict[str, str]) -> None:
+    def _note(self, block: str, convs: Sequence[str], reasons: Mapping[str, str], failures: dict[str, str]) -> None:
         kind = type(self.model.get_submodule(block)).__name__
-        for name in held:
+        for name in convs:
             if name in reasons:
                 self.plan[name].note = f"{kind}: {reasons[name]}"
                 failures.setdefault(block, self.plan[name].note)
 
-    def _probe(self, wanted: dict[str, dict[str, str]], failures: dict[str, str]) -> None:
+    def _probe(self, reasons_by_block: dict[str, dict[str, str]], failures: dict[str, str]) -> None:
         runner = self._runner()
-        calls = self._calls(runner, set(wanted))
+        calls = self._calls(runner, set(reasons_by_block))
         names = [conv.name for conv in self.plan.converted]
         prober = Prober(runner, set(names))
-        for block, reasons in wanted.items():
-            held = [name for name in names if holds(block, name) and name not in reasons]
-            if len(held) < 2:
-                self._alone(block, held, failures)
+        for block, reasons in reasons_by_block.items():
+            together = [name for name in names if holds(block, name) and name not in reasons]
+            if len(together) < 2:
+                self._alone(block, together, failures)
                 continue
             module = runner.get_submodule(block)
-            convs = {within(block, name): runner.get_submodule(name) for name in held}
+            convs = {within(block, name): runner.get_submodule(name) for name in together}
             call = calls.get(block)
             if call is None:
                 outcome: dict[str, str] | _Read = dict.fromkeys(
@@ -103,17 +103,17 @@ class Sharing:
             if isinstance(outcome, _Read):
                 unfit = prober.unfit(module, convs, call, outcome.value)
                 if convs.keys() - unfit.keys():
-                    self._share(block, held, unfit, outcome, failures)
+                    self._share(block, together, unfit, outcome, failures)
                     continue
                 outcome = unfit
-            self._note(block, held, {name: outcome[within(block, name)] for name in held}, failures)
+            self._note(block, together, {name: outcome[within(block, name)] for name in together}, failures)
 
     def _share(
-        self, block: str, held: Sequence[str], unfit: Mapping[str, str], read: "_Read", failures: dict[str, str]
+        self, block: str, convs: Sequence[str], unfit: Mapping[str, str], read: "_Read", failures: dict[str, str]
     ) -> None:
-        sharing = [name for name in held if within(block, name) not in unfit]
-        whys = {name: f"{name}: {unfit[within(block, name)]}" for name in held if within(block, name) in unfit}
-        self._note(block, held, whys, failures)
+        sharing = [name for name in convs if within(block, name) not in unfit]
+        whys = {name: f"{name}: {unfit[within(block, name)]}" for name in convs if within(block, name) in unfit}
+        self._note(block, convs, whys, failures)
         if len(sharing) < 2:
             self._alone(block, sharing, failures)
             return
@@ -121,9 +121,9 @@ class Sharing:
         for name in sharing:
             self.plan[name].block = block
 
-    def _alone(self, block: str, held: Sequence[str], failures: dict[str, str]) -> None:
+    def _alone(self, block: str, convs: Sequence[str], failures: dict[str, str]) -> None:
         kind = type(self.model.get_submodule(block)).__name__
-        for name in held:
+        for name in convs:
             self.plan[name].note = f"{kind}: no other conv of the block could share with it"
 
     def _runner(self) -> nn.Module:
@@ -157,9 +157,11 @@ class Sharing:
             for handle in handles:
                 handle.remove()
         for name in blocks - calls.keys():
-            for seen in (self.observed.calls, self.observed.training or {}):
-                if name in seen and name not in calls:
-                    calls[name] = Call(*_made_up((seen[name][0].args, seen[name][0].kwargs), device))
+            for observed_calls in (self.observed.calls, self.observed.training or {}):
+                if name in observed_calls and name not in calls:
+                    calls[name] = Call(
+                        *_made_up((observed_calls[name][0].args, observed_calls[name][0].kwargs), device)
+                    )
         return calls
 
     def _read(

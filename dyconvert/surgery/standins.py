@@ -62,14 +62,16 @@ def told_apart(model: nn.Module, convs: Sequence[str], observed: Observation) ->
     trial = _Trial(model, observed)
     apart: set[str] = set()
     # A model that runs otherwise each time, by draws of its own, can't be compared: at the end none is left.
-    while left := [name for name in convs if name not in apart]:
-        calls = trial.calls(left)
+    while convs_left := [name for name in convs if name not in apart]:
+        calls = trial.calls(convs_left)
         if trial.is_as_observed(calls):
             break
-        own = {name for name in left if calls is None or calls[0].get(name) != trial.reference[0].get(name)}
+        own = {name for name in convs_left if calls is None or calls[0].get(name) != trial.reference[0].get(name)}
         # Where its own calls don't say which conv it is, each is tried by itself.
-        culprits = own if calls is not None and own else {n for n in left if not trial.is_as_observed(trial.calls([n]))}
-        apart |= culprits or set(left)
+        culprits = (
+            own if calls is not None and own else {n for n in convs_left if not trial.is_as_observed(trial.calls([n]))}
+        )
+        apart |= culprits or set(convs_left)
     return apart
 
 
@@ -92,11 +94,11 @@ class _Trial:
         args, kwargs = observed.placed(runner)
         set_random_state(self.state)
         try:
-            with torch.no_grad(), recording(runner, self.watched) as (calls, _), FunctionsCalled() as seen:
+            with torch.no_grad(), recording(runner, self.watched) as (calls, _), FunctionsCalled() as functions_called:
                 returned = runner(*args, **kwargs)
         except Exception:  # a list that doesn't hold what it held, say
             return None
-        return self._form(calls), shapes(returned), seen.functions
+        return self._form(calls), shapes(returned), functions_called.functions
 
     def is_as_observed(self, calls: Any) -> bool:
         """Whether a run with stand-ins did what the observed one did."""

@@ -96,8 +96,8 @@ def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
         )
 
     if isinstance(batch, Mapping):
-        taken = inspect.signature(model.forward).parameters
-        if known := {key: value for key, value in batch.items() if key in taken}:
+        parameters = inspect.signature(model.forward).parameters
+        if known := {key: value for key, value in batch.items() if key in parameters}:
             return (), moved(known)
         batch = list(batch.values())
     if isinstance(batch, (tuple, list)):
