@@ -11,7 +11,7 @@ from dyconvert.torch_internals.trees import tree_map_only
 
 
 def check_module(model: Any, name: str = "model") -> None:
-    """Refuse what is no module.
+    """Refuse a value that isn't a module.
 
     Raises:
         ModelError: it is none.

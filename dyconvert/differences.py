@@ -169,7 +169,7 @@ def _difference(path: str, original: Tensor, dynamic: Tensor, least: float = 0.0
     a, b = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (original, dynamic))
     if a.numel() == 0:
         return Difference(path, 0.0, 0.0, 0)
-    # Where both overflow alike there is no difference; a NaN on one side only is an infinite one.
+    # If both overflow alike, there is no difference. A NaN on one side alone is an infinite difference.
     alike = (a == b) | (a.isnan() & b.isnan())
     apart = torch.where(alike, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
     absolute = apart.max().item()

@@ -25,7 +25,7 @@ class ModelError(DyconvertError):
 
 
 class PlanError(DyconvertError):
-    """A plan, or what was asked of one (method, g, patterns), doesn't make sense or doesn't fit the model."""
+    """A plan, or one of its options (method, g, patterns), makes no sense or doesn't fit the model."""
 
 
 class ArgumentError(DyconvertError, RuntimeError):
@@ -41,7 +41,7 @@ class ExportError(DyconvertError):
 
 
 class RecipeError(DyconvertError):
-    """A recipe has errors, or what it names (data, devices, a run to resume) isn't there or doesn't fit."""
+    """A recipe has errors, or names something (data, devices, a run to resume) that isn't there or doesn't fit."""
 
 
 class TrainingError(DyconvertError):
@@ -55,7 +55,7 @@ def some(items: list[str], count: int = 5) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """Return the error's type and the first line of what it says, to be quoted in a message of ours."""
+    """Return the error's type and the first line of its message, to be quoted in a message of ours."""
     # After the first line comes help.
     lines = without_advice(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Writing files and directories: the old or the new, whole; only what is ours is replaced, and never through a link.
+"""Writing files and directories: the old or the new, whole. Only our own files are replaced, never through a link.
 
 Everything is written into a private folder beside its place, put onto the disk, and then takes its name by a rename,
 which is one step. A killed process leaves such a folder; the next one that writes to that place removes it.
@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows; there, writers to one place aren't kept apart
     fcntl = None  # type: ignore[assignment]
 
-# Of the private folders. So long a name isn't met by chance.
+# The prefix of private folders. A name this long isn't met by chance.
 _PRIVATE = ".dyconvert-part-"
 # Saving the largest models takes less, and a process that hangs isn't waited for forever.
 _WAIT_SECONDS = 120.0

@@ -32,7 +32,7 @@ WEIGHTS_BYTES = 2**37
 # Tensors of one file: the largest models of timm have 3,000; a dynamic one up to twice as many.
 TENSORS = 200_000
 # Modules and tensors that a checkpoint's architecture may have for each tensor in its file. Narrowing and conversion
-# change neither number by more than a few; what has a thousand times as many isn't what was saved.
+# change neither number by more than a few; a model with a thousand times as many isn't the saved one.
 MODULES_PER_TENSOR = 20
 # One tensor that an architecture makes, such as a table of positions, which grows with the fourth power of the image's
 # side: those of 1,024 pixels have 0.1 GB, and the weights of a head with a million classes 8.
@@ -53,7 +53,7 @@ EXPERTS = 256
 DIVERSITY = 1_000.0
 # Standard deviation of paired experts' logits: beyond, every coefficient is 0 or 1.
 SPREAD = 1_000.0
-# By what logits are divided: beyond, float32 has zero or infinity, and all coefficients are equal or NaN.
+# Temperatures, by which logits are divided. Beyond, float32 has zero or infinity: all coefficients are equal or NaN.
 TEMPERATURES = (1e-6, 1e6)
 # Seeds of torch's and numpy's generators.
 SEED = 2**63 - 1
@@ -63,7 +63,7 @@ CLASSES = 2**20
 COUNT = 10**9
 # Learning rates, weights of losses, epochs in parts: beyond, one step takes float32 to infinity.
 RATE = 1e6
-# Of an image's normalisation: bytes have means up to 255.
+# Means and deviations of an image's normalisation: bytes have means up to 255.
 NORMAL = 1e6
 # Processes of a run, and threads of a process: the largest machines have hundreds of cores, clusters some thousands.
 PROCESSES = 4_096

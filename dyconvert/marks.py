@@ -54,7 +54,7 @@ def narrowing_of(model: nn.Module) -> "Narrowing | None":
 
 
 def mark_narrowing(model: nn.Module, narrowing: "Narrowing") -> None:
-    """Note what was narrowed; a copy of it."""
+    """Note what was narrowed, as a copy of the record."""
     setattr(model, _NARROWING, narrowing.model_copy(deep=True))
 
 

@@ -18,7 +18,7 @@ def within(outer: str, name: str) -> str:
 
 
 def joined(outer: str, name: str) -> str:
-    """The whole name of what is called `name` within `outer`."""
+    """The whole name of a module that is called `name` within `outer`."""
     return f"{outer}.{name}" if outer and name else outer or name
 
 

@@ -15,7 +15,7 @@ from dyconvert.torch_internals.modules import set_versions, versions_of
 
 
 def versions(state: Mapping[str, Any]) -> dict[str, int]:
-    """By module name, the versions in a state dict that torch made, without those that are 1, as most are."""
+    """The versions in a state dict that torch made, by module name; those that are 1, as most are, are left out."""
     beside = versions_of(state) or {}
     return {name: each["version"] for name, each in beside.items() if each.get("version", 1) not in (None, 1)}
 

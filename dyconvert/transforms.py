@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-# By channel, as torchvision and timm normalise.
+# Means and deviations of each channel, as torchvision and timm normalise.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZE = Annotated[int, Field(ge=1, le=INPUT_SIDE)]
 _NUMBER = Annotated[float, Field(ge=-NORMAL, le=NORMAL)]

@@ -1,4 +1,4 @@
-"""How many images are classified right, with what is certain about it: counts, intervals, classes, confusions."""
+"""How many images are classified right, and how certain that is: counts, intervals, classes, confusions."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-# Of a normal distribution: 95 % lie within so many standard deviations.
+# 95 % of a normal distribution lie within this many standard deviations.
 Z = 1.96
 # A difference is said to be one if chance alone would make it as large less often than this.
 CERTAIN = 0.05
@@ -35,7 +35,7 @@ class Share(BaseModel):
 
 
 class ClassAccuracy(BaseModel):
-    """Of one class's images; `original` is None where there is no original."""
+    """The accuracy on one class's images; `original` is None where there is no original."""
 
     name: str
     model: Share

@@ -1,4 +1,4 @@
-"""How long dynamic convs and whole models take, against what they replace and what else there is."""
+"""How long dynamic convs and whole models take, beside static ones and other implementations."""
 
 import math
 import platform
@@ -38,7 +38,7 @@ class Layer(NamedTuple):
         return f"{kind}{self.kernel}x{self.kernel}{stride} {channels} @{self.size}"
 
 
-# Of ResNet50 and MobileNetV2, ResNet18, and MobileNetV3-Large, at 224 pixels.
+# Convs of ResNet50 and MobileNetV2, ResNet18, and MobileNetV3-Large, at 224 pixels.
 LAYERS = (
     Layer(64, 64, 3, 56),
     Layer(64, 256, 1, 56),
@@ -92,7 +92,7 @@ def computer(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """This machine's processor by its name, and by its family, of which generic names say nothing."""
+    """This machine's processor, by its name and its family; generic names don't tell the family."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -358,5 +358,5 @@ def model_call(model: nn.Module, arguments: Sequence[Any], training: bool) -> Ca
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of ratios: their mean that doesn't depend on which way round they are taken."""
+    """The geometric mean of ratios: the reciprocals' mean is its reciprocal."""
     return math.exp(sum(map(math.log, values)) / len(values))

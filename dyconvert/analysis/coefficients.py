@@ -19,7 +19,8 @@ from dyconvert.surgery.watch import block_of, predictor_of
 BINS = 200
 # Numbers that the class sums of one conv may take: above, its output channels are sampled.
 CLASS_SUMS = 2**18
-# Classes, and output channels of each expert, that a conv's signature shows; of more, so many, evenly spread.
+# A conv's signature shows at most this many classes, and output channels of each expert. If there are more, they are
+# taken at even intervals.
 SIGNATURE = 40, 64
 # Images kept per expert.
 TOP = 6
@@ -286,7 +287,7 @@ class _Stream:
             self.class_means.index_add_(0, labels, eta[known].mean(2))
 
     def axis(self) -> AxisUse:
-        """Of factors, which came halved."""
+        """How one axis of factors is used; they were collected halved, from 0 to 1."""
         halved = self.summary()
         (use,) = halved["experts"]
         shown = _spread(self.channels, SIGNATURE[1])

@@ -17,11 +17,11 @@ from dyconvert.nn import DynamicConv
 from dyconvert.surgery.plan import Plan, PlannedConv
 
 BINS = 40
-# |r| from which on a correlation is strong, middle or weak; below it is none.
+# The least |r| of a strong, a middle and a weak correlation; less is none.
 BANDS = {"strong": 0.6, "middle": 0.4, "weak": 0.2, "none": 0.0}
-# Feature maps of a layer that are compared; of more, so many, evenly spread.
+# At most this many feature maps of a layer are compared. If there are more, they are taken at even intervals.
 MAX_MAPS = 512
-# Positions that are looked at, over all images; of more, so many, at random.
+# At most this many positions are looked at, over all images. If there are more, they are drawn at random.
 MAX_POSITIONS = 640_000
 POSITIONS_PER_IMAGE = 64
 # Pairs that are named.

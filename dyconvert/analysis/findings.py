@@ -1,4 +1,4 @@
-"""What an analysis shows, in sentences: what stands out, good or bad, and what to do about it."""
+"""An analysis in sentences: what stands out, good or bad, and what to do about it."""
 
 from typing import Literal
 
@@ -95,7 +95,7 @@ def of_coefficients(coefficients: Coefficients) -> list[Finding]:
 
 
 def of_accuracy(accuracy: Accuracy) -> list[Finding]:
-    """Whether the model classifies better or worse than the original, if so many images can tell."""
+    """Whether the model classifies better or worse than the original, if there are enough images to tell."""
     if accuracy.original is None or accuracy.chance is None:
         return []
     ours, theirs = accuracy.model, accuracy.original

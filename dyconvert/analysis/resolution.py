@@ -18,7 +18,7 @@ from dyconvert.nn.transposed import DynamicConvTranspose
 from dyconvert.surgery.example import example_for
 from dyconvert.surgery.watch import watch_mixtures
 
-# Of the model's own input.
+# Sizes to time, as shares of the model's own input size.
 FACTORS = (0.5, 0.75, 1, 1.5, 2)
 
 
@@ -147,7 +147,7 @@ def _inference(model: nn.Module, example: tuple[Any, ...]) -> Callable[[], Any]:
 
 
 def _parts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Callable[[], None]]:
-    """What the dynamic model adds, alone: all its predictors on what they read, and all its kernels mixed."""
+    """The work that the dynamic model adds, alone: each predictor runs on its own input, and all kernels are mixed."""
     runner = skeleton(model, lambda t: t)
     read: list[tuple[nn.Module, Tensor]] = []
     mixed: list[tuple[Callable[[Tensor, Mixing], Tensor], Tensor, Mixing]] = []

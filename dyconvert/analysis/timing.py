@@ -127,7 +127,7 @@ def peak_memory(code: str, threads: int) -> int:
     A process of its own measures it: its peak is no other's, and no memory lies ready from what ran before.
     """
     script = f"import json, torch\ntorch.set_num_threads({threads})\n{code}\n{_PEAK}"
-    # Freed memory goes back at once, so that the peak is of what is in use.
+    # Freed memory goes back to the system at once, so that the peak counts memory in use.
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1]) * 1024

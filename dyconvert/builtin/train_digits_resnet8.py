@@ -56,7 +56,7 @@ def train(images: Tensor, labels: Tensor) -> DigitsResNet8:
 
 
 def main() -> None:
-    """Trains, saves, and prints the test accuracy of what was saved."""
+    """Trains, saves, and prints the test accuracy of the saved weights."""
     train_images, test_images, train_labels, test_labels = split_digits()
     model = train(train_images, train_labels)
     save_file(model.state_dict(), WEIGHTS)

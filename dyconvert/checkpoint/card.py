@@ -20,7 +20,7 @@ from dyconvert.models.source import Source
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 
 CARD = "README.md"
-# Before and after, by what was counted or measured.
+# The table's rows: before and after, by what was counted or measured.
 Figures = Mapping[str, tuple[float | None, float | None]]
 
 _MARK = re.compile(r"\n<!-- Written by dyconvert; a card that was edited stays as it is\. ([0-9a-f]{16}) -->\n*\Z")

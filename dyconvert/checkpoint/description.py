@@ -46,7 +46,7 @@ class Description(BaseModel):
 
     def to_json(self) -> str:
         """The file's text."""
-        # Versions before there were these refuse to read what they don't know.
+        # Older versions of dyconvert refuse keys that they don't know.
         unused = {name for name in ("extra_state", "preprocessing", "compression") if getattr(self, name) is None}
         return self.model_dump_json(indent=2, exclude=unused)
 

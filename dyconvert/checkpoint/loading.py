@@ -25,7 +25,7 @@ from dyconvert.surgery.compress import compress_in_place
 from dyconvert.surgery.convert import rebuild
 from dyconvert.surgery.old_plans import old_prefixes
 
-# Of another process that saves the same model again and again.
+# Tries, while another process saves the same model again and again.
 _ATTEMPTS = 100
 
 
@@ -57,7 +57,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         try:
             return _load(directory, description, model, trust_code)
         except CheckpointError as error:
-            # While this process read, another may have saved: then what was read belongs to two models.
+            # Another process may have saved while this one read: then the parts belong to two models.
             before, text = text, read_description(directory)
             if text == before and not (isinstance(error, _Replaced) and attempt < _ATTEMPTS):
                 raise

@@ -52,7 +52,7 @@ def write_weights(model: nn.Module, file: Path) -> dict[str, Any] | None:
             continue
         first[id(tensor)] = name
         plain = tensor.detach().contiguous()
-        # Parts of one storage would be refused: only what is the same under two names can be told when loading.
+        # Parts of one storage would be refused: when loading, only whole tensors under two names can be tied again.
         if plain.numel() and plain.untyped_storage().data_ptr() in storages:
             plain = plain.clone(memory_format=torch.contiguous_format)
         storages.add(plain.untyped_storage().data_ptr())
@@ -235,7 +235,7 @@ def _places(model: nn.Module) -> Iterator[tuple[int, dict[str, Any], str]]:
 
 
 def _tie(places: list[tuple[int, dict[str, Any], str]]) -> None:
-    """Make one tensor again of those that were one before they were assigned."""
+    """Tie tensors again that were one tensor before they were assigned."""
     first: dict[int, Tensor] = {}
     for number, table, name in places:
         table[name] = first.setdefault(number, table[name])

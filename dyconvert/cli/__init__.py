@@ -36,7 +36,7 @@ def _code() -> int:
 
 
 def _flushed() -> int:
-    """Write what is left for stdout; 0, or the exit code of an error, such as a full disk."""
+    """Write the rest of stdout; 0, or the exit code of an error, such as a full disk."""
     try:
         sys.stdout.flush()
         return 0

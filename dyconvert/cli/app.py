@@ -1,4 +1,4 @@
-"""The application: its commands, what stands for `convert`, and how errors end."""
+"""The application: its commands, the short form of `convert`, and how errors end."""
 
 import difflib
 import os
@@ -199,7 +199,7 @@ def run(arguments: list[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _failed(f"{where}{error.strerror or error}. Check the path, the space and the permissions there.")
     except Exception as problem:
-        # typer's own, of what was typed; their types are not public.
+        # typer's own errors about the typed command; their types are not public.
         typed: Any = problem
         if not hasattr(typed, "format_message"):
             raise

@@ -1,4 +1,4 @@
-"""dyconvert convert: the work, and what is printed of it."""
+"""dyconvert convert: the work, and its report."""
 
 import math
 import time
@@ -91,7 +91,7 @@ def convert_and_save(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Convert the model, compare, save, and print what was found."""
+    """Convert the model, compare it with the original, save it, and print a report."""
     started = time.perf_counter()
     with progress(f"loading {request.specifier}") as tell:
         # What can be refused without the weights is refused before they are loaded.

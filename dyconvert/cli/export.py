@@ -31,7 +31,7 @@ _RUNNER = {
     Format.openvino: "OpenVINO",
     Format.executorch: "ExecuTorch's runtime",
 }
-# Those whose weights can be float16.
+# Formats whose weights can be float16.
 _HALF = (Format.onnx, Format.openvino)
 
 

@@ -53,7 +53,7 @@ def inspect(
         model = saved.model
         check_finite(model, str(directory))
         example = example_of(model, None, size or image_size_for(saved, data), 1)
-        # Of a static model, saved as a control, what would become of it.
+        # A static model, saved as a control, shows the plan of its conversion.
         plan = plan_of(model) or plan_model(model, example=example)
         static = models.build(saved.source) if saved.source is not None else None
         costs = cost(model, plan, example, static, seconds=0)

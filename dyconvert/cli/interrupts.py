@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CODE = 130
 MESSAGE = "Stopped. Nothing half-written was left."
-# The modules that write files and take away what is half-written.
+# The modules that write files, and remove half-written ones.
 _WRITERS = ("saving.py", "files.py", "exported.py", "write.py")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

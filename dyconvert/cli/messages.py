@@ -4,7 +4,7 @@ import inspect
 
 from dyconvert.errors import reworded
 
-# Where an argument isn't an option of the same name: the option, and what is typed.
+# Arguments that aren't options of the same name: the option, and what the user types.
 _OTHER_NAMES = {
     "arguments": ("model_arg", "--model-arg num_classes=10"),
     "directory": ("output", "--output"),

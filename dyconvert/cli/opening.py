@@ -21,7 +21,7 @@ from dyconvert.surgery.planning import STEM
 
 @dataclass
 class Opened:
-    """A model, what to call it, where it came from, and the size of its input if that is known."""
+    """A model, its name for messages, where it came from, and the size of its input if that is known."""
 
     model: nn.Module
     name: str
@@ -102,7 +102,7 @@ def image_size_for(main: Opened, data: str | None) -> tuple[int, ...] | None:
     if source_says or data in (None, "digits") or not Path(data).is_dir():
         return main.size
     of_data = image_size(image_files(Path(data))[0])
-    # A factory doesn't say what it takes, and a conversion without --input-size guesses.
+    # A factory doesn't tell the size of its model's input, and a conversion without --input-size guesses.
     return of_data if main.size is None or max(of_data) < max(main.size[-2:]) else main.size
 
 

@@ -10,9 +10,9 @@ from dyconvert import files
 from dyconvert.errors import ModelError
 from dyconvert.limits import DIGITS, INPUT_SIDE, NORMAL
 
-# Of `--method`: the names stand in one place, which costs too much to import for a help text.
+# The help of `--method`. The names stand in `methods.py`, which costs too much to import for a help text.
 METHOD = "A method's name: `dyconvert methods` lists them."
-# Of images that a command reads.
+# The help panel of options for the images that a command reads.
 IMAGES = "Images"
 Mean = Annotated[
     str | None,

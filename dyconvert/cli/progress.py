@@ -10,7 +10,7 @@ from dyconvert import console
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show `what`; gives a function for what comes next: its name, how much is done, and of how much."""
+    """Show `what`; gives a function that shows the next step: its name, how much is done, and of how much."""
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),

@@ -39,7 +39,7 @@ class ChunksAsSlices(TorchFunctionMode):
 
 
 def _arguments(x: Tensor | None = None, number: Any = None, dim: int = 0, **named: Any) -> tuple[Tensor, Any, int]:
-    """The tensor, what says how to cut it, and the dimension, by whatever names the functions have for them."""
+    """The tensor, the sizes or the number of its parts, and the dimension; each function has its own names for them."""
     x = named.get("input", named.get("tensor", x))
     number = named.get("chunks", named.get("split_size_or_sections", named.get("split_size", number)))
     return x, number, dim

@@ -40,7 +40,7 @@ def prepared(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _replacement(conv: DynamicConv) -> nn.Module:
     depthwise = 1 < conv.groups == conv.in_channels
-    # Factors of a kernel's elements multiply mixed kernels, of which mixed maps have none.
+    # Factors multiply the elements of mixed kernels. Where maps are mixed, there is no mixed kernel.
     return MixedMaps(conv) if depthwise and not (conv.sizes.inputs or conv.sizes.positions) else MixedMatrix(conv)
 
 

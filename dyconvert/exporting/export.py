@@ -85,7 +85,7 @@ def onnx_program_of(
     fp16: bool = False,
     by_terms: bool = False,
 ) -> tuple[Any, list[Inputs]]:
-    """A model as torch's ONNXProgram, and the inputs at which what is made of it is to be compared with torch.
+    """A model as torch's ONNXProgram, and the inputs on which its file is to be compared with torch.
 
     Args:
         model: the user's, whose forward names the inputs.
@@ -153,7 +153,7 @@ def export_torch(
         program = program_of(named, reference, arguments, (axes,))
     with written(file) as part:
         with explained("The program can't be written", reference), quiet():
-            # Where the disk is full, torch's own writer of files ends the process.
+            # If the disk is full, torch's own writer of files ends the process.
             content = io.BytesIO()
             torch.export.save(program, content)
             part.write_bytes(content.getbuffer())
@@ -182,7 +182,7 @@ class _Half(nn.Module):
 
 
 def require(target: str, extra: str, *packages: str) -> None:
-    """Say which packages of an extra are missing for what is to be exported."""
+    """Say which packages of an extra this export lacks."""
     from importlib.util import find_spec
 
     if missing := [name for name in packages if find_spec(name) is None]:
@@ -261,7 +261,7 @@ def program_of(
 
 
 def _tidy(model: Any) -> None:
-    """Fold what is constant: shapes, mostly."""
+    """Fold constants: shapes, mostly."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
 

@@ -229,7 +229,7 @@ def check_inputs(model: nn.Module, arguments: Inputs, axes: Sequence[dict[int, s
 
 
 def taken(model: nn.Module, inputs: Sequence[Inputs]) -> list[Inputs]:
-    """Those of the inputs that the model itself takes: one that halves its batch doesn't take a single image.
+    """The inputs that the model itself takes: a model that halves its batch doesn't take a single image.
 
     Raises:
         ExportError: it takes none but the first, the example.

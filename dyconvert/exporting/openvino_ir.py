@@ -70,7 +70,7 @@ def _runner(file: Path) -> Callable[..., list[Tensor]]:
     import openvino
 
     core = openvino.Core()
-    # Where the processor can, OpenVINO would compute in bfloat16, which says nothing about the file.
+    # OpenVINO would compute in bfloat16 where the processor can; that would hide whether the file is right.
     compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": openvino.Type.f32})
 
     def run(*arguments: Tensor) -> list[Tensor]:

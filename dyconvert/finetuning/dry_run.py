@@ -24,7 +24,7 @@ from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview as preview_model
 from dyconvert.surgery.plan import Plan
 
-# Of an epoch whose number of steps isn't known.
+# Shown for an epoch whose number of steps isn't known.
 _STEPS_OF_AN_EPOCH = 1000
 
 

@@ -1,4 +1,4 @@
-"""The networks of a recipe: the original, and what it becomes before training."""
+"""The networks of a recipe: the original, and the converted or narrowed one that is trained."""
 
 import copy
 from collections.abc import Callable, Iterable

@@ -142,7 +142,7 @@ class _Session:
     progress: bool
 
     def go(self) -> Summary:
-        """Evaluate, train, evaluate, and write down what was found."""
+        """Evaluate, train, evaluate, and write the summary."""
         recipe, run, networks = self.recipe, self.run, self.networks
         directory = recipe.directory
         file = directory / CHECKPOINT
@@ -231,7 +231,7 @@ class _Session:
         return summary
 
     def _write_cards(self, summary: Summary) -> None:
-        """What the run reached, in the model cards of what it saved."""
+        """Write the run's accuracies into the model cards of the models that it saved."""
         directory = Path(summary.directory)
         for place, reached in (
             (directory, summary.best),

@@ -1,4 +1,4 @@
-"""Calls to the builders of models, and what is said when one fails or there is none of the name."""
+"""Calls model builders, and makes the errors for failed builds and unknown names."""
 
 import contextlib
 import difflib
@@ -51,7 +51,7 @@ def unknown_weights(specifier: str, weights: str, known: list[str]) -> ModelErro
 
 
 def _is_download_error(error: Exception) -> bool:
-    # Those of urllib and sockets are OSErrors; those of the Hugging Face client's HTTP library need not be.
+    # Errors of urllib and sockets are OSErrors; those of the Hugging Face client's HTTP library need not be.
     library = type(error).__module__.partition(".")[0]
     return (
         isinstance(error, OSError | HTTPException)

@@ -121,7 +121,7 @@ def _resolved(text: str | None, other: Any, directory: str | os.PathLike[str]) -
 
 
 def _path_in(text: str | None) -> tuple[str | None, str]:
-    """The path of a Python or a weights file in a text, and what comes after it; None: there is none."""
+    """The path of a Python or a weights file in a text, and the text after it; None: there is none."""
     if text is None:
         return None, ""
     head, colon, tail = text.rpartition(":")

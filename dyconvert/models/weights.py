@@ -110,7 +110,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _kind(tensor: Tensor) -> str:
-    """What a dtype holds; a cast within a kind changes precision, and one between them changes what is computed."""
+    """The kind of numbers that a dtype holds. A cast within a kind changes precision, one between kinds the results."""
     if tensor.is_floating_point():
         return "floats"
     if tensor.is_complex():
@@ -131,7 +131,7 @@ def _within_wrapper(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor],
     whole = [prefix for prefix in prefixes if all(prefix + key in state_dict for key in needed)]
     if not whole:
         return state_dict
-    # Where a teacher or an average of the same architecture stands beside it, the model itself has the shortest name.
+    # If a teacher or an average of the same architecture stands beside it, the model itself has the shortest name.
     prefix = "model." if "model." in whole else min(whole, key=len)
     others = [key for key in state_dict if not key.startswith(prefix)]
     if others:

@@ -22,7 +22,7 @@ def multiple(size: int, round_to: int) -> int:
 
 
 def rounded(group: Group, channels: float, round_to: int) -> int:
-    """Units of a group that hold about so many channels, rounded to a multiple; at least one."""
+    """The units of a group that hold about this many channels, rounded to a multiple; at least one."""
     step = multiple(group.size, round_to)
     whole = max(step, int(channels / step + 0.5) * step)
     return min(max(1, round(whole * group.units / group.size)), group.units)
@@ -38,7 +38,7 @@ class Cost:
 
     def __init__(self, graph: Graph) -> None:
         self._layers = {name: layer.positions * layer.weights for name, layer in graph.layers.items()}
-        # By layer: (group, side, channels there); a depthwise conv's weight shrinks with one side only.
+        # For each layer: (group, side, channels there). A depthwise conv's weight shrinks with one side only.
         self._sides: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
         self._sizes = {group.name: group.size for group in graph.groups}
         self._units = {group.name: group.units for group in graph.groups}

@@ -17,7 +17,7 @@ from dyconvert.narrowing.positions import Positions
 # Bytes of the model's maps, for all images at once: about four of its largest are held at a time.
 _MAPS = 4 << 30
 _HELD = 4
-# So many images show which operators a forward runs; should it run others for all of them, that is seen afterwards.
+# This many images show which operators a forward runs. If it runs others for all images, that is noticed afterwards.
 _FIRST_LOOK = 4
 
 
@@ -82,7 +82,7 @@ def sample(model: nn.Module, images: Images, positions: Positions) -> Samples:
 
 
 def _keeper(rows: list[Tensor], aim: Aim, positions: Positions, calls: int) -> Callable[[Tensor], None]:
-    # A copy at once: what is in place comes next.
+    # Copied at once, because an operator in place may follow.
     return lambda t: rows.append(positions.take(t, aim.channels_first, calls).clone())
 
 

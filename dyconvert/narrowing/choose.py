@@ -76,7 +76,7 @@ def of_units(nearest: Tensor, group: Group) -> Choice:
 
 
 def by_unit(similarity: Tensor, group: Group) -> Tensor:
-    """`[size, size]` to `[units, units]`: the mean over what stands at the same place of each unit."""
+    """`[size, size]` to `[units, units]`: the mean over the channels at the same place of each unit."""
     if group.units == group.size:
         return similarity
     members = torch.stack([torch.nonzero(group.unit == unit).flatten() for unit in range(group.units)])  # [u, m]

@@ -179,11 +179,11 @@ def _cut_parameter(model: nn.Module, name: str, folds: Folds, merge: bool) -> No
 
 
 def _cut_padding(model: nn.Module, name: str, graph: Graph, folds: Folds) -> None:
-    """A shortcut that pads by as many channels as before: what is left of its output is a slice."""
+    """Keep a slice of the output of a shortcut, which goes on padding by as many channels as before."""
     padding = graph.paddings[name]
     size = max(int(m.channels.max()) for g in graph.groups for m in g.members if (m.name, m.side) == (name, "padding"))
     kept = folds.get(name, "padding", size + 1).kept
-    # It still adds all of `before`; those that are left lie next to what it reads.
+    # The shortcut still pads with all `before` channels; the ones to keep are those adjacent to its input channels.
     start = padding.before - int((kept < padding.before).sum())
     module = model.get_submodule(name)
     put(model, name, ChannelSlice(module, start, start + len(kept)).train(module.training))

@@ -70,7 +70,7 @@ def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
 
 
 def _is_norm(model: nn.Module, watch: Watch, place: Place) -> bool:
-    """Whether an operator is that of a batch norm with statistics of its own, which is called once."""
+    """Whether an operator belongs to a batch norm that has statistics of its own and is called once."""
     if "batch_norm" not in place.operator or len(watch.calls.get(place.module, ())) != 1:
         return False
     module = model.get_submodule(place.module)
@@ -89,7 +89,7 @@ def _aim(watch: Watch, readers: dict[int, list[int]], norms: dict[int, str], cal
         norm = norms[at]
     if len(readers[at]) == 1 and (total := readers[at][0]) >= 0 and _is_sum(watch, total):
         others = [source for source in watch.inputs[total] if source != at]
-        # A sum with what is computed later is that one's to reconstruct; and one that widens the map has other pixels.
+        # If the other summand is computed later, that layer reconstructs the sum. A sum that widens the map has other pixels.
         early = len(others) == 1 and others[0] is not None and others[0] < call.number
         if early and watch.shapes[total] == watch.shapes[others[0]] == call.shape:
             at, other = total, watch.places[others[0]]

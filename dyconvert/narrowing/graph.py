@@ -147,7 +147,7 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
 
 
 def check_free(model: nn.Module, graph: Graph) -> None:
-    """Refuse a model of which nothing can be narrowed.
+    """Refuse a model in which nothing can be narrowed.
 
     Raises:
         ModelError: it says why.

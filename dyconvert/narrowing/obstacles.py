@@ -1,4 +1,4 @@
-"""What torch-pruning doesn't follow, or follows wrongly: padded channels, reshapes, splits, weights of a special kind.
+"""Obstacles that torch-pruning doesn't follow, or follows wrongly: padded channels, reshapes, splits, special weights.
 
 - A reshape that takes channels apart, as ShuffleNet's channel shuffle does, breaks its guess of how many channels
   there are (ZeroDivisionError), and so do splits. They are traced as elementwise operators, and groups that pass
@@ -21,8 +21,7 @@ from dyconvert.surgery.adapters import unsupported
 from dyconvert.torch_internals.modules import ConvNd, tensor_tables
 from dyconvert.torch_internals.watching import operator_of, saved_argument
 
-# Backward nodes of operators that treat every channel by itself and keep the channels' order. What is left when
-# "Backward0" is taken away.
+# Backward nodes, without "Backward0", of operators that treat every channel by itself and keep the channels' order.
 _CHANNELWISE = {
     *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Rsqrt", "Exp", "Log", "Abs", "Clamp", "ClampMin"),
     *(
@@ -72,7 +71,7 @@ class Obstacles:
         self._shared = shared_weights(model)
 
     def mend(self, nodes: list[bridge.Node]) -> None:
-        """Correct what is traced, before it is known which channels go together."""
+        """Correct the traced nodes, before it is known which channels go together."""
         for node in nodes:
             kind = bridge.kind(node)
             if kind in ("SPLIT", "UNBIND") or (kind == "RESHAPE" and not self._is_flatten(node.grad_fn)):
@@ -189,7 +188,7 @@ def _channels_read(node: bridge.Node) -> int | None:
 
 
 def _over(node: bridge.Node, channels: int) -> bool:
-    """Whether a reduction is over the dimension of so many channels: 1, or the last where it has their number."""
+    """Whether a reduction is over the dimension of these channels: dimension 1, or the last where its size is theirs."""
     shape, dims = _sizes(node.grad_fn), saved_argument(node.grad_fn, "dim")
     if len(shape) < 2 or dims is None or channels == 1:
         return False
@@ -241,7 +240,7 @@ def _sizes(grad_fn: Any) -> tuple[int, ...]:
 
 
 def follow_padding(graph: bridge.DependencyGraph, obstacles: Obstacles, owner: Callable[..., str | None]) -> None:
-    """Couple what a channel-padding shortcut reads with what it returns.
+    """Couple the channels that a channel-padding shortcut reads with those that it returns.
 
     Args:
         owner: gives the name of the module that pads, by its grad_fn and by how many channels, or None.

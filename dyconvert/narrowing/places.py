@@ -1,4 +1,4 @@
-"""Where an operator stands in a forward: in which call of which module, and as which of its kind there.
+"""Places of operators in a forward: the module, its call, and the operator's number among its kind there.
 
 Modules' hooks don't see an addition in a block's forward, so a run is watched operator by operator. Numbers alone
 don't tell which is which: a model may run other operators for one image than for many (`reshape(-1, C)`,
@@ -34,14 +34,14 @@ class Place(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of a module: what it returned, as the operator's number, and that tensor's shape."""
+    """A call of a module: its result, by the number of the operator that made it, and the result's shape."""
 
     number: int | None
     shape: tuple[int, ...]
 
 
 class Watch(DispatchMode):
-    """Records a forward: each operator's place, what it reads, and what each module's calls return.
+    """Records a forward: each operator's place and inputs, and the results of each module's calls.
 
     Args:
         model: its modules' calls are followed by hooks while this context is entered.
@@ -135,7 +135,7 @@ def watched(
     arguments: tuple[Any, ...],
     wanted: dict[Place, list[Callable[[Tensor], None]]] | None = None,
 ) -> Watch:
-    """Run the model once, and return what was seen."""
+    """Run the model once, and return its record."""
     watch = Watch(model, wanted)
     with watch:
         model(*arguments)

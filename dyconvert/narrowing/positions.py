@@ -7,13 +7,13 @@ from torch import Tensor
 _SAMPLES = 2 << 30
 _ROWS = (4096, 32768)
 
-# At most so many images, or this share of them, aren't used to solve the weights, but to see how good these are.
+# At most this many images, or this share of them, aren't used to solve the weights, but to measure their error.
 _HELD_OUT = 100
 _HELD_OUT_SHARE = 5
 
 
 def held_out(images: int) -> int:
-    """How many of so many images are held out: the last ones."""
+    """How many of `images` images are held out: the last ones."""
     return 0 if images < 2 else min(max(images // _HELD_OUT_SHARE, 1), _HELD_OUT)
 
 

@@ -63,7 +63,7 @@ def reconstruct(
         changed = {name for name in work.planned if seen.get(name) != aims[name]}
         if not changed:
             break
-        # Other operators ran for all images than for a few: what was solved may have looked at the wrong ones.
+        # Other operators ran for all images than for a few: the solved weights may be of the wrong ones.
         with torch.no_grad():
             for t, value in merged:
                 t.copy_(value)
@@ -280,7 +280,7 @@ def _fit(name: str, layer: nn.Module, norm: nn.Module | None, rows: Rows, ridge:
 
 
 def _made_now(layer: nn.Module, norm: nn.Module | None, now: Tensor, rows: Rows) -> Tensor:
-    """What the layer, and the batch norm behind it, return with the weights that they have."""
+    """The outputs of the layer, and the batch norm behind it, with their present weights."""
     x = rows.x  # [P, g, F]
     weight = now.to(x.dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # [g, F, C]
     outputs = (x.transpose(0, 1) @ weight).transpose(0, 1).flatten(1)
@@ -336,7 +336,7 @@ def _factor(norm: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _restate(norm: nn.Module, x: Tensor) -> None:
-    """Re-estimate a batch norm's statistics on what it now reads, without a change in what it computes."""
+    """Re-estimate a batch norm's statistics on its new input, without changing what it computes."""
     if norm.weight is None or norm.bias is None or norm.running_mean is None or x.numel() <= x.shape[1]:
         return
     dims = [d for d in range(x.dim()) if d != 1]

@@ -1,4 +1,4 @@
-"""Narrowing: what was narrowed, as data; enough to make the narrowed architecture out of the original one."""
+"""Narrowing: a record of what was narrowed, enough to make the narrowed architecture out of the original one."""
 
 from collections.abc import Iterator
 from typing import Any, Literal

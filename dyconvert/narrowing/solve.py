@@ -21,7 +21,7 @@ _ROUNDS = 10
 
 @dataclass
 class Rows:
-    """What a layer reads and what it is to return, at the sampled rows of its calls.
+    """A layer's inputs and the outputs that it is to return, at the sampled rows of its calls.
 
     Attributes:
         x: `[P, groups, F]`: what the narrowed layer multiplies its weights with.
@@ -164,7 +164,7 @@ def _search(
 
 
 def _behind_the_clamp(normal: _Normal, weight: Tensor, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and means for what is left behind an activation: what it cuts off needs no more than to be cut off."""
+    """Weights and means fitted behind an activation: where it cuts an output off, only the sign matters."""
     rows = normal.rows
     low, high = rows.clamp
     base = 0 if rows.added is None else rows.added

@@ -1,4 +1,4 @@
-"""All that is used of torch-pruning, much of it private: one function a use. tests/test_torch_pruning.py calls each.
+"""Every use of torch-pruning, much of it private: one function a use. tests/test_torch_pruning.py calls each.
 
 pyproject.toml bounds its version for that reason. What it doesn't follow, or follows wrongly, is mended by
 :mod:`dyconvert.narrowing.obstacles`.
@@ -90,7 +90,7 @@ def kind(node: Node) -> str:
 
 
 def treat_as_elementwise(node: Node) -> None:
-    """Let a node, which is being traced, pass channels on as they come: no guess of what it does to them."""
+    """Let a node, which is being traced, pass channels on unchanged: torch-pruning guesses nothing about it."""
     from torch_pruning import ops
 
     node.type = ops.OPTYPE.ELEMENTWISE
@@ -113,7 +113,7 @@ def is_output(node: Node) -> bool:
 
 
 def parameter_dims(graph: DependencyGraph) -> dict[int, int]:
-    """By the ids of parameters that belong to no module it knows: the dimension that holds their channels."""
+    """The dimension that holds the channels of each parameter in no module that it knows, by the parameter's id."""
     return {id(parameter): dim for parameter, dim in graph.unwrapped_parameters}
 
 

@@ -1,4 +1,4 @@
-"""The narrowed model's weights: solved where that is better than merging, and what is known of their errors."""
+"""The narrowed model's weights, solved where that is better than merging, and their errors."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from dyconvert.narrowing.record import Narrowing
 BOUND = 0.75
 # A share of the multiply-adds above which narrowing has next to no effect.
 _MUCH_LEFT = 0.9
-# Below this, what differs is rounding and the ridge.
+# A smaller error is rounding and the ridge.
 _ROUNDING = 1e-6
 
 

@@ -49,7 +49,7 @@ def _is_gpu(x: Tensor) -> bool:
 
 
 def _measured(choices: Choices, operands: Operands) -> str:
-    """The fastest strategy; where nothing may be measured, what is known already, else the rule's."""
+    """The fastest strategy. If nothing may be measured, the one that is known already, else the rule's."""
     x = operands.x
     mode = choice.mode()
     # A fake tensor takes no time.
@@ -68,7 +68,7 @@ def _measured(choices: Choices, operands: Operands) -> str:
     return choices.choose(shape, trials(operands), "native")
 
 
-# Unfolded inputs of more bytes aren't tried: what they take would be missing elsewhere.
+# Unfolded inputs of more bytes aren't tried: the rest of the model would lack the memory.
 _UNFOLDED = 512 * 2**20
 
 

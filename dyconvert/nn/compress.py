@@ -20,7 +20,7 @@ from dyconvert.torch_internals.watching import observed
 # What differences can be kept in.
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 # Kernels of fewer elements an output channel, those of depthwise convs mostly, aren't compressed: their scales would be
-# about as many bytes as what they save.
+# about as many bytes as they save.
 SHORTEST = 32
 LARGEST = 127
 
@@ -62,7 +62,7 @@ def _by_output(kernel: Tensor, groups: int) -> Tensor:
 
 
 def scale_of(rows: Tensor) -> Tensor:
-    """By what int8 reaches each row's largest value, `[rows]`."""
+    """The scale at which int8 reaches each row's largest value, `[rows]`."""
     largest = rows.abs().flatten(1).amax(1)
     return torch.where(largest > 0, largest / LARGEST, 1)
 

@@ -137,7 +137,7 @@ class DynamicConv(Bank):
         self.register_parameter("shift", None)
         self.register_parameter("mean", None)
         self.register_parameter("scale", None)
-        # Of the conv itself, reading its input; of the block, where this conv is the first that it serves.
+        # The conv's own predictor reads its input. The block's stands here if this conv is the first that it serves.
         self.coefficient_predictor = None
         self.block_predictor = None
 
@@ -241,7 +241,7 @@ class DynamicConv(Bank):
 
 
 def refuse_compressed(model: nn.Module) -> None:
-    """Refuse a model, or a conv, that is to be trained or changed, and is compressed.
+    """Refuse to train or change a model, or a conv, that is compressed.
 
     Raises:
         ModelError: it is.

@@ -125,7 +125,7 @@ compile_op.implement_compressed(mixed_compressed)
 
 
 def _compiling(operands: Operands) -> Tensor:
-    """By an engine within what `torch.compile` makes."""
+    """Run an engine as one operator in a graph of `torch.compile`."""
     operands = number_the_padding(operands)
     x, weight, bias, mixing, geometry, shift = operands
     if not needs_backward(x, weight, bias, *mixing, shift):

@@ -55,8 +55,8 @@ def by_rule(operands: Operands, *, backward: bool) -> tuple[Engine, Any]:
 
 
 def _is_matmuls(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether it is a 1 x 1 conv of several images with channels last: matmuls of what lies as torch takes it, which
-    the kernels would turn round."""
+    """Whether this is a 1 x 1 conv of several images with channels last: torch's matmuls take that as it lies, and the
+    kernels would reorder it."""
     pointwise = weight.dim() == 4 and weight.shape[2:].numel() == 1 and geometry.groups == 1
     return pointwise and x.shape[0] > 1 and tiles.is_channels_last(x) and not any(geometry.padding)
 

@@ -63,7 +63,7 @@ def check_looks(
     geometry: Geometry,
     shift: Looks | None,
 ) -> None:
-    """:func:`check`, of what it reads."""
+    """:func:`check`, given how the tensors look."""
     g = _check_shapes(x.shape, weight.shape, coefficients.shape, geometry.groups)
     channels = weight.shape[0] // g
     for name, vector, length, meaning in (

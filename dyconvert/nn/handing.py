@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from dyconvert.nn.mixture import Mixture
     from dyconvert.nn.predictor import CoefficientPredictor
 
-# Of each thread, for threads may share a model: a stack, for blocks may stand in one another.
+# Each thread has a stack of its own, because threads may share a model; a stack, because blocks may be nested.
 _local = threading.local()
 
-# What `reads` looks like: a parameter of the block's forward, and what is taken out of it.
+# The form of `reads`: a parameter of the block's forward, and the path to a part of it.
 _READS = re.compile(r"(?P<name>[^\[\]]+)(?P<items>(\[(\d+|'[^']*')\])*)")
 _ITEM = re.compile(r"\[(?:(\d+)|'([^']*)')\]")
 
@@ -67,7 +67,7 @@ class Handing:
             for name in self.convs:
                 _descendant(block, name)._handed = None
         elif (frames := _frames()) and frames[-1].convs[0] is _descendant(block, self.convs[0]):
-            # Else `give` didn't run for this call: an error in another hook came before it.
+            # If not, `give` didn't run for this call: another hook failed before it.
             for conv in frames.pop().convs:
                 if conv._handed is not None:  # a compiled `give` whose block broke into several graphs
                     conv._handed = None

@@ -7,8 +7,8 @@ from dyconvert.nn import compile_op, native
 from dyconvert.nn.compress import LARGEST, read_as_they_are, scale_of
 from dyconvert.nn.compressed import plain_linear
 
-# Up to so many images, and from so many weights on, the compiled kernels' linear is faster than a matmul, which reads
-# the weights at a third to four fifths of its rate. For fewer weights, a call takes longer than it saves.
+# Up to this many images, and with at least this many weights, the compiled kernels' linear is faster than a matmul,
+# which reads the weights at a third to four fifths of its rate. With fewer weights, a call takes longer than it saves.
 _FEW = 8
 _WORTH_A_CALL = 2**16
 

@@ -25,7 +25,7 @@ from dyconvert.errors import brief
 from dyconvert.version import __version__
 
 MODES = ("on", "off", "read-only")
-# Of the layout of the file. Files of another version are left alone: each version has a folder of its own.
+# The version of the file's layout. Each version has a folder of its own, so files of another are left alone.
 VERSION = 1
 # Seconds that calls of one strategy are repeated for at a time, and the most calls.
 _SECONDS = 0.002
@@ -75,7 +75,7 @@ class Key(NamedTuple):
         )
 
 
-class Found(NamedTuple):
+class Measured(NamedTuple):
     """The strategy that was the fastest, and each one's seconds a call; empty where the file wasn't asked for them."""
 
     strategy: str
@@ -97,30 +97,30 @@ class Choices:
         self.cpu = cpu
         self._folder = folder
         self._clock = clock
-        self._found: dict[Key, Found] = {}
-        self._files: dict[torch.device, dict[str, Found]] = {}
+        self._measured: dict[Key, Measured] = {}
+        self._files: dict[torch.device, dict[str, Measured]] = {}
         self._failed: dict[str, str] = {}
         self._warned: set[str] = set()
         self._lock = threading.RLock()  # measurements of two threads would disturb each other
 
     def __len__(self) -> int:
         """How many shapes something was chosen for in this process."""
-        return len(self._found)
+        return len(self._measured)
 
     def known(self, key: Key) -> str | None:
         """What was chosen in this process, be it measured here or read."""
-        choice = self._found.get(key)
+        choice = self._measured.get(key)
         return None if choice is None or choice.strategy in self._failed else choice.strategy
 
     def read(self, key: Key) -> str | None:
         """What was chosen in this process, or by an earlier one as the file has it."""
         choice = self._file(key.device).get(str(key))
         if choice is not None and choice.strategy not in self._failed:
-            self._found.setdefault(key, choice)
+            self._measured.setdefault(key, choice)
         return self.known(key)
 
     def choose(self, key: Key, trials: Mapping[str, Callable[[], object]], rule: str) -> str:
-        """The strategy for `key`: what is known or read, else the fastest of the trials, which is then kept.
+        """The strategy for `key`: known or read, else the fastest of the trials, which is then kept.
 
         Args:
             trials: for each strategy that can serve the key, what to time.
@@ -143,9 +143,9 @@ class Choices:
             for name, trial in trials.items():
                 if name not in self._failed and (took := self._try(name, trial, key, repeats)) is not None:
                     seconds[name] = took
-            choice = Found(min(seconds, key=seconds.__getitem__) if seconds else rule, seconds)
-            self._found[key] = choice
-            # Where a strategy failed, another process may have more memory, or a compiler.
+            choice = Measured(min(seconds, key=seconds.__getitem__) if seconds else rule, seconds)
+            self._measured[key] = choice
+            # If a strategy failed here, another process may have more memory, or a compiler: nothing is written.
             if file and len(seconds) == len(trials):
                 self._write(key, choice)
             return choice.strategy
@@ -163,9 +163,9 @@ class Choices:
         """Whether the strategy failed in this process."""
         return name in self._failed
 
-    def items(self) -> dict[str, Found]:
+    def items(self) -> dict[str, Measured]:
         """All that was chosen in this process, for people to read."""
-        return {str(key): choice for key, choice in self._found.items()}
+        return {str(key): choice for key, choice in self._measured.items()}
 
     def _try(self, name: str, trial: Callable[[], object], key: Key, repeats: int) -> float | None:
         """Seconds a call; None if it can't run."""
@@ -205,7 +205,7 @@ class Choices:
             self._warned.add(about)
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def _file(self, device: torch.device) -> dict[str, Found]:
+    def _file(self, device: torch.device) -> dict[str, Measured]:
         """What the device's file says; it is read once."""
         if device not in self._files:
             self._files[device] = {} if self._folder is None else self._load(self._path(device))
@@ -215,12 +215,12 @@ class Choices:
         name = re.sub(r"[^\w.+-]+", "_", "_".join(environment(device)))
         return self._folder / f"v{VERSION}" / f"{name}.json"
 
-    def _load(self, path: Path) -> dict[str, Found]:
+    def _load(self, path: Path) -> dict[str, Measured]:
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
             if read["version"] != VERSION:
                 raise ValueError(f"version {read['version']}")
-            return {str(key): _as_found(value) for key, value in read["choices"].items()}
+            return {str(key): _as_measured(value) for key, value in read["choices"].items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -231,12 +231,12 @@ class Choices:
             )
             return {}
 
-    def _write(self, key: Key, choice: Found) -> None:
+    def _write(self, key: Key, choice: Measured) -> None:
         """Add to the device's file, in one step: readers see the file of before, or of after."""
         if self._folder is None:
             return
         path = self._path(key.device)
-        # Other processes have written meanwhile: what they found is kept.
+        # Other processes may have written meanwhile: their choices are kept.
         choices = {**self._load(path), str(key): choice}
         self._files[key.device] = choices
         text = json.dumps(
@@ -265,11 +265,11 @@ class Choices:
             )
 
 
-def _as_found(value: dict[str, Any]) -> Found:
+def _as_measured(value: dict[str, Any]) -> Measured:
     strategy, seconds = value["strategy"], {str(name): float(took) for name, took in value["seconds"].items()}
     if not isinstance(strategy, str) or not all(math.isfinite(took) for took in seconds.values()):
         raise ValueError("an entry that is no measurement")
-    return Found(strategy, seconds)
+    return Measured(strategy, seconds)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -13,13 +13,13 @@ from torch import Tensor
 from dyconvert.nn.mixture import Mixing
 from dyconvert.torch_internals.operators import sums_of_rows
 
-# Elements of one output channel's kernel from which on a matmul per output channel is the faster way.
+# Kernels with at least this many elements an output channel are mixed faster by a matmul per output channel.
 _LONG = 2048
-# Elements of a bank from which on a matrix-vector product reads it faster than a matmul.
+# Banks of at least this many elements are read faster by a matrix-vector product than by a matmul.
 _LARGE = 2**18
-# And with several threads, from which on an embedding bag does, whose work they share better.
+# With several threads, banks of at least this many elements use an embedding bag, which parallelises better.
 _SHARED = 2**20
-# Elements of all the banks that N images would read up to which the fewest calls are the fastest.
+# Below this many elements (images x bank), the overhead of calls dominates, so one multiply and one sum are used.
 _TINY = 2**15
 
 
@@ -57,7 +57,7 @@ def _one_loop(coefficients: Tensor) -> bool:
 
 
 def fast_kernels_of(bank: Tensor, mixing: Mixing, out: Tensor | None = None) -> Tensor:
-    """As :func:`kernels_of`, not differentiable; as :func:`mix_fast` the bank, the memory and what is returned.
+    """As :func:`kernels_of`, not differentiable. Takes and returns the same memory as :func:`mix_fast`.
 
     Args:
         mixing: factors `[N, groups, K]`, in the order of the bank's elements.

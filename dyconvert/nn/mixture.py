@@ -37,13 +37,13 @@ class Sizes(NamedTuple):
         return self.per > 1 or self.outputs > 0
 
     def text(self) -> str:
-        """What differs from conv to conv, in words."""
+        """The sizes that differ from conv to conv, in words."""
         axes = [name for name in ("outputs", "inputs", "positions") if getattr(self, name)]
         return f"coefficients_per={'channel' if self.per > 1 else 'layer'}" + "".join(f", {axis}" for axis in axes)
 
     @property
     def factors(self) -> tuple[int, int, int] | tuple[()]:
-        """Of outputs, inputs and positions; empty where there are none."""
+        """The numbers of factors of outputs, inputs and positions; empty where there are none."""
         factors = self.outputs, self.inputs, self.positions
         return factors if any(factors) else ()
 
@@ -89,7 +89,7 @@ class Mixture(NamedTuple):
         return Mixture(*(None if axis is None else change(axis) for axis in self))
 
     def axes(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
+        """The axes that there are, by name."""
         return {name: axis for name, axis in zip(self._fields, self, strict=True) if axis is not None}
 
     def coefficients(self) -> Tensor:
@@ -167,7 +167,7 @@ class Mixing(NamedTuple):
         return self.coefficients.shape[2] > 1
 
     def part(self, images: slice, channels: slice = slice(None)) -> "Mixing":
-        """Of some of the images, and of the output channels; factors are the same for all channels of a group."""
+        """The mixing of some images, and some output channels; factors are the same for all channels of a group."""
         eta = self.coefficients[images]
         if self.per_channel and channels != slice(None):
             eta = eta[:, :, channels]

@@ -111,7 +111,7 @@ def _loaded() -> ctypes.CDLL | str:
 
 
 def _names(loaded: ctypes.CDLL) -> list[str]:
-    """Of all targets, by their numbers."""
+    """The names of all targets, in the order of their numbers."""
     names: list[str] = []
     while name := loaded.dyconvert_target_name(len(names)):
         names.append(name.decode())

@@ -52,7 +52,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Each in the shape of what it is the gradient of; None where it isn't needed."""
+    """A gradient has the shape of its operand, and is None where it isn't needed."""
 
     x: Tensor | None
     weight: Tensor | None

@@ -17,8 +17,8 @@ from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Gradients, Needs, Operands
 from dyconvert.torch_internals.operators import gradients_of_images
 
-# Of the kernels, their gradients and the unfolded inputs that exist at the same time. A GPU has this many times over;
-# with much less, the matmuls of large kernels would be left with few images each.
+# At most this many bytes of kernels, their gradients and unfolded inputs exist at the same time. A GPU has many times
+# this memory; with much less, each matmul of large kernels would have few images.
 _BYTES = 512 * 2**20
 
 STRATEGIES = {"groups": strategies.groups, "unfold": strategies.unfold}
@@ -113,7 +113,7 @@ def _parts(images: int, at_a_time: int) -> Iterator[slice]:
 def _grouped_gradients(
     grad: Tensor, x: Tensor, kernels: Tensor, geometry: Geometry, *, needs_x: bool, needs_kernels: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of one conv whose groups are the images."""
+    """The gradients of one conv whose groups are the images."""
     flat = kernels.contiguous().flatten(0, 1)
     walk: Any = geometry
     grad_x, grad_kernels = gradients_of_images(grad, x, flat, *walk, needs_x=needs_x, needs_kernels=needs_kernels)
@@ -123,7 +123,7 @@ def _grouped_gradients(
 def _unfolded_gradients(
     grad: Tensor, x: Tensor, kernels: Tensor, geometry: Geometry, *, needs_x: bool, needs_kernels: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of one batched matmul with the unfolded input."""
+    """The gradients of one batched matmul with the unfolded input."""
     with torch.enable_grad():  # for the unfolding alone, whose gradient is to add up what each tap met
         leaf = x.detach().requires_grad_(needs_x)
         rows, _ = strategies.unfolded(leaf, kernels.shape[3:], geometry)  # [n, groups, C_in / groups * taps, L]

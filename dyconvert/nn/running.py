@@ -29,8 +29,8 @@ def tiled(operands: Operands, tile: tiles.Tile | None = None) -> Tensor:
 
 
 def _run_engine(named: tuple[Engine, Any] | None, operands: Operands) -> Tensor:
-    """By the engine `named`, and how it is to compute; None: by the rule's, or, for training with small kernels, by
-    one grouped conv."""
+    """Run `named`, an engine and how it is to compute. None: the rule's engine, or one grouped conv for training with
+    small kernels."""
     operands = number_the_padding(operands)
     x, weight, bias, mixing, *_ = operands
     backward = needs_backward(x, weight, bias, *mixing)
@@ -43,7 +43,7 @@ def _run_engine(named: tuple[Engine, Any] | None, operands: Operands) -> Tensor:
 
 
 _ENGINES: dict[str, Strategy] = {name: partial(_run_engine, engine) for name, engine in engines.ENGINES.items()}
-# Those that know every conv.
+# The strategies that know every conv.
 STRATEGIES: dict[str, Strategy] = {
     "native": partial(_run_engine, None),  # the engine that the rule names
     "tiled": tiled,
@@ -96,7 +96,7 @@ def with_bias(out: Tensor, bias: Tensor | None, mixing: Mixing) -> Tensor:
 
 
 def number_the_padding(operands: Operands) -> Operands:
-    """ "same" and "valid" as numbers, with what is uneven about them put onto the input."""
+    """Turn "same" and "valid" padding into numbers; uneven padding is put onto the input."""
     geometry = operands.geometry
     if not isinstance(geometry.padding, str):
         return operands

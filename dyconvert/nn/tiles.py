@@ -22,9 +22,9 @@ from dyconvert.torch_internals.operators import gradients_of_images, unsafe_view
 # gradient beside them; fresh memory from the system costs more to touch than a kernel costs to mix. Beyond it the
 # work is split into tiles.
 _REUSED = 12 * 2**20
-# Of a tile's kernels: what stays in a core's share of the outer caches. Half and twice of it measure the same.
+# Bytes of a tile's kernels that stay in a core's share of the outer caches. Half and twice as many measure the same.
 _BYTES = 4 * 2**20
-# Of a tile's input, which a conv copies into an order of its own, as it does its output.
+# Bytes of a tile's input, which a conv copies into an order of its own, as it does its output.
 _ACTIVATIONS = 16 * 2**20
 # Images that one grouped conv takes: with more it falls behind.
 _GROUPS = 32
@@ -103,7 +103,7 @@ class _Shapes:
         return kernels.view(-1, *self.kernel[1:], self.kernel[0]).movedim(-1, 1)
 
     def in_order(self, mixing: Mixing) -> Mixing:
-        """With factors `[N, groups, K]` in the order in which the bank lies."""
+        """The mixing with factors `[N, groups, K]`, in the order of the bank's elements in memory."""
         factors = mixing.factors
         if factors is None:
             return mixing
@@ -199,7 +199,7 @@ def _one(operands: Operands, biases: Tensor | None) -> Tensor:
 
 
 def _flat(mixing: Mixing) -> Mixing:
-    """With factors `[N, groups, K]`, for a contiguous bank."""
+    """The mixing with factors `[N, groups, K]`, for a contiguous bank."""
     return mixing if mixing.factors is None else mixing._replace(factors=mixing.factors.flatten(2))
 
 

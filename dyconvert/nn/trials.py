@@ -12,7 +12,7 @@ from dyconvert.nn.operands import Operands
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether a backward through what is computed from the tensors may follow."""
+    """Whether a backward through a result of these tensors may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -88,7 +88,7 @@ def usage(coefficients: Coefficients) -> Any:
 
 
 def axes(coefficients: Coefficients) -> Any:
-    """How far what is given along each axis of each conv varies: experts, outputs, inputs and positions."""
+    """How far each axis of each conv's mixture varies: experts, outputs, inputs and positions."""
     import numpy as np
 
     shown = spread_rows(coefficients.convs)

@@ -9,7 +9,7 @@ from dyconvert.analysis.cost import BlockCost
 from dyconvert.analysis.resolution import Resolution
 from dyconvert.report.style import COLOUR, SERIES, WIDTH
 
-# Rows of a picture; of more, so many, evenly spread.
+# A picture has at most this many rows. If there are more, they are taken at even intervals.
 ROWS = 40
 
 BAND_LABELS = {"strong": "strong, ≥ 0.6", "middle": "middle, ≥ 0.4", "weak": "weak, ≥ 0.2", "none": "none"}
@@ -295,7 +295,7 @@ def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label
 
 
 def courses(run: Run) -> list[tuple[str, Any]]:
-    """A fine-tuning run's losses, and what it was validated by, over the epochs: `(title, picture)`."""
+    """A fine-tuning run's losses and its validation metric over the epochs: `(title, picture)`."""
     from matplotlib.ticker import MaxNLocator
 
     drawn = []

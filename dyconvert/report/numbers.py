@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 
 
 def tables(analysis: Analysis) -> dict[str, str]:
-    """CSV by file name; what was left out of the analysis has no file."""
+    """The tables as CSV, by file name; a part that the analysis left out has no file."""
     tables_by_name = {
         "plan": [conv.model_dump(exclude={"note"}) | {"note": conv.note} for conv in analysis.plan.convs],
         "accuracy": list(_accuracy(analysis)),

@@ -26,7 +26,7 @@ PALETTE = {
     "good": ("#0f7b52", "#5fd0a2"),
 }
 COLOUR = {name: light for name, (light, _) in PALETTE.items()}
-# Of as many series as there may be: told apart by lightness as well as by hue.
+# Colours of series, in this order, for as many as there may be. They differ in lightness as well as in hue.
 SERIES = ("dynamic", "narrow", "good", "strong", "warning", "original", "middle", "muted")
 
 WIDTH = 3.5  # inches: it fits a phone without being made smaller, and three fit beside one another on a screen

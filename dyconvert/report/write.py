@@ -116,7 +116,7 @@ def write_report(
             for name in ("figures", "numbers"):
                 (made / name).mkdir(parents=True)
             with mpl.rc_context(cast(Any, settings())), warnings.catch_warnings():
-                # Of a script that no font here has; the page's text has it.
+                # No font here has the script of this text; the page's own text shows it.
                 warnings.filterwarnings("ignore", message="Glyph .* missing from")
                 sections = page.drawings(analysis)
                 drawn = [drawing for section in sections.values() for drawing in section]

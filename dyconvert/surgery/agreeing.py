@@ -1,4 +1,4 @@
-"""Which batch norms can go into their convs with the model computing what it did: shown by running both on values."""
+"""Which batch norms can be folded without changing the model's outputs: shown by running both models on values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def folded_and_agreeing(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     fold: Callable[[nn.Module, Sequence[Pair]], nn.Module],
 ) -> tuple[nn.Module, list[Pair]]:
-    """Fold the pairs that leave the model's outputs, and what stands in the place of each batch norm, as they were.
+    """Fold the pairs that change neither the model's outputs nor the outputs at each batch norm's place.
 
     Args:
         fold: makes a copy of the model with these pairs folded.

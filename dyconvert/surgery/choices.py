@@ -47,7 +47,7 @@ class _ByValue(DispatchMode):
         self.choices = choices
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.index.Tensor:  # by numbers, its result's shape is that of the numbers
+        if function is torch.ops.aten.index.Tensor:  # an index of numbers gives the result its own shape
             self.choices.made |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         elif {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags):
             self.choices.made = True

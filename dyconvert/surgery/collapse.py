@@ -85,7 +85,7 @@ def collapse(model: nn.Module, coefficients: str | Iterable[Any] = "initial") ->
     for _, block, _ in list(sharing_blocks(result)):
         unshare(block)
     result = replace_everywhere(result, replacements)
-    # The plan and the source speak of the dynamic model; what was narrowed stays narrow.
+    # The plan and the source describe the dynamic model; narrowed layers stay narrow.
     remove_marks(result, but_narrowing=True)
     forget_compression(result)
     return result

@@ -15,7 +15,7 @@ from dyconvert.nn.linear import CompressedLinear
 from dyconvert.randomness import kept_random_state
 from dyconvert.surgery.convert import example_of
 
-# Relative to the largest output: beyond, a compressed model doesn't compute what it did.
+# The largest difference, relative to the largest output, at which a compressed model counts as the same.
 TOLERANCE = {"int8": 5e-2, "bfloat16": 2e-2}
 # Beyond, predictors are kept in bfloat16 where experts are in int8.
 _CLOSE = 1e-2
@@ -91,12 +91,12 @@ def compress(model: nn.Module, dtype: str = "int8", example: Any = None, *, chec
 
 
 def _named(dtype: str) -> Any:
-    """A dtype's name, as one of those that are known."""
+    """A dtype's name, checked against those that are known."""
     return dtype
 
 
 def compress_in_place(model: nn.Module, dtype: str, predictors: str, *, fill: bool = True) -> nn.Module:
-    """Put what is compressed in the place of what isn't, without a check.
+    """Replace banks and linears by compressed ones, without a check.
 
     Args:
         dtype, predictors: of the experts' differences, and of the predictors' weights.

@@ -61,7 +61,7 @@ def expand(weight: Tensor, method: Method, deviations: Deviations, diversity: fl
     bank = empty_bank(weight, g)
     if g == 1:
         return bank.copy_(base)
-    # As rows of what lies together in memory, so that every slice is written from end to end.
+    # Rows lie together in memory, so that every slice is written from end to end.
     rows, experts = _rows(base), _rows(bank).unflatten(0, (g, -1))
     size = spread(rows) * diversity
     count = max(_SLICE // rows.shape[1], 1)

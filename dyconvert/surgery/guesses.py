@@ -29,7 +29,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]
     if first is None:
         return
     dims = len(first.kernel_size)
-    # timm's models say what they take.
+    # timm's models tell the size of their input.
     config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     known = config.get("input_size") if isinstance(config, dict) else None
     shapes = [(first.in_channels, *size) for size in _COMMON_SIZES[dims]]

@@ -181,7 +181,7 @@ def _training_step(
     """The calls of one step in training mode, forward and backward; None if the model can't take it."""
     model.train()
     for parameter in model.parameters():
-        # A part that is frozen now may be trained later; what is checkpointed runs again only for gradients.
+        # A part that is frozen now may be trained later; checkpointed parts run again only for gradients.
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(True)
     args, kwargs = _placed(model, (args, kwargs), real)

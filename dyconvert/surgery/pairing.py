@@ -28,7 +28,7 @@ from dyconvert.surgery.watch import run_over
 
 
 def pair_experts(model: nn.Module, data: Iterable[Any], *, spread: float = 1.0, seed: int = 0) -> nn.Module:
-    """Let the coefficients of a freshly converted model vary from image to image; its outputs stay what they are.
+    """Let the coefficients of a freshly converted model vary from image to image, without changing its outputs.
 
     The predictors' last linears, which are zero, get random weights. They are scaled so that over the images of
     `data` each logit (over the temperature) has mean 0 and standard deviation `spread`. The experts become equal in
@@ -78,7 +78,7 @@ def pair_experts(model: nn.Module, data: Iterable[Any], *, spread: float = 1.0, 
 
 
 def _pair(experts: Tensor, softmax: bool) -> None:
-    """Make experts `[g, ...]` equal, all of them or in pairs, in place; what they mix to stays."""
+    """Make experts `[g, ...]` equal, all of them or in pairs, in place; their mixture stays the same."""
     half = len(experts) // 2
     if softmax:
         experts.copy_(experts.double().mean(0).expand_as(experts))

@@ -112,7 +112,7 @@ class Prober:
                 set_random_state(state)
                 seen.append(self._run(block, convs, changed, training))
                 if index == 0 and training and not same_state(state, random_state()):
-                    break  # what is drawn stands at a place in the batch, and doesn't move with the image
+                    break  # random draws stand at a place in the batch, and don't move with the image
         finally:
             set_random_state(state)
         reasons = {}
@@ -146,7 +146,7 @@ class Prober:
     def feeding(
         self, block: nn.Module, convs: Mapping[str, nn.Module], call: Call, candidates: Mapping[str, Any]
     ) -> list[str]:
-        """Those of the `candidates`, values in the call's arguments by name, that reach every conv: each is changed."""
+        """The `candidates`, values in the call's arguments by name, that reach every conv; found by changing each."""
         state = random_state()
         try:
             base = self._run(block, convs, _copied(call), False)
@@ -245,7 +245,7 @@ def _disturbed(call: Call, value: Any) -> Call:
 
 
 def _grown(call: Call, batch: int, images: int, small: bool) -> Call:
-    """The call with so many different images in each tensor that has one per image; with maps cut where `small`."""
+    """The call with this many different images in each tensor that has one per image; with maps cut where `small`."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def grow(t: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ def _grown(call: Call, batch: int, images: int, small: bool) -> Call:
 
 
 def _shorter(length: int) -> int:
-    """A half, a quarter, ... of a map's length, of 8 to 15 pixels; what is as short already is halved once."""
+    """A half, a quarter, ... of a map's length, of 8 to 15 pixels; a shorter length is halved once."""
     if 4 <= length < 16:
         return length // 2
     while length >= 16:

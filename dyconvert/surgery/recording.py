@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from dyconvert.torch_internals.modules import ConvNd
 from dyconvert.torch_internals.trees import tree_flatten, tree_map_only
 
-# What a bank answers as its static weight does, so whoever asks for it may go on asking.
+# Attributes that a bank answers as its static weight does, so code that asks for them may go on.
 HARMLESS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "dim", "is_leaf", "grad_fn"}
 HARMLESS |= {"is_floating_point", "is_complex", "element_size", "is_sparse", "is_quantized", "names"}
 META = torch.device("meta")
@@ -135,7 +135,7 @@ def owners(model: nn.Module, watched: set[str]) -> dict[int, str]:
 
 
 def shapes(value: Any) -> list[Any]:
-    """The shapes and types of what lies in a value: what two runs' outputs are compared by."""
+    """The shapes and types of a value's leaves, by which two runs' outputs are compared."""
     return [
         tuple(leaf.shape) if isinstance(leaf, Tensor) and not leaf.is_nested else type(leaf).__name__
         for leaf in tree_flatten(value)[0]

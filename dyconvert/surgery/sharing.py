@@ -1,4 +1,4 @@
-"""Which convs of each block share a predictor, and what it reads: found out by running the blocks."""
+"""Which convs of each block share a predictor, and which input it reads: found out by running the blocks."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from dyconvert.surgery.values import call_with_values
 
 
 class Sharing:
-    """Settles for every block of a plan which of its convs share a predictor, and what it reads."""
+    """Settles for every block of a plan which of its convs share a predictor, and which input it reads."""
 
     def __init__(self, plan: Plan, model: nn.Module, observed: Observation | None, example: Any) -> None:
         self.plan = plan
@@ -30,7 +30,7 @@ class Sharing:
         self.observed = observed
         self.example = example
         self.several_names = _with_several_names(model)
-        # Those of the block itself run before the predictor reads.
+        # Hooks of the block itself run before the predictor reads.
         run = observed is not None and observed.hooked
         self.hooked = {} if run else {name: module for name, module in model.named_modules() if is_hooked(module)}
         self.order = {name: index for index, name in enumerate(observed.calls)} if observed is not None else {}
@@ -197,7 +197,7 @@ class Sharing:
 
 
 class _Read(NamedTuple):
-    """An argument that a predictor reads: what it is called, its value in a call, its channels."""
+    """An argument that a predictor reads: its name, its value in a call, its channels."""
 
     reads: str
     value: Any

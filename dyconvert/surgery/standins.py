@@ -1,4 +1,4 @@
-"""Whose code tells a conv from what takes its place: shown by running the model with stand-ins.
+"""Which convs the model's code tells from other modules: shown by running the model with stand-ins.
 
 A stand-in is a conv in all but its class, and is a new object, with a child as a dynamic conv has one. Where the
 model's code asks `isinstance(layer, nn.Conv2d)`, looks for modules without children, calls a method of the conv's own
@@ -23,7 +23,7 @@ ASKED = "the model's code tells it from other modules, or holds it elsewhere too
 
 
 class _StandIn(nn.Module):
-    """Has a conv's attributes and computes what it computes, but is none."""
+    """Has a conv's attributes and computes the same, but isn't of its class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._static_class.forward(self, *args, **kwargs)
@@ -50,7 +50,7 @@ class _Child(nn.Module):
 
 def _stand_in(conv: nn.Module) -> _StandIn:
     new = _StandIn.__new__(_StandIn)
-    # With tables of its own, so that a hook on it isn't one on the conv.
+    # It has tables of its own, so that a hook on it isn't one on the conv.
     vars(new).update({key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(conv).items()})
     vars(new)["_static_class"] = type(conv)
     new.coefficient_predictor = _Child(conv.weight)
@@ -58,7 +58,7 @@ def _stand_in(conv: nn.Module) -> _StandIn:
 
 
 def told_apart(model: nn.Module, convs: Sequence[str], observed: Observation) -> set[str]:
-    """Those of the `convs` without which the model runs, with stand-ins for the others, as it does with its convs."""
+    """The `convs` to leave alone: with stand-ins for all others, the model runs as it does with its convs."""
     trial = _Trial(model, observed)
     apart: set[str] = set()
     # A model that runs otherwise each time, by draws of its own, can't be compared: at the end none is left.
@@ -67,7 +67,7 @@ def told_apart(model: nn.Module, convs: Sequence[str], observed: Observation) ->
         if trial.is_as_observed(calls):
             break
         own = {name for name in convs_left if calls is None or calls[0].get(name) != trial.reference[0].get(name)}
-        # Where its own calls don't say which conv it is, each is tried by itself.
+        # If the convs' own calls don't show which conv it is, each is tried by itself.
         culprits = (
             own if calls is not None and own else {n for n in convs_left if not trial.is_as_observed(trial.calls([n]))}
         )
@@ -76,7 +76,7 @@ def told_apart(model: nn.Module, convs: Sequence[str], observed: Observation) ->
 
 
 class _Trial:
-    """Runs a copy of the model with stand-ins for some convs, and compares what is called."""
+    """Runs a copy of the model with stand-ins for some convs, and compares the calls."""
 
     def __init__(self, model: nn.Module, observed: Observation) -> None:
         self.model = model

@@ -52,7 +52,7 @@ def block_of(model: nn.Module, conv: str) -> tuple[str, str]:
 
 
 def run_over(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Run the model on each batch, one at a time, without gradients; what is wanted of it is up to hooks.
+    """Run the model on each batch, one at a time, without gradients; hooks collect the results.
 
     Args:
         batches: as :func:`arguments_of` takes them.

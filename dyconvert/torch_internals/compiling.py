@@ -7,7 +7,7 @@ from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What a compiled model holds the original as, and so what its state dict's keys start with.
+# The attribute of a compiled model that holds the original; its state dict's keys start with it.
 ORIGINAL = "_orig_mod"
 
 

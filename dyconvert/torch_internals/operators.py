@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# `view` that autograd doesn't know as one: what it returns may be written to in place, as an activation may do to a
-# conv's output. Renamed, every conv on a CPU without the compiled kernels fails.
+# `view` that autograd doesn't know as one: its result may be written to in place, as an activation may do to a conv's
+# output. Renamed, every conv on a CPU without the compiled kernels fails.
 unsafe_view = torch.ops.aten._unsafe_view
 
 

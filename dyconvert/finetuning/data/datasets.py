@@ -14,7 +14,7 @@ from dyconvert.finetuning.data.sources import CorruptImageError, Images, open_im
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.randomness import seed_of
 
-# Decoded images of at most so many bytes are kept in memory: decoding CIFAR's PNGs takes longer than augmenting them.
+# Decoded images are kept in memory up to this many bytes: decoding CIFAR's PNGs takes longer than augmenting them.
 IN_MEMORY = 512 * 2**20
 # Files whose headers are looked at before training where the images themselves don't fit into memory.
 _HEADERS = 200_000
@@ -134,7 +134,7 @@ def _subset(images: Images, candidates: np.ndarray, limit: int | None, seed: int
     shuffled = np.random.Generator(np.random.PCG64(seed_of(seed, len(candidates)))).permutation(candidates)
     if images.labels is None:
         return np.sort(shuffled[:limit])
-    # By rounds: the first image of each class, then the second, ...
+    # Images are taken in rounds: the first image of each class, then the second, ...
     rank = np.empty(len(images), dtype=np.int64)
     for label in np.unique(images.labels):
         members = shuffled[images.labels[shuffled] == label]

@@ -54,7 +54,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.count, self.batch, self.per_epoch = count, batch, per_epoch
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.done = epoch, done
-        # Where Lightning looks for what wants to know the epoch.
+        # Lightning tells a loader's `sampler` the epoch.
         self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:

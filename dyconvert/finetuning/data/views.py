@@ -17,7 +17,7 @@ from dyconvert.finetuning.training.randomness import seeds_of
 
 # Pixels of zeros around the image, from which it is cropped again, and whether half of the images are flipped.
 _PRESETS = dict(zip(VIEWS, ((0, False), (0, True), (1, False), (4, True)), strict=True))
-# Of numbered views, in place of a run's seed.
+# The seed of numbered views, in place of a run's.
 _NUMBERED = 0x76696577
 
 

@@ -18,7 +18,7 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass
 class Source:
-    """A file, what it says, and what the command line changes."""
+    """A file, its contents, and the changes that the command line makes."""
 
     path: Path
     document: Document

@@ -32,7 +32,7 @@ class Recipe(Section):
     """A recipe, complete: what the YAML doesn't say has its default."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = "recipe"
-    """Of the run, and of its output directory."""
+    """The run's name, and that of its output directory."""
 
     description: str = ""
     model: Model
@@ -125,7 +125,7 @@ def load_recipe(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 
 def resolved(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with what its model names made plain.
+    """Return the recipe with the names that its model uses written out.
 
     A model's or teacher's Python file becomes an absolute path: in `folder`, or in the current one. In weights, ~ and
     $VARIABLES are expanded.

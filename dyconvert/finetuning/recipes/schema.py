@@ -179,7 +179,7 @@ class Data(Section):
     """Folder of the data, relative to the current one; ~ and $VARIABLES are expanded."""
 
     download: bool = False
-    """Let torchvision download what is missing from `root`."""
+    """Let torchvision download the files that are missing from `root`."""
 
     train: str = "train"
     """Name of the folder or split to train on."""
@@ -211,7 +211,7 @@ class Data(Section):
     channels: Literal[1, 3] = 3
     mean: tuple[Normal, ...] = (0.485, 0.456, 0.406)
     std: tuple[Normal, ...] = (0.229, 0.224, 0.225)
-    """Of the normalisation, for images of 0 to 1, one number a channel."""
+    """Mean and standard deviation of the normalisation, for images of 0 to 1, one number a channel."""
 
     augment: Literal[
         "none", "flip", "shift", "cifar", "imagenet", "imagenet-randaugment", "imagenet-trivialaugment", "segmentation"
@@ -398,7 +398,7 @@ class Distill(Section):
     width the original holds the student down to itself."""
 
     teacher_weights: str = "default"
-    """Of another teacher, as model.weights takes them."""
+    """The weights of another teacher, as model.weights takes them."""
 
     teacher_mean: tuple[Normal, ...] | None = None
     teacher_std: tuple[Normal, ...] | None = None
@@ -426,10 +426,10 @@ class Output(Section):
     """{name} is the recipe's name. Relative to the current folder; ~ and $VARIABLES are expanded."""
 
     checkpoint_steps: Positive | None = None
-    """Save a checkpoint to resume from every so many optimizer steps, and at the end of each epoch."""
+    """Save a checkpoint to resume from after every this many optimizer steps, and at the end of each epoch."""
 
     checkpoint_minutes: Rate | None = 5.0
-    """... and every so many minutes; null is off."""
+    """Save one after every this many minutes, too; null is off."""
 
     loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = ["csv"]
     """Lightning's; csv writes metrics.csv, and is always there."""

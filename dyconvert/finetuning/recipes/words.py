@@ -10,5 +10,5 @@ KEYS = {
     "std": "data.std",
     "weights": "model.weights",
 }
-# Of a teacher that is another network; it takes no arguments.
+# The recipe's keys for a teacher that is another network; it takes no arguments.
 TEACHER = {"arguments": None, "example": "data.size", "weights": "distill.teacher_weights"}

@@ -25,7 +25,7 @@ from dyconvert.run_files import COLUMNS, RECIPE, SWEEP, TABLE, TEXTS, WHOLE_NUMB
 
 
 class Runner:
-    """The jobs of a sweep and what has become of them, in a directory.
+    """The jobs of a sweep and their states, in a directory.
 
     Attributes:
         jobs: every run with every seed.

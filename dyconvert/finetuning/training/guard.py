@@ -12,7 +12,7 @@ from dyconvert.finetuning.training.module import FineTuner, guess_loss
 from dyconvert.nn.mixture import Mixture
 from dyconvert.run_files import CHECKPOINT
 
-# A network that guesses has a loss of log(classes); one so many times worse isn't coming back.
+# A network that guesses has a loss of log(classes). One whose loss is this many times as large doesn't recover.
 _DIVERGED = 100.0
 # Reading the loss of a GPU waits for the step, so it is read only now and then.
 _EVERY = 20

@@ -69,7 +69,7 @@ class FineTuner(LightningModule):
         # The guard looks at both; a tensor, for reading it from a GPU would wait for the step.
         self.last_loss: Tensor | None = None
         self.last_images: Tensor | None = None
-        # Of the epoch's batches so far.
+        # The sum of the losses of this epoch's batches so far, and their number.
         self._loss_sum: Tensor | float = 0.0
         self._loss_count = 0
 
@@ -90,7 +90,7 @@ class FineTuner(LightningModule):
 
     @property
     def mean_loss(self) -> float:
-        """Of the epoch's batches so far, of all processes: a call is one for every process."""
+        """Mean loss of this epoch so far, over all processes; every process must call it, because it reduces."""
         mean = torch.as_tensor(self._loss_sum, device=self.device) / max(self._loss_count, 1)
         return float(self.trainer.strategy.reduce(mean, reduce_op="mean"))
 
@@ -138,7 +138,7 @@ class FineTuner(LightningModule):
         return loss
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        # Mixed targets are probabilities, of which none is to be ignored.
+        # Mixed targets are probabilities: no class is ignored.
         ignore = self.ignored if not targets.is_floating_point() else IGNORED
         return F.cross_entropy(
             logits.float(), targets, label_smoothing=self.recipe.train.label_smoothing, ignore_index=ignore

@@ -1,4 +1,4 @@
-"""What is read of a network: its logits, whatever form its output has, and what its head reads."""
+"""A network's logits, whatever form its output has, and the features that its head reads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -23,7 +23,7 @@ class TemperatureSchedule(Callback):
         self.schedule = schedule
 
     def at(self, epochs: float) -> float:
-        """The temperature after so many epochs."""
+        """The temperature after this many epochs."""
         done = min(epochs / self.schedule.epochs, 1.0)
         return self.schedule.start + (self.schedule.end - self.schedule.start) * done
 

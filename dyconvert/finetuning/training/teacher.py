@@ -1,4 +1,4 @@
-"""The teacher of a distillation, and what it says of a batch."""
+"""The teacher of a distillation, and its outputs for a batch."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple

@@ -23,7 +23,7 @@ from dyconvert.finetuning.data.loading import Kept, Prepared
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.teacher import Teacher
 
-# Of the format, and of what a numbered view is.
+# The version of the file format, and of what a numbered view is.
 _VERSION = "1"
 _BATCH = 250
 
@@ -67,7 +67,7 @@ def kept_outputs(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files = [directory / f"view-{number}.safetensors" for number in range(recipe.data.views)]
-        # First what no other run is at, then what is left of theirs.
+        # First the views that no other run is computing, then those that the others haven't finished.
         for wait in (False, True):
             for number, file in enumerate(files):
                 if _read(file, maker.key) is not None:
@@ -140,7 +140,7 @@ def _hash(tensors: dict[str, Tensor]) -> str:
 
 
 def _read(file: Path, key: str) -> dict[str, Tensor] | None:
-    """What a file holds; None where it isn't there, or isn't what was written."""
+    """The outputs in a file; None where there is no file, or it was changed or damaged."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}

@@ -52,7 +52,7 @@ TILES = {
     )
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Of a batch's kernels; larger ones are mixed for some images at a time.
+# At most this many bytes of kernels are mixed at a time: of the whole batch, or of some of its images.
 _BYTES = 512 * 2**20
 # Experts whose part of the bank's gradient a program holds in registers.
 _EXPERTS = 16
@@ -135,8 +135,7 @@ def backward(grad: Tensor, operands: Operands, needs: Needs, how: Tile) -> Gradi
 
 
 def _give_up(error: Exception, tile: Tile) -> None:
-    """Leave the tile out from now on, or all of them where it isn't the tile's fault; raise what is no failure of
-    Triton's."""
+    """Leave the tile out from now on, or all tiles if it isn't the tile's fault. Raise an error that isn't Triton's."""
     if out_of_memory(error):
         raise error
     if type(error).__name__ == "OutOfResources":  # the tile is too large for this GPU's shared memory: others aren't
