@@ -12,7 +12,6 @@ from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
 from dyconvert.limits import BATCH, INPUT_SIDE, PROCESSES
-from dyconvert.torch_internals.compiling import compile_error
 
 if TYPE_CHECKING:
     import torch
@@ -159,6 +158,7 @@ def model(
     from dyconvert.surgery.convert import convert
     from dyconvert.surgery.example import example_for
     from dyconvert.surgery.fuse import fuse as fuse_model
+    from dyconvert.torch_internals.compiling import compile_error
 
     half = _half(bank_dtype)
     fuse = fuse or half is not None

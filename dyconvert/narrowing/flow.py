@@ -89,7 +89,7 @@ def _aim(watch: Watch, readers: dict[int, list[int]], norms: dict[int, str], cal
         norm = norms[at]
     if len(readers[at]) == 1 and (total := readers[at][0]) >= 0 and _is_sum(watch, total):
         others = [source for source in watch.inputs[total] if source != at]
-        # If the other summand is computed later, that layer reconstructs the sum. A sum that widens the map has other pixels.
+        # If the other summand is computed later, its layer reconstructs the sum. A widened map has other pixels.
         early = len(others) == 1 and others[0] is not None and others[0] < call.number
         if early and watch.shapes[total] == watch.shapes[others[0]] == call.shape:
             at, other = total, watch.places[others[0]]

@@ -188,7 +188,7 @@ def _channels_read(node: bridge.Node) -> int | None:
 
 
 def _over(node: bridge.Node, channels: int) -> bool:
-    """Whether a reduction is over the dimension of these channels: dimension 1, or the last where its size is theirs."""
+    """Whether a reduction is over the dimension of these channels: dimension 1, or the last if its size is theirs."""
     shape, dims = _sizes(node.grad_fn), saved_argument(node.grad_fn, "dim")
     if len(shape) < 2 or dims is None or channels == 1:
         return False

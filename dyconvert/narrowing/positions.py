@@ -44,7 +44,7 @@ class Positions:
         return self._known[rows, calls]
 
     def fitted(self, rows: int, calls: int = 1) -> int:
-        """How many of the sampled rows are of images that the weights are solved on: the first so many.
+        """How many of the sampled rows are of images that the weights are solved on: the first ones.
 
         A map's rows are taken to stand in the order of its images; a map of fewer rows than images has no order.
         """

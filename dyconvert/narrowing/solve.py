@@ -164,7 +164,7 @@ def _search(
 
 
 def _behind_the_clamp(normal: _Normal, weight: Tensor, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and means fitted behind an activation: where it cuts an output off, only the sign matters."""
+    """Weights and means fitted behind an activation: an output that it cuts off need only stay cut off."""
     rows = normal.rows
     low, high = rows.clamp
     base = 0 if rows.added is None else rows.added

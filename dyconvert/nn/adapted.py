@@ -18,7 +18,7 @@ from dyconvert.torch_internals.operators import multiplies_bfloat16
 
 _HALF = (torch.float16, torch.bfloat16)
 # From this many pixels in all the output's maps on, torch's convs are faster on a processor that multiplies bfloat16,
-# although their kernels are mixed first: on Zen 4, 1.2 to 2.6 times. With fewer, the kernels are 1.5 to 7 times as fast.
+# although their kernels are mixed first: on Zen 4, 1.2 to 2.6 times. With fewer, ours are 1.5 to 7 times as fast.
 _PIXELS = 512
 
 
