@@ -13,6 +13,8 @@ from typing import Any
 
 # dyconvert.json of the largest models of timm (1,000 convs) has 0.5 MB, a report.json of 1,000 images 20 MB.
 JSON_BYTES = 64 * 2**20
+# Values of a description or a plan: those of the largest models have 40,000.
+PLAN_VALUES = 500_000
 # A model card: the longest on the Hub have 200 kB.
 CARD_BYTES = 2**20
 # Plans and reports have 8 levels; Python's own reading gives up at about 1,000, and what recurses over it sooner.
@@ -144,17 +146,17 @@ def check_archive(file: Path) -> None:
         raise LimitError(f"it has {size:,} bytes, and unpacks to {unpacked:,}")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, most: int | None = None) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: it isn't JSON, or a LimitError: it is nested deeper than `DEPTH`.
+        ValueError: it isn't JSON, or a LimitError: it is nested deeper than `DEPTH`, or has more than `most` values.
     """
     try:
         content = json.loads(text)
     except RecursionError:
         raise LimitError(f"it is nested deeper than {DEPTH} levels") from None
-    check_depth(content)
+    check_depth(content, most=most)
     return content
 
 
@@ -177,7 +179,7 @@ def check_depth(root: Any, within: Callable[[Any], Iterable[Any]] = _within, mos
         for value in level:
             below.extend(within(value))
             if most is not None and count + len(below) > most:
-                raise LimitError(f"it has more than {most:,} values, an alias's counting each time")
+                raise LimitError(f"it has more than {most:,} values; what an alias names counts each time")
         count += len(below)
         if not below:
             return

@@ -409,7 +409,9 @@ def recipes(rng: random.Random, good: Path) -> Iterator[Case]:
             if "\x00" in override or "\udcff" in override:  # no argument of a process can have one
                 continue
             if rng.random() < 0.1:
-                override = rng.choice(["=", "a", "a.b.c=1", "model=null", "train=3", "..=1", "model.specifier.x=1"])
+                override = rng.choice(
+                    ["=", "a", "a.b.c=1", "a." * 9_000 + "b=1", "model=null", "train=3", "..=1", "model.specifier.x=1"]
+                )
             yield Case(
                 "override", override[:80], lambda f: put(f / "r.yaml", _yaml(RECIPE)), argv=dry("./r.yaml", override)
             )

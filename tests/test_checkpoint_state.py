@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,16 @@ def test_paths_are_kept_relative(tmp_path, monkeypatch):
     # Moved again without its code, which is still where it was.
     alone = dyconvert.save(loaded, tmp_path / "other").rename(tmp_path / "deep")
     assert type(dyconvert.load(alone, trust_code=True)) is dyconvert.DynamicConv2d
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names of files are text on this system")
+def test_folders_whose_names_are_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff\xe9")
+    folder.mkdir()
+    (folder / "mine.py").write_text("from torch import nn\n\ndef net():\n    return nn.Conv2d(8, 4, 3)\n")
+    static, source = models.create(f"{folder / 'mine.py'}:net")
+    dyconvert.save(dyconvert.convert(static), tmp_path / "saved", source=source)
+    assert type(dyconvert.load(tmp_path / "saved", trust_code=True)) is dyconvert.DynamicConv2d
 
 
 # ---- Several processes ----

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import statistics
 from pathlib import Path
@@ -117,7 +118,9 @@ def read_run(directory: Path) -> Run | None:
     summary, courses = {}, []
     try:
         if (directory / SUMMARY).is_file():
+            # The run's folder may have a name that is no text, with halves of characters in its place.
             written = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
+            written = json.loads(json.dumps(written, ensure_ascii=False).encode("utf-8", "replace"))
             summary = written if isinstance(written, dict) else {}
         if (directory / METRICS).is_file():
             courses = _courses(directory / METRICS)

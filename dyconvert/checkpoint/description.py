@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dyconvert import models
 from dyconvert.errors import CheckpointError
 from dyconvert.installation import upgrade_command
-from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.limits import JSON_BYTES, PLAN_VALUES, parse_json, read_text
 from dyconvert.narrowing.record import Narrowing
 from dyconvert.surgery.compress import Compression
 from dyconvert.surgery.plan import Plan, problems
@@ -48,7 +48,8 @@ class Description(BaseModel):
         """The file's text."""
         # Older versions of dyconvert refuse keys that they don't know.
         unused = {name for name in ("extra_state", "preprocessing", "compression") if getattr(self, name) is None}
-        return self.model_dump_json(indent=2, exclude=unused)
+        # pydantic's own writer takes no path of bytes that are no text.
+        return json.dumps(self.model_dump(mode="json", exclude=unused), indent=2)
 
 
 def describe(directory: str | Path) -> Description:
@@ -85,7 +86,7 @@ def described(text: str, directory: str | Path) -> Description:
     """
     file = Path(directory) / DESCRIPTION
     try:
-        content = parse_json(text)
+        content = parse_json(text, PLAN_VALUES)
     except ValueError as error:
         raise CheckpointError(f"{file} can't be read: {error}. Copy the directory again.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -82,7 +82,7 @@ def _run_file(path: str) -> ModuleType:
         contents = Path(path).read_bytes()
     except OSError as error:
         raise ModelError(f"The model file {path} can't be read: {error.strerror}; check the path.") from error
-    digest = hashlib.sha256(path.encode() + b"\0" + contents).hexdigest()[:12]
+    digest = hashlib.sha256(os.fsencode(path) + b"\0" + contents).hexdigest()[:12]
     name = re.sub(r"\W", "_", f"dyconvert_file_{Path(path).stem}_{digest}")
     if name in sys.modules:
         return sys.modules[name]

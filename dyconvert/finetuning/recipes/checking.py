@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.recipes.yaml_file import Document, Key, parse_yaml
+from dyconvert.limits import DEPTH
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -78,6 +79,8 @@ def _override(data: dict[str, Any], override: str) -> Key:
     keys = tuple(part.strip() for part in path.split("."))
     if not equals or not all(keys):
         raise ValueError("isn't of the form section.key=value, as train.lr=0.01 is")
+    if len(keys) > DEPTH:
+        raise ValueError(f"names more than {DEPTH} sections, one in the other")
     try:
         value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from dyconvert.errors import RecipeError
+from dyconvert.files import shown
 from dyconvert.finetuning.recipes.checking import Source, validated
 from dyconvert.finetuning.recipes.schema import (
     VIEWS,
@@ -153,7 +154,13 @@ def _specifier(specifier: str, folder: Path) -> str:
         return specifier
     file = folder / os.path.expanduser(location)
     file = file if file.is_file() else Path(os.path.expanduser(location))
-    return f"{os.path.abspath(file)}{colon}{factory}"
+    found = f"{os.path.abspath(file)}{colon}{factory}"
+    if shown(found) != found:
+        raise RecipeError(
+            f"{shown(found)} has a name that is no text, and a recipe is one: it couldn't be written down for this "
+            "run. Rename the folder or the file."
+        )
+    return found
 
 
 def json_schema() -> dict[str, Any]:
