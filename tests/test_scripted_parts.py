@@ -68,3 +68,8 @@ def test_the_copy_trains_parts_of_its_own(how: str, tmp_path: Path) -> None:
     dyconvert.save(dynamic, tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(dyconvert.load(tmp_path / "saved", built(how)).eval()(images()), expected)
+
+
+def test_narrowing_refuses_them_by_name() -> None:
+    with pytest.raises(dyconvert.ModelError, match="part is a ScriptModule"):
+        dyconvert.narrow(built("scripted"), width=0.5, example=images(1))

@@ -409,3 +409,11 @@ def test_private_names_are_found(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "read_text", lambda self, encoding, text=text: text)
             assert any(name in use for use in private_uses(file)), ast.dump(tree)
+
+
+def test_totals_are_counted_without_asking_for_modules():
+    layer, x = nn.Linear(3, 5), torch.ones(2, 3)
+    with watching.count_totals_only(FlopCounterMode(display=False)) as counter:
+        z = x.requires_grad_()
+        torch.autograd.grad(layer(z).sum(), z)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 3 * 5)  # forward, and the gradient of the input

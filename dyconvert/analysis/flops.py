@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dyconvert.arguments import as_arguments
 from dyconvert.copying import clear_hooks, on_meta, skeleton
 from dyconvert.torch_internals.trees import tree_map_only
+from dyconvert.torch_internals.watching import count_totals_only
 
 
 def macs(model: nn.Module, example: Any) -> int:
@@ -33,10 +34,10 @@ def _counted(runner: nn.Module, arguments: tuple[Any, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     clear_hooks(runner.eval())
-    counter = FlopCounterMode(display=False)
+    counter = count_totals_only(FlopCounterMode(display=False))
     with torch.no_grad(), counter:
         runner(*arguments)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def parameters(model: nn.Module) -> int:

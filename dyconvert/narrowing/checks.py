@@ -85,6 +85,16 @@ def bare(model: nn.Module) -> nn.Module:
     return runner
 
 
+def check_no_scripts(model: nn.Module) -> None:
+    """Refuse a model with parts that torch.jit has scripted or traced: narrowing watches modules by hooks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{name or type(model).__name__} is a ScriptModule, which takes no hooks, so its channels can't be "
+                "followed. Narrow the model before torch.jit scripts or traces it."
+            )
+
+
 def check_takes(model: nn.Module, arguments: tuple[Any, ...], what: str) -> None:
     """Refuse inputs that the model rejects."""
     try:

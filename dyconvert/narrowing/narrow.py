@@ -17,7 +17,7 @@ from dyconvert.methods import Method
 from dyconvert.names import checked_patterns
 from dyconvert.narrowing.calibrate import Samples, images_that_fit, sample
 from dyconvert.narrowing.channels import Chooser, Chosen, cut_channels
-from dyconvert.narrowing.checks import Init, bare, check_runs, check_takes, checked_init, example_of
+from dyconvert.narrowing.checks import Init, bare, check_no_scripts, check_runs, check_takes, checked_init, example_of
 from dyconvert.narrowing.cut import Folds
 from dyconvert.narrowing.graph import Graph, channel_groups, check_free, keep_unsteady
 from dyconvert.narrowing.images import Images, collect_images
@@ -92,6 +92,7 @@ def narrow(
         PlanError: an unknown init, a pattern that matches nothing, or a conversion that can't be planned.
     """
     init = checked_init(model, width, flops, data, init, round_to, calibration_images, static, choices)
+    check_no_scripts(model)
     seed, diversity = seed_of(seed), real("diversity", diversity, 0, DIVERSITY)
     tell = progress or (lambda what, done, total: None)
     keep = checked_patterns(keep)

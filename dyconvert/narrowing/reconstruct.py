@@ -258,6 +258,8 @@ def _fit(name: str, layer: nn.Module, norm: nn.Module | None, rows: Rows, ridge:
         return SolvedLayer(name=name, weights=MERGED, why="it reads or returns values that aren't finite")
     groups = rows.x.shape[1]
     now = as_rows(layer, layer.weight.detach().double())  # [C, F]
+    if (rows.x.shape[2], rows.z.shape[1]) != (now.shape[1], now.shape[0]):
+        return SolvedLayer(name=name, weights=MERGED, why="it is called with other channels than its weights are for")
     merged = rows.error(_made_now(layer, norm, now, rows))
     factor = _factor(norm) if norm is not None else now.new_ones(len(now))
     prior = (now * factor.unsqueeze(1)).unflatten(0, (groups, -1)).transpose(1, 2)  # [g, F, C]

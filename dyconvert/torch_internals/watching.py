@@ -1,6 +1,6 @@
 """Who looks at the operators that run: dispatch modes, functorch's transforms, forward-mode AD, autograd's graph."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +44,25 @@ def saved_argument(grad_fn: Any, name: str) -> Any:
     Renamed, narrowing takes the argument for one that it doesn't know, and keeps the channels.
     """
     return getattr(grad_fn, f"_saved_{name}", None)
+
+
+def count_totals_only(counter: Any) -> Any:
+    """Have a `FlopCounterMode` count a whole run, and not ask which module an operator ran in; return it.
+
+    Its `mod_tracker` finds that out by hooks on gradients, which fail in a forward that calls `autograd.grad`. If the
+    attribute goes, such models can't be counted.
+    """
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+class _NoModules(nullcontext):  # type: ignore[type-arg]
+    """A tracker for which everything runs in the whole."""
+
+    parents = frozenset({"Global"})
+
+    def __exit__(self, *exception: Any) -> None:
+        """As `FlopCounterMode` calls it: without arguments."""
 
 
 def multiply_adds(counter: Any, model: nn.Module) -> dict[str, int]:
