@@ -216,7 +216,7 @@ def test_folders_that_may_not_be_read(saved, net, monkeypatch):
     def forbidden(*args: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.iterdir", forbidden)
+    monkeypatch.setattr("os.listdir", forbidden)
     with pytest.raises(CheckpointError, match=r"can't be used: .*Permission denied"):
         dyconvert.save(trained(net), saved[0])
     monkeypatch.setattr("dyconvert.checkpoint.loading.check_ordinary", forbidden)

@@ -12,6 +12,7 @@ import torch
 from nets import BasicBlock, FlatNet, ResidualNet, image, listed, outputs, same, seeded, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from varied import randomised
 
 import dyconvert
 from dyconvert import CheckpointError, DyconvertError, ModelError, models
@@ -335,3 +336,42 @@ def test_two_savers_and_a_reader(rounds, tmp_path):
     assert any(same(dyconvert.load(directory, net), each) for each in known)
     assert len(listed(directory)) == 3
     assert listed(tmp_path) == ["race"]
+
+
+class Blocks(nn.Module):
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(Pair() for _ in range(count))
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+
+def test_a_model_that_lost_a_block_after_the_conversion(tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    model = dyconvert.convert(seeded(Blocks), example=x)
+    randomised(model)
+    del model.blocks[2]
+    model.last = nn.Conv2d(8, 8, 1)
+    dyconvert.save(model, tmp_path / "saved")
+    loaded = dyconvert.load(tmp_path / "saved", Blocks(2))
+    assert torch.equal(loaded(x), model(x))
+    assert dyconvert.Plan.from_json(loaded.dyconvert_plan.to_json())["last"].reason == "replaced after the conversion"
+    model.blocks[0].b = nn.Conv2d(8, 8, 3, padding=1)
+    with pytest.raises(dyconvert.ModelError, match=r"blocks\.0\.b was taken out or replaced"):
+        dyconvert.save(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dyconvert
+from dyconvert.nn.handing import handing_of, sharing_blocks
 
 
 def convert(model: nn.Module, **choices: object) -> nn.Module:
@@ -220,6 +221,19 @@ def test_a_shared_conv_is_replaced_under_all_its_names() -> None:
     assert dynamic.layer1[1].conv1 is dynamic.layer1[0].conv1
     assert dynamic.layer1[0].conv1.coefficient_predictor is not None
     assert dyconvert.verify(model, dynamic, image()).relative < 1e-5
+
+
+@pytest.mark.parametrize("take_out", [lambda block: nn.Conv2d(8, 8, 3, padding=1), lambda block: nn.Identity()])
+def test_a_shared_conv_that_is_replaced_later(take_out) -> None:
+    dynamic = convert(seeded(ResidualNet))
+    block = next(block for _, block, _ in sharing_blocks(dynamic))
+    first, second, *_ = handing_of(block).convs
+    x = image()
+    setattr(block, second, take_out(block))
+    dynamic(x).sum().backward()
+    setattr(block, first, take_out(block))
+    with pytest.raises(RuntimeError, match=f"{first} held the predictor"):
+        dynamic(x)
 
 
 def test_symbolic_trace_of_the_converted_model() -> None:

@@ -19,7 +19,7 @@ from dyconvert.files import as_path, held, locked, private_folder, said, settle
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 from dyconvert.marks import compression_of, mark_preprocessing, mark_source, narrowing_of, preprocessing_of, source_of
 from dyconvert.nn import DynamicConv
-from dyconvert.surgery.convert import check_converted
+from dyconvert.surgery.current import current_plan
 from dyconvert.surgery.plan import Plan
 from dyconvert.transforms import Preprocessing
 from dyconvert.version import __version__
@@ -227,4 +227,4 @@ def _plan_of(model: nn.Module, may_be_static: bool) -> Plan | None:
     # Without a plan, a model with dynamic convs is a part or a wrapper of a converted one.
     if may_be_static and not any(isinstance(module, DynamicConv) for module in model.modules()):
         return None
-    return check_converted(model)
+    return current_plan(model)

@@ -52,12 +52,20 @@ class Handing:
     def give(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook, with keywords: predict the coefficients, and open them to the convs."""
         convs = [_descendant(block, name) for name in self.convs]
-        coefficients = convs[0].block_predictor(self._read(args, kwargs))
+        predictor = getattr(convs[0], "block_predictor", None)
+        if predictor is None:
+            raise RuntimeError(
+                f"{self.convs[0]} held the predictor of this {type(block).__name__}, and was taken out or replaced; "
+                f"{', '.join(self.convs[1:])} can't be given coefficients. Convert the model with that conv left out: "
+                "plan.skip(conv), or give its convs predictors of their own: plan.unshare(block)."
+            )
+        coefficients = predictor(self._read(args, kwargs))
         # By index: a tracer's stand-in for the tuple can't be iterated over.
         if _compiling():
             # A compiler would guard on the thread's stack, and compile again for every thread.
             for index, conv in enumerate(convs):
-                conv._handed = coefficients[index]
+                if hasattr(conv, "_handed"):
+                    conv._handed = coefficients[index]
         else:
             _frames().append(_Frame(convs, {id(conv): coefficients[index] for index, conv in enumerate(convs)}))
 
@@ -65,11 +73,12 @@ class Handing:
         """A forward hook, called also after an error: undo what :meth:`give` did."""
         if _compiling():
             for name in self.convs:
-                _descendant(block, name)._handed = None
+                if hasattr(conv := _descendant(block, name), "_handed"):
+                    conv._handed = None
         elif (frames := _frames()) and frames[-1].convs[0] is _descendant(block, self.convs[0]):
             # If not, `give` didn't run for this call: another hook failed before it.
             for conv in frames.pop().convs:
-                if conv._handed is not None:  # a compiled `give` whose block broke into several graphs
+                if getattr(conv, "_handed", None) is not None:  # a compiled `give` in several graphs
                     conv._handed = None
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,7 +194,7 @@ def _compiling() -> bool:
 def _descendant(module: nn.Module, name: str) -> Any:
     # Strict export of torch 2.9 doesn't trace `get_submodule`.
     for part in name.split("."):
-        module = getattr(module, part)
+        module = getattr(module, part, None)  # a user may have taken it out
     return module
 
 
