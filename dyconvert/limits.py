@@ -19,6 +19,8 @@ PLAN_VALUES = 500_000
 CARD_BYTES = 2**20
 # Plans and reports have 8 levels; Python's own reading gives up at about 1,000, and what recurses over it sooner.
 DEPTH = 50
+# A Python file with a model's factory: the longest of timm and transformers have 0.3 MB.
+CODE_BYTES = 16 * 2**20
 # The longest shipped recipe has 4 kB and 100 values; sweeps of many runs a few thousand.
 YAML_BYTES = 2**20
 YAML_NODES = 20_000

@@ -311,6 +311,10 @@ def weights_files(rng: random.Random, good: Path) -> Iterator[Case]:
             content, what = _torch_file(made), f"a {type(made).__name__}"
             if rng.random() < 0.3:
                 content, what = pickle.dumps(Payload(), protocol=rng.choice([0, 2, 4])), "a pickle"
+        elif how < 0.8:
+            odd = rng.choice(list(ODD_FILES))
+            yield Case("factory", odd, replaced_by("m.py", odd), argv=["convert", "m.py:f"])
+            continue
         else:
             odd = rng.choice(list(ODD_FILES))
             yield Case(

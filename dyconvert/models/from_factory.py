@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from dyconvert.errors import ModelError, brief, some
+from dyconvert.limits import CODE_BYTES, LimitError, read_bytes
 from dyconvert.models.building import call
 from dyconvert.models.source import LIBRARIES, Source, absolute
 from dyconvert.models.weights import load_state_dict_into, read_state_dict
@@ -79,9 +80,10 @@ def _import_module(name: str) -> ModuleType:
 def _run_file(path: str) -> ModuleType:
     """Run a Python file as a module; once for the same contents, for pickle needs the same classes again."""
     try:
-        contents = Path(path).read_bytes()
-    except OSError as error:
-        raise ModelError(f"The model file {path} can't be read: {error.strerror}; check the path.") from error
+        contents = read_bytes(Path(path), CODE_BYTES)
+    except (OSError, LimitError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"The model file {path} can't be read: {reason}; check the path.") from error
     digest = hashlib.sha256(os.fsencode(path) + b"\0" + contents).hexdigest()[:12]
     name = re.sub(r"\W", "_", f"dyconvert_file_{Path(path).stem}_{digest}")
     if name in sys.modules:
