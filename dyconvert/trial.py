@@ -48,7 +48,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
             for name in vars(module).keys() - state.keys():
                 del vars(module)[name]
             for name, (value, contents) in state.items():
-                if vars(module).get(name) is not value:
+                if name not in vars(module) or vars(module)[name] is not value:
                     vars(module)[name] = value
                 _refill(value, contents)
             module.training = training

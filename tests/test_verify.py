@@ -317,3 +317,23 @@ def test_gradients_that_differ_where_outputs_do_not(reentrant):
 def test_the_command_line_says_how_much_was_compared(cli):
     done = cli("convert", "digits-resnet8")
     assert (done.code, "absolute, of 20 numbers" in done.said) == (0, True), done.said
+
+
+class MakesAPartLate(nn.Module):
+    """Its second conv is made by its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late = nn.Conv2d(3, 4, 1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.late is None:
+            self.late = nn.Conv2d(4, 4, 1)
+        return self.late(self.first(x))
+
+
+def test_parts_that_a_forward_makes_are_taken_away_again() -> None:
+    model = MakesAPartLate()
+    dyconvert.verify(model, model, torch.randn(1, 3, 4, 4))
+    assert model.late is None
+    assert [name for name, _ in model.named_children()] == ["first"]

@@ -76,7 +76,7 @@ class Prober:
         for images, sizes, training in (
             (2, (False,), False),
             (3, (True, False), False),
-            (4, (True, False), False),
+            (8, (True, False), False),
             (4, (True, False), True),
         ):
             failure: Exception | None = None
