@@ -21,10 +21,11 @@ CARD_BYTES = 2**20
 DEPTH = 50
 # A Python file with a model's factory: the longest of timm and transformers have 0.3 MB.
 CODE_BYTES = 16 * 2**20
-# The longest shipped recipe has 4 kB and 100 values; sweeps of many runs a few thousand.
+# The longest shipped recipe has 4 kB; sweeps of many runs a hundred.
 YAML_BYTES = 2**20
+# The longest shipped recipe has 100 values; sweeps of many runs a few thousand. An alias counts as all that it stands
+# for, so that nine lines can't become a billion values.
 YAML_NODES = 20_000
-# An alias counts as all that it stands for, so that nine lines can't become a billion values.
 # Values on a command line: a list of a few hundred layers' names.
 OVERRIDE_BYTES = 64 * 2**10
 # Runs of one sweep: a week of the shortest ones.
@@ -77,6 +78,12 @@ FAKE_IMAGES = 10**7
 FIGURE = 1e15
 # Digits of a whole number on a command line, or of one of a list there: 64 bits have 19.
 DIGITS = 18
+# A word among the arguments of a library's model in a file: the name of an activation, a norm or the like.
+WORD_CHARACTERS = 32
+# A list among them: a size for each stage, or for each block.
+ARGUMENT_ITEMS = 64
+# Rounds of a measurement: hours of the shortest one.
+REPEATS = 100_000
 # Images at a time: an ImageNet epoch.
 BATCH = 1_300_000
 

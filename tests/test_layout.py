@@ -89,3 +89,10 @@ def test_no_circle_of_files() -> None:
 def test_files_that_the_page_names_exist(path: str) -> None:
     # The tests may be those of a clone, and the package installed elsewhere.
     assert (PACKAGE / path).is_file() or (Path(__file__).parents[1] / path).is_file()
+
+
+def test_each_limit_has_its_reason() -> None:
+    lines = (PACKAGE / "limits.py").read_text(encoding="utf-8").splitlines()
+    limits = [number for number, line in enumerate(lines) if re.match("[A-Z_]+ = ", line)]
+    assert len(limits) > 30
+    assert [lines[number] for number in limits if not lines[number - 1].startswith("# ")] == []

@@ -11,7 +11,7 @@ from dyconvert.cli.options import METHOD, Compress, Json, check_compress, whole_
 from dyconvert.cli.progress import progress
 from dyconvert.console import out, write_json
 from dyconvert.errors import ModelError
-from dyconvert.limits import BATCH, INPUT_SIDE, PROCESSES
+from dyconvert.limits import BATCH, INPUT_SIDE, PROCESSES, REPEATS
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ app = typer.Typer(help="Time dynamic convs and whole models against what they re
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, such as 1,8,32.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default torch's own number.")]
 Training = Annotated[bool, typer.Option("--train/--inference", help="Time a forward and a backward, or a forward.")]
-Repeats = Annotated[int, typer.Option(min=1, max=100_000, help="Rounds of all that is compared.")]
+Repeats = Annotated[int, typer.Option(min=1, max=REPEATS, help="Rounds of all that is compared.")]
 Cpu = Annotated[
     bool, typer.Option("--cpu-time", help="Count CPU time: on a busy machine, with --threads 1, the fairer clock.")
 ]

@@ -7,7 +7,7 @@ checkpoint or a recipe only those are passed that shape an architecture.
 import math
 from typing import TYPE_CHECKING, Any
 
-from dyconvert.limits import CLASSES, INPUT_SIDE
+from dyconvert.limits import ARGUMENT_ITEMS, CLASSES, INPUT_SIDE, WORD_CHARACTERS
 
 if TYPE_CHECKING:
     from dyconvert.models.source import Source
@@ -94,9 +94,9 @@ def untrusted(source: "Source") -> str | None:
 
 def _is_plain(value: Any, largest: float, word: bool, deep: bool = True) -> bool:
     if isinstance(value, list | tuple):
-        return deep and len(value) <= 64 and all(_is_plain(each, largest, word, False) for each in value)
+        return deep and len(value) <= ARGUMENT_ITEMS and all(_is_plain(each, largest, word, False) for each in value)
     if isinstance(value, str):
-        return word and value.isascii() and value.replace("_", "").isalnum() and len(value) <= 32
+        return word and value.isascii() and value.replace("_", "").isalnum() and len(value) <= WORD_CHARACTERS
     if isinstance(value, bool) or value is None:
         return True
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= largest
