@@ -27,9 +27,9 @@ class Share(BaseModel):
 
     @classmethod
     def of(cls, right: int, images: int) -> "Share":
-        p, spread = right / images, Z * Z / images
-        middle = (p + spread / 2) / (1 + spread)
-        half = Z * math.sqrt(p * (1 - p) / images + spread / (4 * images)) / (1 + spread)
+        p, correction = right / images, Z * Z / images
+        middle = (p + correction / 2) / (1 + correction)
+        half = Z * math.sqrt(p * (1 - p) / images + correction / (4 * images)) / (1 + correction)
         low, high = max(middle - half, 0.0), min(middle + half, 1.0)
         return cls(right=right, images=images, percent=100 * p, low=100 * low, high=100 * high)
 

@@ -75,7 +75,7 @@ class AxisUse(BaseModel):
     Attributes:
         count: factors that each image has.
         mean, smallest, largest: over images and factors.
-        means: each one's mean over the images; of more than `SIGNATURE` has, so many, evenly spread.
+        means: each one's mean over the images; if there are more than `SIGNATURE` has, at even intervals.
         spread, between_classes, saturated, constant: as of the experts' coefficients; within 0.02 of 0 or 2 is
             saturated.
     """
@@ -248,7 +248,7 @@ class _Stream:
         self.saturated = 0
         self.effective = 0.0
         width = max(1, min(channels, CLASS_SUMS // max(1, g * classes)))
-        self.sampled = _spread(channels, width)
+        self.sampled = _even_indices(channels, width)
         self.class_count = torch.zeros(classes, dtype=torch.int64)
         self.class_sums = torch.zeros(classes, g, width, dtype=torch.float64)
         self.class_means = torch.zeros(classes, g, dtype=torch.float64)
@@ -290,7 +290,7 @@ class _Stream:
         """How one axis of factors is used; they were collected halved, from 0 to 1."""
         halved = self.summary()
         (use,) = halved["experts"]
-        shown = _spread(self.channels, SIGNATURE[1])
+        shown = _even_indices(self.channels, SIGNATURE[1])
         return AxisUse(
             count=self.channels,
             mean=2 * use.mean,
@@ -318,9 +318,9 @@ class _Stream:
             chance = (kinds - 1) / (self.count - 1)
             scaled = apart / deviation[:, self.sampled].clamp_min(1e-12)
             scaled = torch.where(deviation[:, self.sampled] < CONSTANT, 0.0, scaled)
-            scaled = scaled[:, :, _spread(scaled.shape[2], SIGNATURE[1])].flatten(1)
+            scaled = scaled[:, :, _even_indices(scaled.shape[2], SIGNATURE[1])].flatten(1)
             numbers = there.nonzero().flatten().tolist()
-            for row in _spread(kinds, SIGNATURE[0]).tolist():
+            for row in _even_indices(kinds, SIGNATURE[0]).tolist():
                 signature[numbers[row]] = [round(value, 3) for value in scaled[row].tolist()]
         histogram = self.histogram.view(self.g, BINS).tolist()
         means = self.mean.mean(1).tolist()
@@ -351,7 +351,7 @@ class _Stream:
         }
 
 
-def _spread(of: int, count: int) -> Tensor:
-    """At most `count` indices of `of`, evenly spread."""
+def _even_indices(of: int, count: int) -> Tensor:
+    """At most `count` indices of `of`, at even intervals."""
     count = min(of, count)
     return torch.arange(count) * of // count

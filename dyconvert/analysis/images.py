@@ -80,7 +80,7 @@ def read_images(
         shape: `(C, H, W)`, as the model takes them.
         mean, std: of the normalisation, by channel; averaged for a model of one channel. None: ImageNet's, and of the
             digits 0 and 1, with which the model that comes with the package was trained.
-        limit: at most so many, evenly spread.
+        limit: at most this many, at even intervals.
 
     Raises:
         ModelError: there is no such folder, or no image in it; the model takes no images of 1 or 3 channels; `mean`

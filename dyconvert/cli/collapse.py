@@ -35,7 +35,7 @@ def collapse(
     mean: Mean = None,
     std: Std = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Read so many at most, evenly spread.", rich_help_panel=IMAGES)
+        int | None, typer.Option(min=1, help="Read at most this many, at even intervals.", rich_help_panel=IMAGES)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=IMAGES)] = 32,
     trust_code: Trust = False,

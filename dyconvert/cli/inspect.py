@@ -27,7 +27,7 @@ def inspect(
     mean: Mean = None,
     std: Std = None,
     limit: Annotated[
-        int, typer.Option(min=1, help="Read so many at most, evenly spread.", rich_help_panel=IMAGES)
+        int, typer.Option(min=1, help="Read at most this many, at even intervals.", rich_help_panel=IMAGES)
     ] = 500,
     as_json: Json = False,
     trust_code: Trust = False,

@@ -50,7 +50,7 @@ def report(
     input_size: Size = None,
     mean: Mean = None,
     std: Std = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read this many images, evenly spread, at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many images, at even intervals.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; by default by their size.")] = None,
     weights: Annotated[str, typer.Option(help="Of MODEL, as `convert` takes them.")] = "default",
     against_weights: Annotated[str, typer.Option(help="Of the original, where it is a MODEL.")] = "default",

@@ -25,7 +25,7 @@ def patches(layer: nn.Module, x: Tensor, positions: Positions, shape: tuple[int,
     if isinstance(layer, nn.Linear):
         return positions.take(x, channels_first=False, calls=calls).unsqueeze(1)
     if isinstance(layer, ConvTransposeNd):
-        x, stride = _spread(layer, x, shape[2:]), (1,) * len(layer.kernel_size)
+        x, stride = _with_zeros_between(layer, x, shape[2:]), (1,) * len(layer.kernel_size)
     else:
         x, stride = _padded(layer, x), layer.stride
     leading = (len(x), *shape[2:])
@@ -33,7 +33,7 @@ def patches(layer: nn.Module, x: Tensor, positions: Positions, shape: tuple[int,
     image, *place = torch.unravel_index(rows, leading)
     starts = [p * step for p, step in zip(place, stride, strict=True)]
     geometry = zip(layer.kernel_size, layer.dilation, strict=True)
-    offsets = torch.cartesian_prod(*(torch.arange(kernel) * spread for kernel, spread in geometry))
+    offsets = torch.cartesian_prod(*(torch.arange(kernel) * dilation for kernel, dilation in geometry))
     channels_last = x.movedim(1, -1)
     taken = [
         channels_last[(image, *(s + int(o) for s, o in zip(starts, offset, strict=True)))]
@@ -50,17 +50,17 @@ def _padded(conv: nn.Module, x: Tensor) -> Tensor:
     return F.pad(x, amounts_of_padding(conv.kernel_size, padding, conv.dilation), mode=mode)
 
 
-def _spread(conv: nn.Module, x: Tensor, size: tuple[int, ...]) -> Tensor:
+def _with_zeros_between(conv: nn.Module, x: Tensor, size: tuple[int, ...]) -> Tensor:
     """A transposed conv's input with zeros in between and around: it then is a conv with its kernel turned round."""
-    spread = x.new_zeros(*x.shape[:2], *((s - 1) * step + 1 for s, step in zip(x.shape[2:], conv.stride, strict=True)))
-    spread[(slice(None), slice(None), *(slice(None, None, step) for step in conv.stride))] = x
+    widened = x.new_zeros(*x.shape[:2], *((s - 1) * step + 1 for s, step in zip(x.shape[2:], conv.stride, strict=True)))
+    widened[(slice(None), slice(None), *(slice(None, None, step) for step in conv.stride))] = x
     amounts: list[int] = []
     for had, wanted, kernel, pad, dilation in zip(
-        spread.shape[2:], size, conv.kernel_size, conv.padding, conv.dilation, strict=True
+        widened.shape[2:], size, conv.kernel_size, conv.padding, conv.dilation, strict=True
     ):
         reach = dilation * (kernel - 1)
         amounts = [reach - pad, wanted + reach - had - (reach - pad), *amounts]  # F.pad takes the last one first
-    return F.pad(spread, amounts)
+    return F.pad(widened, amounts)
 
 
 def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Place(NamedTuple):
     nth: int
 
 
-class Call(NamedTuple):
+class CallResult(NamedTuple):
     """A call of a module: its result, by the number of the operator that made it, and the result's shape."""
 
     number: int | None
@@ -60,7 +60,7 @@ class Watch(DispatchMode):
         self.inputs: list[list[int | None]] = []
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.shapes: list[tuple[int, ...]] = []
-        self.calls: dict[str, list[Call]] = {}
+        self.calls: dict[str, list[CallResult]] = {}
         self.returned: set[int] = set()
         self._model = model
         self._wanted = wanted or {}
@@ -96,7 +96,7 @@ class Watch(DispatchMode):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self._stack.pop()
             shape = tuple(output.shape) if isinstance(output, Tensor) else ()
-            self.calls.setdefault(name, []).append(Call(self.number(output), shape))
+            self.calls.setdefault(name, []).append(CallResult(self.number(output), shape))
             if not name:
                 self.returned = {self.number(leaf) for leaf in tree_leaves(output)} - {None}
 

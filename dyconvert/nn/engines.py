@@ -14,7 +14,7 @@ from dyconvert.nn.triton import engine as triton
 class Engine(Protocol):
     """What computes a dynamic conv and its gradients without autograd, keeping no image's kernel between the two.
 
-    `how` is the engine's own: a :class:`~dyconvert.nn.native.Call`, a :class:`~dyconvert.nn.tiles.Tile` or None,
+    `how` is the engine's own: a :class:`~dyconvert.nn.native.NativeCall`, a :class:`~dyconvert.nn.tiles.Tile` or None,
     one of :data:`dyconvert.nn.recompute.STRATEGIES`, or a :class:`~dyconvert.nn.triton.engine.Tile`.
     """
 

@@ -42,7 +42,7 @@ _FAILURES = {
 }
 
 
-class Call(NamedTuple):
+class NativeCall(NamedTuple):
     """How the compiled kernels are asked for a dynamic conv."""
 
     shape: Shape
@@ -55,7 +55,7 @@ class Call(NamedTuple):
         return Kernel(library().dyconvert_path(self.shape, task, _TYPES[dtype]))
 
 
-def prepare(operands: Operands, compressed: Compressed | None = None) -> Call | None:
+def prepare(operands: Operands, compressed: Compressed | None = None) -> NativeCall | None:
     """How :func:`forward` is to compute a dynamic conv; None if it can't.
 
     On the way it is checked that the operands fit together. Answers are kept, so that this costs little beside the
@@ -116,7 +116,7 @@ def _ordinary(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
-def forward(operands: Operands, call: Call, compressed: Compressed | None = None) -> Tensor:
+def forward(operands: Operands, call: NativeCall, compressed: Compressed | None = None) -> Tensor:
     """A dynamic conv without autograd, with what :func:`prepare` returned for these operands."""
     x, weight, bias, (coefficients, factors), _, shift = operands
     if call.channels_last:
@@ -181,7 +181,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Ten
     return out
 
 
-def backward(grad: Tensor, operands: Operands, needs: Needs, call: Call) -> Gradients:
+def backward(grad: Tensor, operands: Operands, needs: Needs, call: NativeCall) -> Gradients:
     """Those gradients that are needed, where the call is differentiable."""
     # Between forward and backward, a parameter's memory may have been replaced (`weight.data = ...`): asked anew.
     call = prepare(operands)
@@ -240,7 +240,7 @@ def _address(tensor: Tensor) -> int:
     return address
 
 
-def _check(failed: int, call: Call) -> None:
+def _check(failed: int, call: NativeCall) -> None:
     if failed:
         kind = MemoryError if failed == 1 else RuntimeError
         raise kind(_FAILURES[failed].format(images=call.size[0]))
@@ -285,7 +285,7 @@ def _call(
     shift: _Vector | None,
     threads: int,
     mean_dtype: torch.dtype | None,
-) -> Call | None:
+) -> NativeCall | None:
     geometry = Geometry(stride, padding, dilation, groups)
     looks = (
         Looks(shape, dtype, _CPU),
@@ -323,4 +323,4 @@ def _call(
         threads,
     ]
     size_of_out = (images, channels, *out)
-    return Call(Shape(*fields), size_of_out, last, not last and not bank_last and g <= 64)
+    return NativeCall(Shape(*fields), size_of_out, last, not last and not bank_last and g <= 64)

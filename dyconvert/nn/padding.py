@@ -17,9 +17,9 @@ def pad_tf_same(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], di
         x: `[N, C, *spatial]`
     """
     amounts: list[int] = []
-    for size, kernel, step, spread in zip(x.shape[2:], kernel_size, stride, dilation, strict=True):
+    for size, kernel, step, rate in zip(x.shape[2:], kernel_size, stride, dilation, strict=True):
         outputs = (size + step - 1) // step
-        total = max((outputs - 1) * step + (kernel - 1) * spread + 1 - size, 0)
+        total = max((outputs - 1) * step + (kernel - 1) * rate + 1 - size, 0)
         amounts = [total // 2, total - total // 2, *amounts]  # F.pad takes the last dimension first
     return F.pad(x, amounts)
 

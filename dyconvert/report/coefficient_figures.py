@@ -4,13 +4,13 @@ from typing import Any
 
 from dyconvert.analysis.coefficients import BINS, Coefficients, ConvCoefficients
 from dyconvert.methods import AXES
-from dyconvert.report.figures import _short, new, spread_rows
+from dyconvert.report.figures import _short, new, shown_rows
 from dyconvert.report.style import COLOUR
 
 
 def ridges(coefficients: Coefficients) -> Any:
     """The distribution of each conv's coefficients, one above the other, at the width that they take."""
-    shown = spread_rows(coefficients.convs)
+    shown = shown_rows(coefficients.convs)
     figure, axes = new(1.0 + 0.26 * len(shown))
     low, high = _range(shown)
     for number, conv in enumerate(shown):
@@ -30,7 +30,7 @@ def ridges(coefficients: Coefficients) -> Any:
 
 def variation(coefficients: Coefficients) -> Any:
     """How far coefficients vary from image to image, between the classes' means and within the classes."""
-    shown = spread_rows(coefficients.convs)
+    shown = shown_rows(coefficients.convs)
     figure, axes = new(0.95 + 0.2 * len(shown))
     y = range(len(shown))
     between = [conv.spread * (conv.between_classes or 0) for conv in shown]
@@ -66,7 +66,7 @@ def usage(coefficients: Coefficients) -> Any:
     """Each conv's experts: the mean coefficient of each over all images, and those that are never used."""
     import numpy as np
 
-    shown = spread_rows(coefficients.convs)
+    shown = shown_rows(coefficients.convs)
     experts = max(conv.g for conv in shown)
     figure, axes = new(0.95 + 0.2 * len(shown))
     apart = np.zeros((len(shown), experts))
@@ -91,7 +91,7 @@ def axes(coefficients: Coefficients) -> Any:
     """How far each axis of each conv's mixture varies: experts, outputs, inputs and positions."""
     import numpy as np
 
-    shown = spread_rows(coefficients.convs)
+    shown = shown_rows(coefficients.convs)
     figure, plot = new(0.95 + 0.2 * len(shown))
     values = np.full((len(shown), len(AXES)), np.nan)
     for row, conv in enumerate(shown):
@@ -116,7 +116,7 @@ def class_map(conv: ConvCoefficients, classes: list[str]) -> Any | None:
     rows = [(classes[number], row) for number, row in conv.signature.items()]
     if len(rows) < 2:
         return None
-    shown = spread_rows(rows)
+    shown = shown_rows(rows)
     values = np.array([row for _, row in shown])
     # Experts side by side; within each, channels by the class that they are highest for.
     parts = np.split(values, conv.g, axis=1)

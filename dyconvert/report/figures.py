@@ -29,8 +29,8 @@ def new(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple
     return figure, figure.subplots(rows, columns, **options)
 
 
-def spread_rows(items: Sequence[Any]) -> list[Any]:
-    """At most ROWS of the items, evenly spread."""
+def shown_rows(items: Sequence[Any]) -> list[Any]:
+    """At most ROWS of the items, taken at even intervals."""
     count = min(len(items), ROWS)
     return [items[i * len(items) // count] for i in range(count)]
 
@@ -82,7 +82,7 @@ def distribution(layer: LayerCorrelation, name: str) -> Any:
 
 def experts(correlations: Sequence[ExpertCorrelation]) -> Any:
     """For each conv, how alike its experts are: the bands, stacked."""
-    shown = spread_rows(correlations)
+    shown = shown_rows(correlations)
     figure, axes = new(0.9 + 0.19 * len(shown))
     _stacked_bands(axes, [(each.conv, each.between) for each in shown])
     axes.set_xlabel("share of pairs of experts' kernels, %")
@@ -175,7 +175,7 @@ def costs(blocks: Sequence[BlockCost], field: str) -> Any:
         field, (1e-3, "ms an image")
     )
     known = [block for block in blocks if getattr(block.after, field) is not None]
-    shown = spread_rows(known)
+    shown = shown_rows(known)
     figure, axes = new(0.9 + 0.24 * len(shown))
     pairs = any(block.before is not None for block in shown)
     for number, key in enumerate(("before", "after") if pairs else ("after",)):
@@ -199,7 +199,7 @@ def runs(ablation: Ablation) -> Any | None:
     rows = [setting for setting in ablation.settings if "finetuned" in setting.scores]
     if not rows:
         return None
-    shown = spread_rows(rows)
+    shown = shown_rows(rows)
     figure, axes = new(1.0 + 0.26 * len(shown))
     for y, setting in enumerate(shown):
         score = setting.scores["finetuned"]

@@ -63,7 +63,7 @@ def expand(weight: Tensor, method: Method, deviations: Deviations, diversity: fl
         return bank.copy_(base)
     # Rows lie together in memory, so that every slice is written from end to end.
     rows, experts = _rows(base), _rows(bank).unflatten(0, (g, -1))
-    size = spread(rows) * diversity
+    size = magnitudes(rows) * diversity
     count = max(_SLICE // rows.shape[1], 1)
     for start in range(0, rows.shape[0], count):
         part = rows[start : start + count]
@@ -88,7 +88,7 @@ def empty_bank(weight: Tensor, g: int) -> Tensor:
     return weight.new_empty(shape).permute([order.index(dim) for dim in range(weight.dim())])
 
 
-def spread(rows: Tensor) -> Tensor:
+def magnitudes(rows: Tensor) -> Tensor:
     """Root mean square of each output channel's weights, `[C_out, K]` to `[C_out, 1]`, and never zero.
 
     A channel that was pruned to zeros is to learn again as well; it gets a tenth of what is typical.
