@@ -93,6 +93,7 @@ def test_files(what, there, saved):
     code, said = in_child([*arguments, *(["--force"] if there else [])], os.devnull, limit)
     assert code == 2, said
     assert "can't be written" in said
+    assert "Free some space" in said
     assert "Traceback" not in said
     assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 

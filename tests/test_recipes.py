@@ -1,6 +1,7 @@
 """Recipes: read whole, with every error at once; shipped ones; and the commands around them."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -237,3 +238,12 @@ def test_the_commands(cli, tmp_path):
 def test_importing_dyconvert_imports_no_trainer():
     code = "import sys, dyconvert; dyconvert.load_recipe; print([m for m in ('lightning', 'yaml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a current folder can't be deleted on this system")
+def test_a_current_folder_that_was_deleted(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(RecipeError, match="current folder was deleted"):
+        _ = load_recipe("quickstart").directory

@@ -1,6 +1,7 @@
 """An exported file: written in one step, compared with torch, and what prevents it said in one message."""
 
 import contextlib
+import errno
 import functools
 import keyword
 import logging
@@ -52,6 +53,8 @@ class Exported:
     checked: tuple[tuple[int, ...], ...] = ()
 
 
+# Of a disk, or of what a user or a file may take of it.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # An ONNX file whose weights are in a file beside it has less.
 _WITHOUT_WEIGHTS = 256 * 2**20
 
@@ -128,6 +131,10 @@ def explained(what: str, model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         chain = list(_chain(error))
+        if full := next((each for each in chain if isinstance(each, OSError) and each.errno in _FULL), None):
+            raise ExportError(
+                f"{what}: {full.strerror}. Free some space or choose another place; what was there is unchanged."
+            ) from error
         if name := _no_name_in_code(model):
             raise ExportError(
                 f"{what}: torch writes the names of modules into code, and {name!r} is none that Python reads "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from dyconvert.errors import RecipeError
-from dyconvert.files import shown
+from dyconvert.files import current_folder, shown
 from dyconvert.finetuning.recipes.checking import Source, validated
 from dyconvert.finetuning.recipes.schema import (
     VIEWS,
@@ -154,7 +154,7 @@ def _specifier(specifier: str, folder: Path) -> str:
         return specifier
     file = folder / os.path.expanduser(location)
     file = file if file.is_file() else Path(os.path.expanduser(location))
-    found = f"{os.path.abspath(file)}{colon}{factory}"
+    found = f"{_absolute(file)}{colon}{factory}"
     if shown(found) != found:
         raise RecipeError(
             f"{shown(found)} has a name that is no text, and a recipe is one: it couldn't be written down for this "
@@ -172,4 +172,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def _folder(text: str) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(text))))
+    return _absolute(os.path.expanduser(os.path.expandvars(text)))
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.normpath(path if os.path.isabs(path) else current_folder(RecipeError) / path))
