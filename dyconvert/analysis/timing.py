@@ -38,7 +38,7 @@ def in_turns(
 ) -> dict[str, Timing]:
     """Time the calls in turns, so that what slows the machine down meets all of them.
 
-    Each round has an order of its own, for what a call finds in the cache, the call before it has left there. Runs
+    The order is shuffled every round, because each call starts with the cache that the call before it left. Runs
     that were interrupted for another process count only if there are too few others.
 
     Args:

@@ -116,7 +116,7 @@ def convert(
         int, typer.Option(help="Narrow channel counts are multiples of this.", rich_help_panel=_NARROW)
     ] = 8,
     calibration_images: Annotated[
-        int, typer.Option(help="How many images of --data to use, evenly spread.", rich_help_panel=_NARROW)
+        int, typer.Option(help="How many images of --data to use, at even intervals.", rich_help_panel=_NARROW)
     ] = 1000,
     mean: Mean = None,
     std: Std = None,

@@ -359,7 +359,7 @@ def _keep(groups: list[Group], patterns: Sequence[str], names: list[str], watch:
         makers = {m.name for m in group.makers if m.name in watch.layers and m.name not in watch.small}
         if group.kept is None and any(_matches(m.name, pattern) for m in group.makers for pattern in patterns):
             group.kept = "kept by a pattern"
-        # What a squeeze-excite multiplies by and a depthwise conv filters is still the stem's output alone.
+        # A squeeze-excite or depthwise conv on the stem's output doesn't add another source of channels.
         others = {name for name in makers - watch.stems if not watch.layers[name].depthwise}
         if group.kept is None and makers & watch.stems and not others:
             group.kept = STEM
