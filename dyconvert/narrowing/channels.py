@@ -17,8 +17,8 @@ from dyconvert.narrowing.checks import bare, check_runs
 from dyconvert.narrowing.cut import Choice, Folds, cut
 from dyconvert.narrowing.graph import Graph, Group
 
-# Mixing costs one multiply-add per expert weight, and operators of no layer, such as attention's, cost some as well. Both
-# are known only once the widths are, so the budget is met by iteration, at most this often.
+# Mixing costs one multiply-add per expert weight, and operators of no layer, such as attention's, cost some as well.
+# Both are known only once the widths are, so the budget is met by iteration, at most this often.
 _ATTEMPTS = 8
 
 
