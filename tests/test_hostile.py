@@ -219,15 +219,16 @@ def options_of(argv: list[str]) -> set[str]:
 def check(count: int, seed: int, good: Path, tmp_path: Path) -> None:
     wrong = []
     for number, case in enumerate(cases(count, good, seed)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+        # One below another, for a case may name the folder above.
+        folder = tmp_path / str(number) / "here"
+        folder.mkdir(parents=True)
         if problem := tried(case, good, folder):
             wrong.append(f"{number} {case}: {problem}")
             print(wrong[-1], flush=True)
         for each in folder.rglob("*"):
             with contextlib.suppress(OSError):
                 each.chmod(0o700)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)
     assert not wrong, f"{len(wrong)} of {count}:\n" + "\n".join(text[:600] for text in wrong)
     assert listed(tmp_path) == []
 
