@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dyconvert.errors import CheckpointError, ModelError, brief, some
-from dyconvert.limits import TENSORS, LimitError
+from dyconvert.limits import TENSORS, LimitError, check_ordinary
 from dyconvert.state_versions import versions, with_versions
 from dyconvert.torch_internals.modules import tensor_tables
 from dyconvert.version import __version__
@@ -89,6 +89,7 @@ def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 def is_ours(file: Path) -> bool:
     """Whether we wrote this weights file, or may take it for ours: it may be replaced."""
     try:
+        check_ordinary(file)  # a pipe would be waited for
         with safe_open(file, "pt") as opened:
             return _WRITTEN_BY in (opened.metadata() or {})
     except Exception:  # whatever it is, it isn't ours
