@@ -87,7 +87,7 @@ def test_one_expert_is_channel_attention():
         ({"g": -3}, "g: "),
         ({"method": "dyconv", "g": 1}, "one expert.*g >= 2"),
         ({"scope": "stage"}, "scope: .*'layer' or 'block'"),
-        ({"temperature": 0.0}, "temperature: .*greater than 0"),
+        ({"temperature": 0.0}, "temperature: .*greater than or equal to 0.000001"),
         ({"reduction": -1}, "reduction: "),
     ],
 )
