@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 TIMES = [3, pytest.param(100, marks=pytest.mark.sweep)]
 
 
-def run_in_child(job: Callable[[], object], delay: float | None) -> bool:
-    """Run a job in a fork, and kill it after `delay` seconds; whether it ended before."""
+def run_in_child(job: Callable[[], object], delay: float | None) -> float | None:
+    """Run a job in a fork, and kill it after `delay` seconds; how many it took, or None if it hadn't ended by then."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -41,27 +41,27 @@ def run_in_child(job: Callable[[], object], delay: float | None) -> bool:
             os.write(writer, b"x")
         os._exit(0)
     os.close(writer)
+    began = time.monotonic()  # the fork itself takes longer than a short job
     ended = bool(select.select([reader], [], [], delay)[0]) and os.read(reader, 1) == b"x"
+    took = time.monotonic() - began
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(reader)
-    return ended
+    return took if ended else None
 
 
 def killed(job: Callable[[], object], times: int, prepare: Callable[[], object], check: Callable[[], object]) -> None:
     """Kill a job at so many moments, spread at random over the time that it takes, and check what is there."""
     prepare()
-    began = time.monotonic()
-    assert run_in_child(job, None)
-    took = time.monotonic() - began
+    took = run_in_child(job, None)
+    assert took is not None
     draw, caught = random.Random(0), 0
     for _ in range(times):
         prepare()
-        began = time.monotonic()
-        if run_in_child(job, draw.uniform(0, took)):
-            took = min(took, time.monotonic() - began)  # the first one may have been slow
-        else:
+        if (seconds := run_in_child(job, draw.uniform(0, took))) is None:
             caught += 1
+        else:
+            took = min(took, seconds)  # the first one may have been slow
         check()
     # Where hardly one was caught, nothing was shown.
     assert times < 20 or caught > times // 4, f"{caught} of {times}"
