@@ -23,9 +23,9 @@ def adopt_functions(memo: dict[int, Any]) -> None:
     """
     adoption = _Adoption(memo)
     holders = list(_holders(memo))
-    adoption.renew_cells(value for holder in holders for value in _values(holder))
+    adoption.renew_cells(value for holder in holders for _, value in _items(holder))
     for holder in holders:
-        for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+        for key, value in _items(holder):
             if (new := adoption.adopted(value)) is not value:
                 holder[key] = new
 
@@ -41,8 +41,8 @@ def _holders(memo: dict[int, Any]) -> Iterator[dict[Any, Any] | list[Any]]:
             yield attributes
 
 
-def _values(holder: dict[Any, Any] | list[Any]) -> Iterable[Any]:
-    return holder.values() if isinstance(holder, dict) else holder
+def _items(holder: dict[Any, Any] | list[Any]) -> list[tuple[Any, Any]]:
+    return list(holder.items() if isinstance(holder, dict) else enumerate(holder))
 
 
 def cells_in(values: Iterable[Any]) -> dict[int, types.CellType]:

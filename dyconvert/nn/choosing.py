@@ -13,12 +13,11 @@ from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.native import size_of_output
 from dyconvert.nn.operands import Geometry, Operands
 from dyconvert.nn.running import (
-    is_tracing,
     kernels_are_small,
     number_the_padding,
     run,
 )
-from dyconvert.nn.trials import key, needs_backward, trial
+from dyconvert.nn.trials import is_tracing, key, needs_backward, trial
 from dyconvert.nn.triton import engine as triton
 from dyconvert.torch_internals.watching import observed
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dyconvert.nn import compile_op, native_library
 from dyconvert.nn.compressed import Compressed
-from dyconvert.nn.trials import needs_backward
+from dyconvert.nn.trials import is_tracing, needs_backward
 from dyconvert.torch_internals.watching import observed
 
 # What differences can be kept in.
@@ -105,4 +105,4 @@ def read_as_they_are(*tensors: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting() and compile_op.built()
-    return native_library.library() is not None and not torch.jit.is_tracing() and not observed()  # type: ignore[attr-defined]
+    return native_library.library() is not None and not is_tracing() and not observed()

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from dyconvert.nn import compile_op, native
 from dyconvert.nn.compress import LARGEST, read_as_they_are, scale_of
 from dyconvert.nn.compressed import plain_linear
+from dyconvert.nn.trials import is_tracing
 
 # Up to this many images, and with at least this many weights, the compiled kernels' linear is faster than a matmul,
 # which reads the weights at a third to four fifths of its rate. With fewer weights, a call takes longer than it saves.
@@ -42,7 +43,7 @@ class LargeLinear(nn.Linear):
     def _is_for_the_kernels(self, x: Tensor) -> bool:
         return (
             type(x) is Tensor  # not a tracer's stand-in
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # documented, but not in __all__
+            and not is_tracing()
             and x.dim() == 2
             and x.shape[0] <= _FEW
             and self.bias is not None

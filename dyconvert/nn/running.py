@@ -15,10 +15,8 @@ from dyconvert.nn.mixing import mix
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Operands
 from dyconvert.nn.padding import amounts_of_padding
-from dyconvert.nn.trials import needs_backward
+from dyconvert.nn.trials import is_tracing, needs_backward
 from dyconvert.nn.triton import engine as triton
-
-is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch documents it, and doesn't export it
 
 Strategy = Callable[[Operands], Tensor]
 

@@ -10,6 +10,8 @@ from dyconvert.nn import tiles
 from dyconvert.nn.measured_choices import Key
 from dyconvert.nn.operands import Operands
 
+is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]  # torch documents it, and doesn't export it
+
 
 def needs_backward(*tensors: Tensor | None) -> bool:
     """Whether a backward through a result of these tensors may follow."""

@@ -65,8 +65,12 @@ def _without_hooks(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _kept_parameters(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward writes into parameters; none writes into banks, or their convs would be static."""
-    parameters = [p for m in model.modules() if not isinstance(m, DynamicConv) for p in m.parameters(recurse=False)]
+    """Put back what a forward writes into parameters; none writes into banks, or their convs would be static.
+
+    Nor into predictors, which are parts of dynamic convs: with the banks they are most of a converted model.
+    """
+    ours = {id(p) for m in model.modules() if isinstance(m, DynamicConv) for p in m.parameters()}
+    parameters = [p for p in model.parameters() if id(p) not in ours]
     values = [p.detach().clone() for p in parameters]
     try:
         yield

@@ -151,8 +151,8 @@ def _record(
     """One run in eval mode.
 
     Args:
-        parameters: of the model that was copied, by id: closures, weak references and globals go on holding its convs,
-            for a copy doesn't follow them.
+        parameters: of the model that was copied, by id: weak references and globals go on holding its convs, for a copy
+            doesn't follow them.
     """
     observation = Observation(meta(args), meta(kwargs))
     versions = [times_written(p) for p in model.parameters()]

@@ -4,9 +4,9 @@ A conv may take its coefficients from the block's predictor if each image of the
 the conv's input. So the block runs on three images as they come, with two of them swapped, and rolled by one; the
 conv's input has to follow both. Only the identity commutes with both permutations, so no reordering passes. Of two
 images one is changed, for their one permutation commutes with itself: the same one has to change most in the conv's
-input. Groups, windows or time folded into the batch
-show by the batch's size. What is chosen by the values of the images (`x[mask]`, `if x.max() > 1`) may be chosen
-otherwise for other images, so no run shows it: convs that are called after it have predictors of their own.
+input. Groups, windows or time folded into the batch show by the batch's size. What is chosen by the values of the
+images (`x[mask]`, `if x.max() > 1`) may be chosen otherwise for other images, so no run shows it: convs that are called
+after it have predictors of their own.
 """
 
 import types
