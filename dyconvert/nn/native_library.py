@@ -23,7 +23,7 @@ _ABI = 4  # as `csrc/native.cpp` has it
 
 
 class Shape(ctypes.Structure):
-    """What a dynamic conv is asked to do: `Shape` of `csrc/base/problem.h`."""
+    """The sizes and strides of a dynamic conv: `Shape` of `csrc/base/problem.h`."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
@@ -42,7 +42,7 @@ class Shape(ctypes.Structure):
 
 
 class Task(enum.IntEnum):
-    """What the kernels are asked for, as `csrc/interface.h` numbers it."""
+    """What a call of the kernels computes, as `csrc/interface.h` numbers it."""
 
     OUTPUT = 0
     INPUT_GRADIENT = 1
@@ -50,7 +50,7 @@ class Task(enum.IntEnum):
 
 
 class Kernel(enum.IntEnum):
-    """How they compute it, as `csrc/interface.h` numbers it."""
+    """Which kernel computes it, as `csrc/interface.h` numbers them."""
 
     WINOGRAD = 0
     PANELS = 1

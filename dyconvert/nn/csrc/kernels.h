@@ -1,4 +1,4 @@
-// Which of the kernels computes a conv or a gradient: all that a target offers.
+// Which kernel computes a conv or a gradient, and the functions that a target offers.
 #pragma once
 #include "depthwise/bank_gradient.h"
 #include "depthwise/conv.h"
@@ -11,9 +11,9 @@
 
 namespace DYCONVERT_TARGET {
 
-// Whether it pays to bring together what a vector of pixels meets: for output channels enough, and where phases of a
-// stride of channels enough would lie in too many pages, or the gaps between a plane's rows would fill a sixth of the
-// vectors.
+// Whether panels are faster than planes: for 1 x 1 convs without padding. For others, only with at least 16 input and
+// 48 output channels per group, which outweigh gathering the panels, and only where planes are slow: with a stride,
+// whose phases would touch too many pages, or where gaps between a plane's rows would fill a sixth of the vectors.
 template <typename T>
 inline bool in_panels(const Shape& s, bool gradient) {
   if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
@@ -28,23 +28,23 @@ inline bool in_panels(const Shape& s, bool gradient) {
 }
 
 template <typename T>
-DyconvertPath path_of(const Shape& s, DyconvertAsked asked) {
-  if (asked == kBankGradient)
+DyconvertPath path_of(const Shape& s, DyconvertTask task) {
+  if (task == kBankGradient)
     return s.group_in() == 1 ? kDepthwiseProducts : winograd_pays<T>(s) ? kTileProducts : kPixelProducts;
-  if (asked == kOutput && takes_channels_last<T>(s)) return kDepthwiseLast;
+  if (task == kOutput && takes_channels_last<T>(s)) return kDepthwiseLast;
   if (s.group_in() == 1) return kDepthwise;
   if (winograd_pays<T>(s)) return kWinograd;
-  return in_panels<T>(s, asked == kInputGradient) ? kPanels : kPlanes;
+  return in_panels<T>(s, task == kInputGradient) ? kPanels : kPlanes;
 }
 
 template <typename Kind, typename T, typename B>
-void run_with_scratch(Problem<T, B>& problem) {
-  Kind conv(problem);
-  problem.scratch = scratch<T>().of(conv.scratch_elements());
-  conv.run();
+void compute_with_scratch(Problem<T, B>& problem) {
+  Kind kind(problem);
+  problem.scratch = scratch<T>().of(kind.scratch_elements());
+  kind.compute();
 }
 
-template <typename T, typename B, Result result>
+template <typename T, typename B, Task task>
 void convolve(const Shape& s, ParallelFor parallel_for, const DyconvertTensors& t) {
   Problem<T, B> problem{s,
                         parallel_for,
@@ -58,12 +58,12 @@ void convolve(const Shape& s, ParallelFor parallel_for, const DyconvertTensors& 
                         nullptr,
                         static_cast<const T*>(t.mean),
                         static_cast<const T*>(t.scale)};
-  switch (path_of<T>(s, result == Result::kOutput ? kOutput : kInputGradient)) {
-    case kDepthwiseLast: return DepthwiseLast<T, B>(problem).run();
-    case kDepthwise: return Depthwise<T, B, result>(problem).run();
-    case kWinograd: return run_with_scratch<WinogradConv<T, B, result>>(problem);
-    case kPanels: return run_with_scratch<Conv<T, B, Panels, result>>(problem);
-    default: return run_with_scratch<Conv<T, B, Planes, result>>(problem);
+  switch (path_of<T>(s, task)) {
+    case kDepthwiseLast: return DepthwiseLast<T, B>(problem).compute();
+    case kDepthwise: return Depthwise<T, B, task>(problem).compute();
+    case kWinograd: return compute_with_scratch<WinogradConv<T, B, task>>(problem);
+    case kPanels: return compute_with_scratch<Conv<T, B, Panels, task>>(problem);
+    default: return compute_with_scratch<Conv<T, B, Planes, task>>(problem);
   }
 }
 
@@ -80,33 +80,33 @@ void bank_gradient(const Shape& shape, ParallelFor parallel_for, const Dyconvert
                         static_cast<T*>(t.grad_eta),
                         static_cast<T*>(t.grad_factors)};
   switch (path_of<T>(shape, kBankGradient)) {
-    case kDepthwiseProducts: return DepthwiseBankGradient<T>(to).run();
-    case kTileProducts: return BankGradient<T, TileProducts>(to).run();
-    default: return BankGradient<T, PixelProducts>(to).run();
+    case kDepthwiseProducts: return DepthwiseBankGradient<T>(to).compute();
+    case kTileProducts: return BankGradient<T, TileProducts>(to).compute();
+    default: return BankGradient<T, PixelProducts>(to).compute();
   }
 }
 
-inline DyconvertPath path(const void* shape, DyconvertAsked asked, DyconvertType type) {
+inline DyconvertPath path(const void* shape, DyconvertTask task, DyconvertType type) {
   const Shape& s = *static_cast<const Shape*>(shape);
-  return type == kFloat64 ? path_of<double>(s, asked) : path_of<float>(s, asked);
+  return type == kFloat64 ? path_of<double>(s, task) : path_of<float>(s, task);
 }
 
-inline void convolve_any(const void* shape, ParallelFor parallel_for, const DyconvertTensors& t, DyconvertAsked asked,
+inline void convolve_any(const void* shape, ParallelFor parallel_for, const DyconvertTensors& t, DyconvertTask task,
                          DyconvertType type, DyconvertType bank_type) {
   const Shape& s = *static_cast<const Shape*>(shape);
-  if (asked == kInputGradient)
-    type == kFloat64 ? convolve<double, double, Result::kInputGradient>(s, parallel_for, t)
-                     : convolve<float, float, Result::kInputGradient>(s, parallel_for, t);
+  if (task == kInputGradient)
+    type == kFloat64 ? convolve<double, double, Task::kInputGradient>(s, parallel_for, t)
+                     : convolve<float, float, Task::kInputGradient>(s, parallel_for, t);
   else if (type == kFloat64)
-    convolve<double, double, Result::kOutput>(s, parallel_for, t);
+    convolve<double, double, Task::kOutput>(s, parallel_for, t);
   else if (bank_type == kFloat16)
-    convolve<float, Float16, Result::kOutput>(s, parallel_for, t);
+    convolve<float, Float16, Task::kOutput>(s, parallel_for, t);
   else if (bank_type == kBFloat16)
-    convolve<float, BFloat16, Result::kOutput>(s, parallel_for, t);
+    convolve<float, BFloat16, Task::kOutput>(s, parallel_for, t);
   else if (bank_type == kInt8)
-    convolve<float, Int8, Result::kOutput>(s, parallel_for, t);
+    convolve<float, Int8, Task::kOutput>(s, parallel_for, t);
   else
-    convolve<float, float, Result::kOutput>(s, parallel_for, t);
+    convolve<float, float, Task::kOutput>(s, parallel_for, t);
 }
 
 inline void bank_gradient_any(const void* shape, ParallelFor parallel_for, const DyconvertTensors& t,
@@ -124,7 +124,7 @@ inline void linear_any(const DyconvertLinear& layer, ParallelFor parallel_for, D
     linear<float>(layer, parallel_for);
 }
 
-// What a target's file makes of all this.
+// The table of functions that a target's file exports.
 constexpr DyconvertTarget target_of(const char* name, int (*runs_here)()) {
   return {name, sizeof(Shape), DYCONVERT_VECTOR, runs_here, path, convolve_any, bank_gradient_any, linear_any};
 }

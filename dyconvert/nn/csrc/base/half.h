@@ -1,4 +1,4 @@
-// Elements of a bank: of the type that is computed in, or of fewer bits, which are less to read.
+// Elements of a bank: of the type that kernels compute in, or of fewer bits, so that less is read.
 #pragma once
 #include "base/vector.h"
 
@@ -55,7 +55,7 @@ inline float value_of(Float16 element) {
 #endif
 }
 
-// A register of float32 from as many elements of fewer bits.
+// Loads a register of float32 from as many elements of fewer bits.
 template <int count>
 inline Register<float, count> widened(const BFloat16* at) {
   using Words = Register<uint32_t, count>;

@@ -1,14 +1,15 @@
-// Mixing: w~ = sum_i eta_i w_i (DyNet, eq. 1), of a part of one image's kernel, times its factors (ODConv, eq. 3).
+// Mixing some elements of an image's kernel: w~ = sum_i eta_i w_i (DyNet, eq. 1), times its factors (ODConv, eq. 3).
 #pragma once
 #include "base/half.h"
 #include "base/problem.h"
 
 namespace DYCONVERT_TARGET {
 
-// Images that are mixed for together, so that the bank is read once for them, and vectors of sums in registers.
-constexpr int kMixedImages = 4, kMixed = 8;
+// Kernels are mixed for this many images at once, so that the bank is read once for them; and so many vectors of sums
+// are in registers.
+constexpr int kMixedImages = 4, kMixedVectors = 8;
 
-// What is mixed of a row of the bank.
+// Some elements of one output channel, to be mixed for a few images.
 template <typename T, typename B>
 struct MixedRow {
   const B* bank;
@@ -17,7 +18,7 @@ struct MixedRow {
   const T* eta;  // [images, g]
   i64 g;
   const T* mean;   // of a compressed bank, or null
-  const T* shares;  // [images]: how much of the mean is in the mixture
+  const T* shares;  // [images]: what the mean is multiplied by, the sum of the coefficients
   T* a;
   i64 image;  // elements from image to image
   const T* factors;  // or null
@@ -38,9 +39,9 @@ inline void mix_vectors(const MixedRow<T, B>& row, i64 k) {
     for (int j = 0; j < J; j++) vectors[j] = load_as<T>(bank + j * kLanes<T>);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      const T own = row.eta[n * row.g + i];
+      const T coefficient = row.eta[n * row.g + i];
 #pragma GCC unroll 8
-      for (int j = 0; j < J; j++) sums[n][j] += own * vectors[j];
+      for (int j = 0; j < J; j++) sums[n][j] += coefficient * vectors[j];
     }
   }
   if (row.factors)
@@ -52,7 +53,7 @@ inline void mix_vectors(const MixedRow<T, B>& row, i64 k) {
     for (int j = 0; j < J; j++) store(row.a + n * row.image + k + j * kLanes<T>, sums[n][j]);
 }
 
-// Of the elements from k on, as many as there are whole vectors. Returns where that ends.
+// Mixes whole vectors from element k on. Returns the first element that is left.
 template <typename T, typename B, int N, int J>
 inline i64 mix_all_vectors(const MixedRow<T, B>& row, i64 k) {
   for (; k + J * kLanes<T> <= row.length; k += J * kLanes<T>) mix_vectors<T, B, N, J>(row, k);
@@ -63,7 +64,7 @@ inline i64 mix_all_vectors(const MixedRow<T, B>& row, i64 k) {
 // a[n, k] = sum_i eta[n, i] bank[i * expert + k], for N images and k < length.
 template <typename T, typename B, int N>
 inline void mix_row(const MixedRow<T, B>& row) {
-  for (i64 k = mix_all_vectors<T, B, N, kMixed / N>(row, 0); k < row.length; k++)
+  for (i64 k = mix_all_vectors<T, B, N, kMixedVectors / N>(row, 0); k < row.length; k++)
     for (int n = 0; n < N; n++) {
       T sum = row.mean ? row.shares[n] * row.mean[k] : T(0);
       for (i64 i = 0; i < row.g; i++)
@@ -72,7 +73,8 @@ inline void mix_row(const MixedRow<T, B>& row) {
     }
 }
 
-// Elements of a row that the experts have in the innermost cache while it is mixed for one image after the other.
+// Elements of a row at a time: all experts' fit into the innermost cache while they are mixed for one image after
+// the other.
 constexpr i64 kMixedLength = 512;
 
 // Elements [k, k + length) of the kernels of `rows` output channels from `channel` on, for `images` images from `image`
@@ -83,50 +85,51 @@ void mix(const Problem<T, B>& problem, i64 image, i64 images, i64 channel, i64 r
   const i64 elements = s.elements(), expert = s.out_channels * elements;
   const T* eta = problem.eta + image * s.eta_image + channel * s.eta_channel;
   const B* bank = problem.bank + channel * elements + k;
-  static thread_local Buffer<T> coefficients;
-  T* own = coefficients.of(images * (s.g + 1));
-  T* shares = own + images * s.g;
-  auto take = [&](i64 row) {
+  static thread_local Buffer<T> buffer;
+  T* coefficients = buffer.of(images * (s.g + 1));
+  T* shares = coefficients + images * s.g;
+  auto read_coefficients = [&](i64 row) {
     for (i64 n = 0; n < images; n++) {
       shares[n] = 0;
       for (i64 i = 0; i < s.g; i++) {
-        const T given = eta[n * s.eta_image + i * s.eta_expert + row * s.eta_channel];
-        shares[n] += given;
-        own[n * s.g + i] = problem.scale ? given * problem.scale[i * s.out_channels + channel + row] : given;
+        const T coefficient = eta[n * s.eta_image + i * s.eta_expert + row * s.eta_channel];
+        shares[n] += coefficient;
+        coefficients[n * s.g + i] =
+            problem.scale ? coefficient * problem.scale[i * s.out_channels + channel + row] : coefficient;
       }
     }
   };
   const i64 factors_image = s.factor_groups * elements;
-  const bool alike = !s.eta_channel && !problem.scale && !problem.factors;  // all rows
+  const bool alike = !s.eta_channel && !problem.scale && !problem.factors;  // rows have the same coefficients
   if (alike && length == elements && lda == elements) {  // rows one behind the other, mixed alike
     length *= rows;
     lda *= rows;
     rows = 1;
   }
   for (i64 row = 0; row < rows; row++) {
-    if (!row || s.eta_channel || problem.scale) take(row);
+    if (!row || s.eta_channel || problem.scale) read_coefficients(row);
     const T* factors = problem.factors_of(image, channel + row);
     for (i64 at = 0; at < length; at += kMixedLength)
       for (i64 n = 0; n < images;) {
-        const MixedRow<T, B> part{bank + row * elements + at, expert, min(kMixedLength, length - at),
-                                  own + n * s.g, s.g,
-                                  problem.mean ? problem.mean + (channel + row) * elements + k + at : nullptr,
-                                  shares + n, a + (n * rows + row) * lda + at, rows * lda,
-                                  factors ? factors + n * factors_image + k + at : nullptr, factors_image};
+        const MixedRow<T, B> mixed_row{bank + row * elements + at, expert, min(kMixedLength, length - at),
+                                       coefficients + n * s.g, s.g,
+                                       problem.mean ? problem.mean + (channel + row) * elements + k + at : nullptr,
+                                       shares + n, a + (n * rows + row) * lda + at, rows * lda,
+                                       factors ? factors + n * factors_image + k + at : nullptr, factors_image};
         const i64 left = images - n;
         if (left >= kMixedImages)
-          mix_row<T, B, kMixedImages>(part), n += kMixedImages;
+          mix_row<T, B, kMixedImages>(mixed_row), n += kMixedImages;
         else if (left >= 2)
-          mix_row<T, B, 2>(part), n += 2;
+          mix_row<T, B, 2>(mixed_row), n += 2;
         else
-          mix_row<T, B, 1>(part), n++;
+          mix_row<T, B, 1>(mixed_row), n++;
       }
   }
 }
 
-// What is added to one output channel of one image: its mixed bias and its shift.
+// The bias of one output channel of one image: the experts' biases, mixed, plus the shift.
 template <typename T, typename B>
-inline T added(const Problem<T, B>& problem, i64 image, i64 channel) {
+inline T mixed_bias(const Problem<T, B>& problem, i64 image, i64 channel) {
   const Shape& s = problem.shape;
   T sum = problem.shift ? problem.shift[channel] : 0;
   if (problem.bias) {

@@ -1,11 +1,12 @@
-// Memory that threads keep, and torch's own threads.
+// Memory that a thread keeps from call to call, and loops on torch's own threads.
 #pragma once
 #include "base/vector.h"
 #include "interface.h"
 
 namespace DYCONVERT_TARGET {
 
-// Memory that a thread keeps from call to call: fresh memory from the system costs more to touch than to compute with.
+// Memory that a thread keeps from call to call: touching fresh memory of the system takes longer than computing with
+// it.
 template <typename T>
 class Buffer {
  public:
@@ -26,7 +27,7 @@ class Buffer {
   i64 size_ = 0;
 };
 
-// Where a conv, or a gradient, lays out its input: one for whatever a thread computes, one after the other.
+// Where a conv or a gradient lays out its input. A thread computes one after the other, so all share it.
 template <typename T>
 Buffer<T>& scratch() {
   static thread_local Buffer<T> buffer;
@@ -35,12 +36,12 @@ Buffer<T>& scratch() {
 
 using ParallelFor = DyconvertParallelFor;
 
-// How many pieces of work a thread is to take at least, each of so many multiplications: waking a thread takes as long
-// as some ten thousands.
+// The fewest pieces of work for one thread, if a piece takes so many multiplications: waking a thread takes as long as
+// some ten thousand of them.
 inline i64 grain_of(i64 multiplications) { return max<i64>(1, 65536 / max<i64>(1, multiplications)); }
 
-// Channels of the result in blocks of at most so many, of one size as far as possible, and as many as the threads can
-// share evenly. others: into how many pieces the work is split besides.
+// Channels of the result in one block: at most `most`, blocks of about one size, and as many blocks as the threads can
+// share evenly. others: the number of pieces that each block is split into besides.
 inline i64 rows_together(i64 channels, i64 most, i64 others, i64 threads) {
   i64 blocks = divided_up(channels, most);
   const auto idle = [&] { return rounded_up(blocks * others, threads) - blocks * others; };
@@ -48,7 +49,7 @@ inline i64 rows_together(i64 channels, i64 most, i64 others, i64 threads) {
   return min(channels, rounded_up(divided_up(channels, blocks), 4));
 }
 
-// body(begin, end) for all of [0, count), by torch's threads. What fails in one of them fails here.
+// Calls body(begin, end) for ranges that make up [0, count), on torch's threads. Throws if a thread fails.
 template <typename F>
 void parallel(ParallelFor parallel_for, i64 count, i64 grain, const F& body) {
   struct Context {

@@ -1,10 +1,10 @@
-// The output's pixels in vectors, and how results are written to them.
+// Splits the output's pixels into vectors, and writes vectors of results to them.
 #pragma once
 #include "base/problem.h"
 
 namespace DYCONVERT_TARGET {
 
-// Where pixels are written to.
+// Where pixels of the result are written to.
 struct Grid {
   i64 height, width;
   i64 channel, row, column;  // strides
@@ -13,7 +13,7 @@ struct Grid {
 template <typename T>
 class Pixels {
  public:
-  // pitch: elements from one row of what is read to the next, where a pixel of the output is an element.
+  // pitch: elements from one row of the layout that is read to the next, where each pixel of the output is one element.
   Pixels(const Grid& grid, i64 pitch) : grid_(grid), pitch_(pitch) {
     const i64 height = grid.height, width = grid.width, last = (height - 1) * pitch + width;
     if (pitch == width && last >= kLanes<T>)  // without gaps; the last vector ends with the plane
@@ -27,10 +27,10 @@ class Pixels {
   }
 
   i64 vectors() const { return start_.size(); }
-  // Where a vector starts in what is read.
+  // Where a vector starts in the layout that is read.
   i64 start(i64 vector) const { return start_[vector]; }
 
-  // Whether all vectors are whole, and their pixels at one distance from each other where they are written, too.
+  // Whether all vectors are whole, and their pixels are written at one distance from each other.
   bool regular() const {
     return pitch_ == grid_.width && grid_.row == grid_.width * grid_.column && grid_.height * grid_.width >= kLanes<T>;
   }
@@ -38,7 +38,7 @@ class Pixels {
 
   // Write `vectors` vectors of results of `rows` output channels, from the vector `first` on.
   // sums: [rows, vectors], and a vector more that may be read.
-  void write(const T* sums, i64 rows, i64 first, i64 vectors, const T* added, T* out) const {
+  void write(const T* sums, i64 rows, i64 first, i64 vectors, const T* bias, T* out) const {
     const i64 end_of_plane = grid_.row == grid_.width ? grid_.height * grid_.width : 0;
     const Run* begin = runs_.data() + runs_of_[first];
     const Run* end = runs_.data() + runs_of_[first + vectors];
@@ -47,16 +47,17 @@ class Pixels {
       T* plane = out + m * grid_.channel;
       for (const Run* run = begin; run < end; run++) {
         const T* from = sums + run->lane - base;
-        // What is too much is written over by the next run.
+        // The store may write lanes beyond this run: the next run writes over them.
         if (grid_.column == 1 && (run->count == kLanes<T> || run->at + kLanes<T> <= end_of_plane))
-          store(plane + run->at, load(from) + added[m]);
+          store(plane + run->at, load(from) + bias[m]);
         else
-          for (i64 i = 0; i < run->count; i++) plane[run->at + i * grid_.column] = from[i] + added[m];
+          for (i64 i = 0; i < run->count; i++) plane[run->at + i * grid_.column] = from[i] + bias[m];
       }
     }
   }
 
-  // Fetch what `write` is going to write to: of a line, it writes only a part.
+  // Fetch the cache lines that `write` is going to write to: it writes only some bytes of a line, so each is read
+  // first.
   void prefetch(i64 rows, i64 first, i64 vectors, T* out) const {
     const i64 begin = runs_[runs_of_[first]].at;
     const Run& last = runs_[runs_of_[first + vectors] - 1];
@@ -68,13 +69,14 @@ class Pixels {
   }
 
  private:
-  // Lanes [lane, lane + count), counted from the first vector on, are pixels of one row, the first of them at `at`.
+  // Lanes [lane, lane + count), counted from the first vector on, are neighbouring pixels of one row; the first is
+  // written to `at`.
   struct Run {
     int32_t lane, at, count;
   };
 
-  // A vector that starts at `start` in what is read. What it has that lies between rows, or in another row where rows
-  // are by themselves, is dropped.
+  // Adds the vector that starts at element `start` of the layout. Lanes between two rows get no run; with one_row,
+  // neither do lanes of the next row.
   void add(i64 start, bool one_row) {
     const i64 lane = start_.size() * kLanes<T>;
     const bool joined = pitch_ == grid_.width && grid_.row == grid_.width * grid_.column;

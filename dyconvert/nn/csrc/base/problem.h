@@ -1,22 +1,34 @@
-// What a dynamic conv is asked to do. All other files use these words:
+// The arguments of a dynamic conv. All files use these words, each with one meaning:
 //
 //   bank          the g experts' kernels, one behind the other: [g, C_out, K]
 //   eta           the coefficients that mix them, one for each expert (and output channel) of each image
-//   mean, scale   of a compressed bank: what its experts have in common, [C_out, K], and what each channel of each expert
-//                 is multiplied with, [g, C_out]; the bank has the experts' differences from the mean then
-//   mix           to make the kernel that an image is convolved with: sum_i eta[i] bank[i]
-//   factors       of an image, what the elements of its mixed kernels are multiplied by, the same in all output channels
-//                 of a group: [groups, K], or [1, K] for all groups; null: 1
-//   tap           a place in a kernel, of kernel_height * kernel_width
-//   element       a weight of one output channel's kernel: K = C_in / groups * taps of them
-//   pixel         a place in the output (or, of a gradient, in what is its result)
-//   plane         one channel of the input, laid out: padded, and with a stride's phases apart (`planes.h`)
-//   panel         what a few vectors of pixels meet, element by element of the kernel (`panels.h`)
-//   part          pixels for which the same weights meet the same elements (`parts.h`)
-//   row           a row of what is multiplied: an output channel's kernel
-//   tile          of the register: a few rows times a few vectors (`multiply.h`); of Winograd's filtering: 4 x 4 pixels
-//   scratch       memory that what is laid out takes
-//   a, lda        a matrix, and how many elements from one of its rows to the next
+//   mean, scale   of a compressed bank, which holds the experts' differences from their mean: the mean, [C_out, K], and
+//                 the factor of each output channel of each expert, [g, C_out]
+//   mix           compute the kernel that an image is convolved with: sum_i eta[i] bank[i]
+//   factors       of an image: the elements of its mixed kernels are multiplied by them, [groups, K], or [1, K] if all
+//                 groups share them; null: 1
+//   group         of the conv: group_in input channels and group_out output channels
+//   tap           a place in a kernel: one of kernel_height * kernel_width
+//   element       a weight of one output channel's kernel: it has K = group_in * taps of them
+//   row           in a product, an output channel's kernel; elsewhere, a row of a map
+//   pixel         a place in the output; in the input's gradient, a place in the input
+//   lane          an element of a vector
+//   task          output, input's gradient or bank's gradient (`interface.h`); `conv_shape`: the conv that computes it
+//   phase         the pixels whose row and column leave one remainder by the stride; all of them read their input
+//                 through the same taps (`phases.h`)
+//   plane         one channel of the input as it is laid out: padded, and its phases one behind the other (`planes.h`)
+//   field, column a phase, and a column of taps, as depthwise convs take them (`depthwise/columns.h`)
+//   microtile     a few rows times a few vectors, with all sums in registers (`multiply.h`)
+//   panel         the vectors that a microtile multiplies, packed one element of the kernel after the other. Its lanes
+//                 are pixels (`direct/panels.h`), tiles (TilePanel) or input channels (channel panels)
+//   tile          of Winograd's filtering: 4 x 4 pixels of the result
+//   block         the output channels (in depthwise convs, the input channels) that one piece of work computes
+//   range         the images, or the input channels, that one piece of work sums over
+//   run           neighbouring elements
+//   scratch       memory for planes and panels
+//   a, lda        a matrix, and the number of elements from one of its rows to the next
+//   apart         the number of elements from one to the next
+//   together      how many are taken at a time
 #pragma once
 #include "base/parallel.h"
 
@@ -40,17 +52,16 @@ struct Shape {
   i64 group_out() const { return out_channels / groups; }
   i64 elements() const { return group_in() * taps(); }  // of one output channel's kernel
   i64 pixels() const { return out_height * out_width; }
-  // Where an output channel's kernel has its factors.
+  // Where the factors of an output channel's kernel start.
   i64 factors_at(i64 image, i64 channel) const {
     return (image * factor_groups + (factor_groups > 1 ? channel / group_out() : 0)) * elements();
   }
 };
 static_assert(std::is_standard_layout_v<Shape> && sizeof(Shape) == 29 * sizeof(i64), "as `native.py` has it");
 
-// What a conv computes: its output; or the gradient of its input, from its output's.
-enum class Result { kOutput, kInputGradient };
+using Task = DyconvertTask;
 
-// B: the bank's type. T: everything else's.
+// B: the type of the bank's elements. T: the type of all others.
 template <typename T, typename B>
 struct Problem {
   const Shape& shape;
@@ -62,11 +73,11 @@ struct Problem {
   const T* bias;   // [g, C_out] or null
   const T* shift;  // [C_out] or null
   T* out;          // [N, C_out, oH, oW]
-  T* scratch;      // of `scratch_elements()` of what computes it
+  T* scratch;      // as many elements as the kernel's `scratch_elements()` says
   const T* mean;   // [C_out, K], or null
   const T* scale;  // [g, C_out], or null
 
-  // Those of an output channel's kernel; null: there are none.
+  // The factors of an output channel's kernel; null: there are none.
   const T* factors_of(i64 image, i64 channel) const {
     return factors ? factors + shape.factors_at(image, channel) : nullptr;
   }

@@ -1,4 +1,4 @@
-// What the kernels use of the standard library and the compiler. Included before a target's instructions are allowed:
+// Headers of the standard library and the compiler. They are included before a target's instructions are allowed:
 // functions of the standard library are shared by all targets, and must run on every processor.
 #pragma once
 #include <algorithm>

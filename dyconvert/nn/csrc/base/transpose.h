@@ -1,14 +1,14 @@
-// Matrices turned round, a vector's width at a time.
+// Transposes matrices, a vector's width at a time.
 #pragma once
 #include "base/vector.h"
 
 namespace DYCONVERT_TARGET {
 
-// Fours of elements that a vector has.
+// A four: four neighbouring lanes. The number of them in a vector.
 template <typename T>
 constexpr i64 kFours = kLanes<T> / 4;
 
-// Of each four of a and the four of b at its place, the elements with these numbers: those of b from 4 on.
+// For each four of a and the four of b at the same place, the elements p, q, r, s: 0 to 3 are a's, 4 to 7 b's.
 template <int p, int q, int r, int s, typename V, size_t... i>
 inline V fours_of_register(V a, V b, std::index_sequence<i...>) {
   constexpr int n = sizeof...(i), numbers[] = {p, q, r, s};
@@ -28,7 +28,7 @@ inline Halves<V> fours(Halves<V> a, Halves<V> b) {
   }
 }
 
-// at(f): where the four f is.
+// at(f): the address of four f.
 template <typename T, typename At>
 inline __attribute__((always_inline)) Vector<T> load_fours(const At& at) {
   if constexpr (kFours<T> == 1) {
@@ -97,7 +97,7 @@ inline __attribute__((always_inline)) void store_fours(const At& at, Vector<T> v
   }
 }
 
-// Squares of 4 x 4 turned round, as many as a vector has fours.
+// Transposes squares of 4 x 4, as many as a vector has fours.
 template <typename V>
 inline __attribute__((always_inline)) void turn(V (&rows)[4]) {
   if constexpr (sizeof(Element<V>) == 4) {
@@ -125,7 +125,7 @@ inline void load_columns(const T* from, i64 ld, Vector<T> (&columns)[4]) {
   turn(columns);
 }
 
-// The same of rows that lie anywhere: what is `offset` from where each of them starts.
+// The same for rows that lie anywhere: the columns from `offset` on of each of them.
 template <typename T>
 inline void load_columns(const T* const (&rows)[kLanes<T>], i64 offset, Vector<T> (&columns)[4]) {
 #pragma GCC unroll 4

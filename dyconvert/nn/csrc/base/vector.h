@@ -1,5 +1,5 @@
-// Vectors in the notation that GCC and Clang share, and what the rest is written with. A vector has as many bytes as
-// the target says; where its registers are smaller, a vector is two of them.
+// Vectors, in the notation that GCC and Clang share. A vector has as many bytes as the target says; where the target's
+// registers are smaller, a vector is two of them.
 #pragma once
 #include "base/target.h"
 
@@ -9,7 +9,7 @@ using i64 = int64_t;
 using std::max;
 using std::min;
 
-// A few elements in one register, or in a part of one.
+// A few elements in one register, or in some lanes of one.
 template <typename T, int count>
 struct RegisterOf {
   typedef T type __attribute__((vector_size(count * sizeof(T))));
@@ -18,7 +18,7 @@ struct RegisterOf {
 template <typename T, int count>
 using Register = typename RegisterOf<T, count>::type;
 
-// What a register is made of.
+// The type of a vector's elements.
 template <typename V>
 using Element = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V>()[0])>>;
 
@@ -101,19 +101,19 @@ inline T sum_of(Vector<T> value) {
   return sum;
 }
 
-// Bits of a register, to be masked.
+// A register's bits as integers, to be masked.
 template <typename V>
 using Bits = decltype(V{} == V{});
 template <typename V>
-inline V both(V a, V b) {
+inline V bitwise_and(V a, V b) {
   return (V)((Bits<V>)a & (Bits<V>)b);
 }
 template <typename V>
-inline Halves<V> both(Halves<V> a, Halves<V> b) {
-  return {both(a.low, b.low), both(a.high, b.high)};
+inline Halves<V> bitwise_and(Halves<V> a, Halves<V> b) {
+  return {bitwise_and(a.low, b.low), bitwise_and(a.high, b.high)};
 }
 
-// Lanes from one on and before another: all bits set there, none in others.
+// A mask: all bits set in lanes [first, end), none in others.
 template <typename T>
 inline Vector<T> window(i64 first, i64 end) {
   constexpr i64 n = kLanes<T>;
@@ -125,10 +125,10 @@ inline Vector<T> window(i64 first, i64 end) {
   };
   static constexpr Table table;
   const T* lanes = reinterpret_cast<const T*>(table.bytes);
-  return both(load(lanes + n - first), load(lanes + 2 * n - end));
+  return bitwise_and(load(lanes + n - first), load(lanes + 2 * n - end));
 }
 
-// The elements of two registers with these numbers, those of the second after those of the first.
+// Elements of two registers by their numbers; those of b are numbered after those of a.
 template <int... numbers, typename V>
 inline V shuffle(V a, V b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -147,7 +147,7 @@ inline V every_other(V a, V b, std::index_sequence<i...>) {
 template <typename V>
 constexpr auto kNumbers = std::make_index_sequence<sizeof(V) / sizeof(Element<V>)>{};
 
-// The first, third ... elements of two vectors, and those between.
+// evens: elements 0, 2 ... of two vectors, a's before b's; odds: elements 1, 3 ... .
 template <typename V>
 inline V evens(V a, V b) {
   return every_other<0>(a, b, kNumbers<V>);

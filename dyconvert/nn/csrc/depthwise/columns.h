@@ -1,36 +1,36 @@
-// Convs of one plane: a kernel as columns of taps. Taps one below the other meet a row of the input after the other, so
-// that a row that is loaded once serves all of them, each for another row of the result.
+// Convs of one plane, with the kernel as columns of taps. Taps of a column read rows of the input one below the other:
+// so a row is loaded once and used by all of them, by each for another row of the result.
 #pragma once
 #include "depthwise/input.h"
-#include "base/parts.h"
+#include "base/phases.h"
 
 namespace DYCONVERT_TARGET {
 
-// The most taps of a column, and rows of the result at a time: what sixteen registers hold.
+// The most taps of a column, and rows of the result at a time, that sixteen registers have room for.
 constexpr i64 kColumn = 7, kTall = 8;
 
 struct Column {
-  int32_t offset, down, right;  // the place of what the first tap meets, from where a pixel is
+  int32_t offset, down, right;  // `Place` of the first tap, counted from the pixel
   int32_t weight;               // where the first tap is in the kernel
-  int32_t apart;                // from a tap to the next, which meets what is one row further down
+  int32_t apart;                // from a tap to the next, which reads one row further down
   int32_t taps;
 };
 
-// Pixels of the result for which the same weights meet the same elements, and where they are written to.
+// A phase as these convs take it: pixels of the result that have the same taps, and where they are written to.
 struct Field {
   i64 height, width;
   i64 at, row, column;  // the first pixel, and strides
   i64 tall = divided_up(height, divided_up(height, kTall));  // rows at a time
   std::vector<Column> columns = {};
 
-  // taps: of the column, the first of which is at `place` and has the weight `weight`.
+  // Adds a column of `taps` taps; the first is at `place` and has the weight `weight`.
   template <typename T>
   void add(const Input<T>& input, Place place, i64 weight, i64 apart, i64 taps) {
     for (; taps > 0; taps -= kColumn) {
       const i64 now = min(taps, kColumn);
       columns.push_back({int32_t(place.offset), int32_t(place.down), int32_t(place.right), int32_t(weight),
                          int32_t(apart), int32_t(now)});
-      // Whole windows of padding: rows are done one by one, each asked whether it is there.
+      // Microtiles could lie in padding entirely: so rows are computed one by one, each checked for being inside.
       if (place.down < 1 - now || place.down + height > input.height) tall = 1;
       place.offset += kColumn * input.pitch;
       place.down += kColumn;
@@ -39,16 +39,16 @@ struct Field {
   }
 };
 
-// Whether a kernel's taps that are one below the other are one column: then only its first rows can lie above a plane,
-// and its last ones below.
+// Whether all taps of a kernel that are one below the other are one column. Then only its first rows can lie above a
+// plane, and only its last rows below.
 inline bool whole_columns(const Shape& s) { return s.dilation_y == 1 && s.kernel_height <= kColumn; }
 
-// From a tap to the next one that meets what is one row further down; where there is none, past all taps.
+// Rows of the kernel from a tap to the one that reads one row further down; kernel_height if there is none.
 inline i64 taps_apart(const Shape& s) {
   return s.stride_y % s.dilation_y == 0 ? s.stride_y / s.dilation_y : s.kernel_height;
 }
 
-// Adds a field, or if there is but one row, fields of rows of a vector's width: a tile has several rows.
+// Adds a field. A field of a single row is split into rows of a vector's width, so that microtiles have several rows.
 template <typename T>
 void add_field(std::vector<Field>& fields, const Input<T>& input, Field field) {
   constexpr i64 n = kLanes<T>;
@@ -77,9 +77,9 @@ std::vector<Field> fields_of_conv(const Shape& s, const Input<T>& input) {
   return fields;
 }
 
-// The gradient of the input: of each phase of the stride other taps meet the output's pixels, those further down
-// earlier. It is summed over the output channels that an input channel has, whose planes and kernels lie one behind
-// the other.
+// The fields of the input's gradient, one for each phase of the stride: each phase has its own taps, and a tap further
+// down in the kernel reads further up. The sum goes over the input channel's output channels, whose planes and kernels
+// lie one behind the other.
 template <typename T>
 std::vector<Field> fields_of_gradient(const Shape& s, const Input<T>& input) {
   const Reach down = reach_y(s), right = reach_x(s);
@@ -103,8 +103,8 @@ std::vector<Field> fields_of_gradient(const Shape& s, const Input<T>& input) {
   return fields;
 }
 
-// sums[r] += sum_t weights[t] * row r + t of what each column meets, for the columns of so many taps. Returns the first
-// that has others.
+// sums[r] += sum_t weights[t] * (row r + t that the column reads), for all columns of `Taps` taps. Returns the first
+// column with another number of taps.
 template <typename T, int Rows, int Taps>
 inline const Column* add_columns(Vector<T>* sums, const Column* column, const Column* last, const T* kernel,
                                  const T* plane, const T* mask, i64 pitch, i64 y, i64 height) {
@@ -115,13 +115,13 @@ inline const Column* add_columns(Vector<T>* sums, const Column* column, const Co
     for (int t = 0; t < Taps; t++, weight += column->apart) weights[t] = broadcast(*weight);
     const T* from = plane + column->offset;
     const Vector<T> inside = load(mask + column->right);
-    // Rows above and below the plane: if a tile has several rows, only these may be (see `Field::tall`).
+    // Rows above and below the plane are skipped. With several rows, only the first and last can be (`Field::tall`).
     const int top = -int(y) - column->down, bottom = int(height) + top;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows + Taps - 1; r++, from += pitch) {
       if ((r < Taps - 1 || Rows == 1) && r < top) continue;
       if ((r >= Rows || Rows == 1) && r >= bottom) continue;
-      const Vector<T> row = both(load(from), inside);
+      const Vector<T> row = bitwise_and(load(from), inside);
 #pragma GCC unroll 8
       for (int t = 0; t < Taps; t++)
         if (r - t >= 0 && r - t < Rows) sums[r - t] += weights[t] * row;
@@ -139,12 +139,12 @@ inline void store_some(T* to, Vector<T> elements, i64 count, i64 step) {
     for (i64 i = 0; i < count; i++) to[i * step] = elements[i];
 }
 
-// Channels that are convolved one after the other, each with a kernel of its own.
+// Channels that are convolved one after the other, each with its own kernel.
 template <typename T>
 struct Channels {
   i64 count;
   const T* planes;
-  i64 plane;  // from one to the next, as below
+  i64 plane;  // from one channel to the next; so are kernel and channel
   const T* kernels;
   i64 kernel;
   const T* bias;
@@ -152,7 +152,7 @@ struct Channels {
   i64 channel;
 };
 
-// `Rows` rows of the channels' results from `y` on.
+// Computes `Rows` rows of the channels' results from `y` on.
 template <typename T, int Rows>
 void convolve_rows(const Input<T>& input, const Field& field, const Channels<T>& channels, i64 y) {
   const Column* first = field.columns.data();
@@ -163,7 +163,8 @@ void convolve_rows(const Input<T>& input, const Field& field, const Channels<T>&
   const T* plane = channels.planes + y * pitch;
   const T* kernel = channels.kernels;
   T* out = channels.out + field.at + y * down;
-  // Rows that are written in whole vectors: of narrow ones the next writes over what is too much, but for the last.
+  // Rows that are written as whole vectors. A narrow row's vector writes beyond it; the next row writes over that, so
+  // the last rows can't be written so.
   i64 whole = 0;
   if (right == 1 && many == kLanes<T>)
     whole = Rows;

@@ -1,22 +1,22 @@
-// The gradient of one plane's kernel: of each tap, the sum over the output's gradient times what the tap meets. Taps
-// are taken by columns as the conv takes them, with rows of the gradient in registers.
+// The gradient of one plane's kernel: for each tap, the sum over all pixels of the output's gradient times the input
+// that the tap reads. As in the conv, taps are taken by columns; here rows of the gradient are in registers.
 #pragma once
 #include "depthwise/columns.h"
 #include "base/transpose.h"
 
 namespace DYCONVERT_TARGET {
 
-// sums[tap] += the gradient's row r times row r + t of what each column meets, for the columns of so many taps. Returns
-// the first that has others.
+// sums[tap] += row r of the gradient times row r + t of the input that the column reads, for all columns of `Taps`
+// taps. Returns the first column with another number of taps.
 template <typename T, int Rows, int Taps>
 inline const Column* correlate_columns(const Vector<T>* gradient, const Column* column, const Column* last,
                                        const T* plane, const T* mask, i64 pitch, i64 y, i64 height, T* sums) {
   do {
     T* to = sums + column->weight * kLanes<T>;
     const i64 apart = column->apart * kLanes<T>;
-    Vector<T> own[Taps];
+    Vector<T> tap_sums[Taps];
 #pragma GCC unroll 8
-    for (int t = 0; t < Taps; t++) own[t] = load(to + t * apart);
+    for (int t = 0; t < Taps; t++) tap_sums[t] = load(to + t * apart);
     const T* from = plane + column->offset;
     const Vector<T> inside = load(mask + column->right);
     const int top = -int(y) - column->down, bottom = int(height) + top;
@@ -24,18 +24,18 @@ inline const Column* correlate_columns(const Vector<T>* gradient, const Column* 
     for (int r = 0; r < Rows + Taps - 1; r++, from += pitch) {
       if ((r < Taps - 1 || Rows == 1) && r < top) continue;
       if ((r >= Rows || Rows == 1) && r >= bottom) continue;
-      const Vector<T> row = both(load(from), inside);
+      const Vector<T> row = bitwise_and(load(from), inside);
 #pragma GCC unroll 8
       for (int t = 0; t < Taps; t++)
-        if (r - t >= 0 && r - t < Rows) own[t] += gradient[r - t] * row;
+        if (r - t >= 0 && r - t < Rows) tap_sums[t] += gradient[r - t] * row;
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < Taps; t++) store(to + t * apart, own[t]);
+    for (int t = 0; t < Taps; t++) store(to + t * apart, tap_sums[t]);
   } while (++column < last && column->taps == Taps);
   return column;
 }
 
-// `Rows` rows of the output's gradient from `y` on, which may be read up to `end`.
+// Takes `Rows` rows of the output's gradient from `y` on. The gradient may be read up to `end`.
 template <typename T, int Rows>
 void correlate_rows(const Input<T>& input, const Field& field, const T* plane, const T* gradient, const T* end, i64 y,
                     T* sums) {
@@ -48,7 +48,7 @@ void correlate_rows(const Input<T>& input, const Field& field, const T* plane, c
   gradient += field.at + y * width;
   for (i64 left = 0; left < width; left += n) {
     const i64 x = min(left, width - many);  // the last vector ends with the row
-    // What the one before it has counts only once.
+    // Lanes that the vector before it had are masked out.
     const Vector<T> counts = window<T>(left - x, many);
     Vector<T> rows[Rows];
 #pragma GCC unroll 8
@@ -59,7 +59,7 @@ void correlate_rows(const Input<T>& input, const Field& field, const T* plane, c
         copy_few(few, from, many);
         from = few;
       }
-      rows[r] = both(load(from), counts);
+      rows[r] = bitwise_and(load(from), counts);
     }
     for (const Column* column = first; column < last;) {
       switch (column->taps) {
@@ -78,7 +78,7 @@ void correlate_rows(const Input<T>& input, const Field& field, const T* plane, c
   }
 }
 
-// sums: a vector for each of the taps, whose elements are to be summed.
+// sums: [taps], vectors; a tap's gradient is the sum of its vector's elements.
 template <typename T>
 void correlate(const Input<T>& input, const std::vector<Field>& fields, const T* plane, const T* gradient, const T* end,
                i64 taps, T* sums) {
@@ -91,7 +91,7 @@ void correlate(const Input<T>& input, const std::vector<Field>& fields, const T*
       kRowsOf[min(field.tall, field.height - y) - 1](input, field, plane, gradient, end, y, sums);
 }
 
-// The sum of each vector's elements: of a vector's width of them, turned round.
+// to[i] = sum of the elements of vectors[i]: as many vectors at once as a vector has lanes, by transposing them.
 template <typename T>
 void sum_vectors(const T* vectors, i64 count, T* to) {
   constexpr i64 n = kLanes<T>;

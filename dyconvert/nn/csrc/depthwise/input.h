@@ -1,11 +1,11 @@
-// How planes are read in convs of one input channel per group: where they lie, if the conv has a stride of one, with
-// what is beside a row masked out of its vectors; else laid out first.
+// Reads the input's planes for convs of one input channel per group. If the stride is one, a plane is read in place,
+// and lanes beside its rows are masked out; else it is laid out first.
 #pragma once
 #include "depthwise/rows.h"
 
 namespace DYCONVERT_TARGET {
 
-// Where what a tap meets begins: how far from the first element of a plane, and at which row and column of the input.
+// Where the first element that a tap reads is: its offset in a plane, and its row and column of the input.
 struct Place {
   i64 offset, down, right;
 };
@@ -13,8 +13,9 @@ struct Place {
 template <typename T>
 class Input {
  public:
-  // x: [N, C_in, H, W], as the shape has it. each: channels that are read together. in_place: if that can be.
-  Input(const Shape& s, const T* x, i64 each, bool in_place)
+  // x: [N, C_in, H, W], with the shape's strides. read_together: channels that are read together. in_place: whether
+  // planes may be read in place, if they can.
+  Input(const Shape& s, const T* x, i64 read_together, bool in_place)
       : shape_(s),
         planes_(s),
         in_place_(in_place && !is_flat(s) && s.stride_y == 1 && s.stride_x == 1 && s.x_column == 1 &&
@@ -26,8 +27,8 @@ class Input {
         plane(in_place_ ? s.x_channel : planes_.plane),
         pitch(in_place_ ? s.width : flat ? kLanes<T> : planes_.pitch()),
         height(in_place_ ? s.height : plane),
-        together(each *
-                 max(divided_up(planes_.channels_together(), each), min(kChannels, kElements / (each * plane)))) {
+        together(read_together * max(divided_up(planes_.channels_together(), read_together),
+                                     min(kChannels, kElements / (read_together * plane)))) {
     const i64 read = max(s.out_width, kLanes<T>);
     if (in_place_) {
       before_ = max<i64>(0, s.padding_x);
@@ -41,14 +42,14 @@ class Input {
     }
   }
 
-  // Where a tap finds what it meets in `channel` if the kernel is at (y, x) of the padded input.
+  // Where a tap reads `channel` if the tap is at (y, x) of the padded input.
   Place place(i64 channel, i64 y, i64 x) const {
     if (!in_place_) return {planes_.offset(channel, y, x), 0, 0};
     const i64 down = y - shape_.padding_y, right = x - shape_.padding_x;
     return {channel * plane + down * pitch + right, down, right};
   }
 
-  // All bits set for each column that the input has, from the first one on, and none beside.
+  // One mask a column, from the input's first column on: all bits set where the input has that column, else none.
   const T* mask() const { return mask_.data() + before_; }
 
   i64 scratch_elements() const { return before_ + together * plane + after_; }
@@ -65,13 +66,13 @@ class Input {
     }
     const i64 elements = channels * plane;
     if (from - x_ >= before_ && end_ - (from + elements) >= after_) return from;
-    // Around them is other memory than the input's.
+    // Vectors would read beyond the input's memory.
     std::copy(from, from + elements, scratch + before_);
     return scratch + before_;
   }
 
  private:
-  // The most channels at a time, and elements of their planes: what stays in the innermost cache.
+  // At most so many channels at a time, and elements of their planes, which stay in the innermost cache.
   static constexpr i64 kChannels = 16, kElements = 4096;
 
   static bool is_flat(const Shape& s) {
@@ -88,10 +89,10 @@ class Input {
   i64 before_ = 0, after_;  // elements that are read around planes
 
  public:
-  const bool flat;         // a single row, which is read as rows of a vector's width
+  const bool flat;         // the input is a single row, which is read as rows of a vector's width
   const i64 plane, pitch;  // elements from one plane to the next, and from row to row
   const i64 height;        // rows that are read
-  const i64 together;      // channels at a time, a multiple of those that are read together
+  const i64 together;      // channels at a time, a multiple of read_together
 };
 
 }  // namespace DYCONVERT_TARGET

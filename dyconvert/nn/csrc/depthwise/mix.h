@@ -1,11 +1,11 @@
-// Mixing kernels that are no more than a few taps, each by coefficients of its own.
+// Mixes kernels of a few taps, with coefficients per output channel.
 #pragma once
 #include "base/mix.h"
 
 namespace DYCONVERT_TARGET {
 
-// J vectors of the taps of some output channels, from the tap `first` on. The last vector of all ends with the taps.
-// factors: of all these channels, or null.
+// Mixes J vectors of the taps of `rows` output channels, from tap `first` on. The last vector ends with the last tap.
+// factors: shared by all these channels, or null.
 template <typename T, typename B, int J>
 void mix_vectors_of_taps(const Shape& s, i64 rows, i64 first, const T* eta, const B* bank, const T* factors,
                          T* kernels) {
@@ -16,10 +16,10 @@ void mix_vectors_of_taps(const Shape& s, i64 rows, i64 first, const T* eta, cons
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) sums[j] = Vector<T>{};
     for (i64 i = 0; i < g; i++) {
-      const T own = eta[i * apart];
+      const T coefficient = eta[i * apart];
 #pragma GCC unroll 4
       for (int j = 0; j < J; j++)
-        sums[j] += own * load_as<T>(bank + i * expert + (j < J - 1 ? first + j * kLanes<T> : last));
+        sums[j] += coefficient * load_as<T>(bank + i * expert + (j < J - 1 ? first + j * kLanes<T> : last));
     }
     if (factors)
 #pragma GCC unroll 4
@@ -29,7 +29,7 @@ void mix_vectors_of_taps(const Shape& s, i64 rows, i64 first, const T* eta, cons
   }
 }
 
-// The kernels of `rows` output channels from `channel` on, one behind the other, for one image.
+// Mixes the kernels of `rows` output channels from `channel` on, for one image; they lie one behind the other.
 template <typename T, typename B>
 void mix_taps(const Problem<T, B>& problem, i64 image, i64 channel, i64 rows, T* kernels) {
   const Shape& s = problem.shape;

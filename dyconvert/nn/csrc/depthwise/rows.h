@@ -1,11 +1,11 @@
-// Laying out planes as `Planes` has them, with where each row goes worked out beforehand: of small planes that takes
-// longer than copying them.
+// Lays out planes as `Planes` does, with a list of copies that is made once: for small planes, finding where each row
+// goes takes longer than copying it.
 #pragma once
 #include "base/planes.h"
 
 namespace DYCONVERT_TARGET {
 
-// Fewer elements than `most`, a power of two, in two pieces that overlap.
+// Copies fewer than `most` elements (a power of two) as two pieces that overlap.
 template <int most, typename T>
 inline void copy_pieces(T* to, const T* from, i64 count) {
   constexpr i64 piece = most / 2;
@@ -18,7 +18,7 @@ inline void copy_pieces(T* to, const T* from, i64 count) {
     copy_pieces<piece>(to, from, count);
   }
 }
-// Fewer elements than a vector has.
+// Copies fewer elements than a vector has.
 template <typename T>
 inline void copy_few(T* to, const T* from, i64 count) {
   copy_pieces<kLanes<T>>(to, from, count);
@@ -35,7 +35,7 @@ inline void copy_all(T* to, const T* from, i64 count) {
   store(to + count - kLanes<T>, load(from + count - kLanes<T>));
 }
 
-// Fewer pairs of elements that alternate than `most`, in two pieces that overlap.
+// Copies fewer than `most` pairs, first elements to `to` and second ones to `other`, as two pieces that overlap.
 template <int most, typename T>
 inline void copy_pairs(T* to, T* other, const T* from, i64 pairs) {
   constexpr int piece = most / 2;
@@ -52,13 +52,13 @@ inline void copy_pairs(T* to, T* other, const T* from, i64 pairs) {
   }
 }
 
-// `count` elements: the first, third ... to `to`, and those between to `other`.
+// Copies `count` elements: the first, third ... to `to`, and those between to `other`.
 template <typename T>
 inline void copy_apart(T* to, T* other, const T* from, i64 count) {
   const i64 pairs = count / 2;
   if (pairs >= kLanes<T>) {
     for (i64 left = 0; left < pairs; left += kLanes<T>) {
-      const i64 at = min(left, pairs - kLanes<T>);  // the last vector ends with them
+      const i64 at = min(left, pairs - kLanes<T>);  // the last vector ends with the last pair
       const Vector<T> a = load(from + 2 * at), b = load(from + 2 * at + kLanes<T>);
       store(other + at, odds(a, b));
       store(to + at, evens(a, b));
@@ -75,7 +75,7 @@ class Rows {
   Rows() = default;
   Rows(const Shape& s, const Planes<T>& planes)
       : stride_(s.stride_x), column_(s.x_column), channel_(s.x_channel), plane_(planes.plane) {
-    // Of the padded input, what taps meet.
+    // Rows and columns of the padded input that taps read.
     const i64 height = (s.out_height - 1) * s.stride_y + (s.kernel_height - 1) * s.dilation_y + 1;
     const i64 width = (s.out_width - 1) * s.stride_x + (s.kernel_width - 1) * s.dilation_x + 1;
     const i64 phases = s.kernel_width == 1 ? 1 : s.stride_x;
@@ -85,44 +85,44 @@ class Rows {
       const i64 row = (y - s.padding_y) * s.x_row;
       for (i64 x = first; x < min(first + s.stride_x, end); x++)
         if (phases > 1 || x % s.stride_x == 0)
-          runs_.push_back({int32_t(row + (x - s.padding_x) * s.x_column), int32_t(planes.offset(0, y, x)),
+          copies_.push_back({int32_t(row + (x - s.padding_x) * s.x_column), int32_t(planes.offset(0, y, x)),
                            int32_t(divided_up(end - x, s.stride_x))});
     }
     together_ = stride_ == 2 && phases == 2 && column_ == 1 && end - first > 1;
   }
 
-  // The planes of channels from `x` on, which are clear.
+  // Fills the planes of `channels` channels from `x` on. Their padding is zero already.
   void lay_out(const T* x, i64 channels, T* planes) const {
-    const Run* first = runs_.data();
-    const Run* last = first + runs_.size();
+    const Copy* first = copies_.data();
+    const Copy* last = first + copies_.size();
     const i64 step = stride_ * column_;
     if (channel_ == 1) {  // with channels last, a line of the cache has several channels of one pixel
-      for (const Run* run = first; run < last; run++)
-        for (i64 i = 0; i < run->count; i++)
-          for (i64 c = 0; c < channels; c++) planes[c * plane_ + run->to + i] = x[run->from + i * step + c];
+      for (const Copy* copy = first; copy < last; copy++)
+        for (i64 i = 0; i < copy->count; i++)
+          for (i64 c = 0; c < channels; c++) planes[c * plane_ + copy->to + i] = x[copy->from + i * step + c];
       return;
     }
     for (i64 c = 0; c < channels; c++, x += channel_, planes += plane_) {
       if (together_)
-        for (const Run* run = first; run < last; run += 2)
-          copy_apart(planes + run[0].to, planes + run[1].to, x + run->from, run[0].count + run[1].count);
+        for (const Copy* copy = first; copy < last; copy += 2)
+          copy_apart(planes + copy[0].to, planes + copy[1].to, x + copy->from, copy[0].count + copy[1].count);
       else if (step == 1)
-        for (const Run* run = first; run < last; run++) copy_all(planes + run->to, x + run->from, run->count);
+        for (const Copy* copy = first; copy < last; copy++) copy_all(planes + copy->to, x + copy->from, copy->count);
       else
-        for (const Run* run = first; run < last; run++)
-          for (i64 i = 0; i < run->count; i++) planes[run->to + i] = x[run->from + i * step];
+        for (const Copy* copy = first; copy < last; copy++)
+          for (i64 i = 0; i < copy->count; i++) planes[copy->to + i] = x[copy->from + i * step];
     }
   }
 
  private:
-  // Elements of a row that are of one phase of the stride.
-  struct Run {
+  // Elements of one phase of one row.
+  struct Copy {
     int32_t from, to, count;
   };
 
-  std::vector<Run> runs_;
+  std::vector<Copy> copies_;
   i64 stride_ = 1, column_ = 1, channel_ = 0, plane_ = 0;  // strides
-  bool together_ = false;  // whether a row's two phases are taken apart together
+  bool together_ = false;  // whether a row's two phases are copied in one go
 };
 
 }  // namespace DYCONVERT_TARGET

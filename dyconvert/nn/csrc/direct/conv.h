@@ -1,73 +1,75 @@
-// A dynamic conv, and the gradient of its input, which is a conv of the output's gradient. Parts of a kernel are mixed
-// and used while they are in cache, so that no image's kernel is ever written to memory and the bank is read once.
+// A dynamic conv, and the gradient of its input, which is a conv of the output's gradient. A block of a kernel is
+// mixed, and used while it is in cache: no image's kernel is ever written to memory, and the bank is read once.
 #pragma once
 #include "base/mix.h"
 #include "direct/panel_column.h"
 #include "direct/panels.h"
-#include "base/parts.h"
+#include "base/phases.h"
 #include "base/planes.h"
 
 namespace DYCONVERT_TARGET {
 
-// Elements of a row of a kernel at a time. With 256, what they read of the input, 24 KB, stays in the innermost cache; a
-// tile of AVX-512 is so large that loading its sums more seldom gains more: 384 are 2 to 8 % faster than 128 on Zen 5.
+// Elements of a row of a kernel at a time. With 256, the 24 KB of the input that they read stay in the innermost cache.
+// AVX-512's microtiles are so large that loading their sums more rarely gains more: 384 is 2 to 8 % faster than 128 on
+// Zen 5.
 constexpr i64 kDepth = DYCONVERT_VECTOR == 64 ? 384 : 256;
-// Channels of the result at a time: the more, the fewer times what they are made of is read; but the elements of their
+// Channels of the result in a block: with more of them, the input is read fewer times; but the elements of their
 // kernels should stay in a core's own cache.
 constexpr i64 kRows = 64, kFewRows = 16, kWideRows = 512;
 constexpr i64 kKernel = 40 * 1024;
-// Elements of a kernel that is taken as a whole.
+// The most elements of a group's kernel that is one block.
 constexpr i64 kWhole = 80 * 1024;
-// Elements of kernels that are mixed at a time, for as many images as that is: what stays in the outer caches.
+// Elements of kernels that are mixed at a time, for as many images as these make: they stay in the outer caches.
 constexpr i64 kKernels = 512 * 1024;
-// Vectors of pixels that are written at a time: output channels lie far apart, and going from one to the next is dear.
+// Vectors of pixels that are written at a time: output channels lie far apart, so going from one to the next is slow.
 constexpr i64 kStrip = DYCONVERT_VECTOR == 32 ? 13 : 7;
 
-// Layout: `Planes`, or `Panels` where each element of the input meets many channels of the result. gradient: of the
-// input, of which the problem's x is the output's gradient, and its out the result.
-template <typename T, typename B, template <typename> class Layout, Result result>
+// Layout: `Planes`, or `Panels` where many channels of the result read each element of the input. For the input's
+// gradient, the problem's x is the output's gradient, and its out is the input's.
+template <typename T, typename B, template <typename> class Layout, Task task>
 class Conv {
  public:
-  static constexpr bool gradient = result == Result::kInputGradient;
+  static constexpr bool gradient = task == Task::kInputGradient;
 
   explicit Conv(const Problem<T, B>& problem)
       : problem_(problem),
         shape_(problem.shape),
-        seen_(gradient ? shape_of_gradient(shape_) : shape_),
+        conv_shape_(gradient ? gradient_as_conv(shape_) : shape_),
         layout_(layout()) {
     images_ = layout_.images();
-    group_ = gradient ? shape_.group_in() : shape_.group_out();
+    result_channels_ = gradient ? shape_.group_in() : shape_.group_out();
     channel_ = gradient ? shape_.height * shape_.width : shape_.out_channel;
     image_ = gradient ? shape_.in_channels * channel_ : shape_.out_channels * shape_.pixels();
-    const i64 elements = seen_.in_channels / shape_.groups * shape_.taps();
-    const i64 most = whole() ? group_ : sliced() ? wide() : max(kFewRows, min(kRows, kKernel / elements));
-    rows_ = rows_together(group_, most, shape_.groups * images_, shape_.threads);
-    // Rows a line of the cache further apart than they are long, or their lengths, often powers of two, would have
-    // them share the cache's few places.
+    const i64 elements = conv_shape_.in_channels / shape_.groups * shape_.taps();
+    const i64 most = kernel_fits()          ? result_channels_
+                     : sums_output_blocks() ? wide_rows()
+                                            : max(kFewRows, min(kRows, kKernel / elements));
+    rows_ = rows_together(result_channels_, most, shape_.groups * images_, shape_.threads);
+    // Rows are padded by one cache line: their lengths are often powers of two and would map to the same cache sets.
     ld_ = gradient ? rows_ * shape_.taps() : rounded_up(elements, 16) + 16;
-    slice_ = sliced() ? max<i64>(kFewRows, kKernel / rows_) : shape_.group_out();
-    kernel_ = gradient ? slice_ * ld_ : rows_ * ld_;
+    summed_outputs_ = sums_output_blocks() ? max<i64>(kFewRows, kKernel / rows_) : shape_.group_out();
+    kernel_ = gradient ? summed_outputs_ * ld_ : rows_ * ld_;
     kernels_ = max<i64>(1, kKernels / kernel_);
     if constexpr (gradient)
-      parts_ = parts_of_gradient<T>(shape_, layout_, ld_);
+      phases_ = phases_of_gradient<T>(shape_, layout_, ld_);
     else
-      parts_ = parts_of_conv<T>(shape_, layout_);
+      phases_ = phases_of_conv<T>(shape_, layout_);
   }
 
   i64 scratch_elements() const { return layout_.scratch_elements(images_); }
 
-  void run() {
-    const i64 blocks = divided_up(group_, rows_);
+  void compute() {
+    const i64 blocks = divided_up(result_channels_, rows_);
     for (i64 first = 0; first < shape_.images; first += images_) {
       const i64 count = min(images_, shape_.images - first);
-      const T* x = layout_.lay_out_images(problem_.x + first * seen_.x_image, count, problem_.scratch,
+      const T* x = layout_.lay_out_images(problem_.x + first * conv_shape_.x_image, count, problem_.scratch,
                                           problem_.parallel_for);
       const i64 grain = grain_of(rows_ * shape_.elements() * shape_.pixels());
       parallel(problem_.parallel_for, shape_.groups * blocks * count, grain, [&](i64 begin, i64 end) {
         while (begin < end) {
           const i64 block = begin / count, n = begin % count, images = min(count - n, end - begin);
           const i64 row = block % blocks * rows_;
-          convolve(x + n * layout_.image, first + n, images, block / blocks, row, min(rows_, group_ - row));
+          convolve(x + n * layout_.image, first + n, images, block / blocks, row, min(rows_, result_channels_ - row));
           begin += images;
         }
       });
@@ -77,41 +79,43 @@ class Conv {
  private:
   static constexpr bool kPanels = std::is_same_v<Layout<T>, Panels<T>>;
 
-  // Whether a group's kernel is taken as a whole: what it meets is then brought together where it is used, and once.
-  // Channels last are better brought together a line of the cache at a time, and maps of a few pixels many at once.
-  bool whole() const {
+  // Whether one group's kernel fits in cache. If so, it is one block, and each panel is gathered once, just before it
+  // is multiplied. Not with channels last, of which a cache line at a time is better gathered, nor with maps of fewer
+  // pixels than a vector has lanes, of which many are better gathered at once.
+  bool kernel_fits() const {
     return kPanels && shape_.group_out() * shape_.elements() <= kWhole && shape_.x_channel != 1 &&
-           seen_.pixels() >= kLanes<T>;
+           conv_shape_.pixels() >= kLanes<T>;
   }
 
-  // Whether the gradient is made of some output channels after the other, added up where it is written. A row of the
-  // bank, which is an output channel's, is then read in longer runs.
-  bool sliced() const {
-    return kPanels && gradient && !whole() && shape_.stride_y * shape_.stride_x == 1 && seen_.pixels() >= kLanes<T>;
+  // Whether the input's gradient is computed from some output channels after the other, and summed where it is written.
+  // Then longer runs of a row of the bank, which is an output channel's kernel, are read.
+  bool sums_output_blocks() const {
+    return kPanels && gradient && !kernel_fits() && shape_.stride_y * shape_.stride_x == 1 &&
+           conv_shape_.pixels() >= kLanes<T>;
   }
 
-  // Channels of such a gradient at a time: all, for rows of the bank that lie one behind the other, or as many as leave
-  // a tile enough output channels to add up.
-  i64 wide() const { return group_ <= kWideRows ? group_ : kWideRows / 2; }
+  // Input channels in a block of such a gradient: all, so that rows of the bank are read from end to end; or, if they
+  // are many, half of kWideRows, so that a microtile has enough output channels to sum over.
+  i64 wide_rows() const { return result_channels_ <= kWideRows ? result_channels_ : kWideRows / 2; }
 
   Layout<T> layout() const {
     if constexpr (kPanels)
-      return Layout<T>(seen_, !whole(), !gradient && shape_.out_pixel == 1);
+      return Layout<T>(conv_shape_, !kernel_fits(), !gradient && shape_.out_pixel == 1);
     else
-      return Layout<T>(seen_);
+      return Layout<T>(conv_shape_);
   }
 
-  // `rows` channels of the result, in a group, of some images.
+  // Computes `rows` channels of the result, in one group, for some images.
   void convolve(const T* x, i64 image, i64 images, i64 group, i64 row, i64 rows) {
     const Shape& s = shape_;
-    const i64 channel = group * group_ + row;
+    const i64 channel = group * result_channels_ + row;
     static thread_local Buffer<T> mixed, biases;
     T* kernels = mixed.of(min(kernels_, images) * kernel_);
     T* bias = biases.of(rows_);
     std::fill(bias, bias + rows, T(0));
     T* out = problem_.out + image * image_ + channel * channel_;
-    for (i64 first = 0; first < s.group_out(); first += slice_) {
-      const i64 outputs = min(slice_, s.group_out() - first);
+    for (i64 first = 0; first < s.group_out(); first += summed_outputs_) {
+      const i64 outputs = min(summed_outputs_, s.group_out() - first);
       for (i64 n = 0; n < images; n++) {
         if (n % kernels_ == 0) {
           const i64 now = min(kernels_, images - n);
@@ -122,35 +126,36 @@ class Conv {
             mix(problem_, image + n, now, channel, rows, 0, s.elements(), ld_, kernels);
         }
         if constexpr (!gradient)
-          for (i64 m = 0; m < rows; m++) bias[m] = added(problem_, image + n, channel + m);
+          for (i64 m = 0; m < rows; m++) bias[m] = mixed_bias(problem_, image + n, channel + m);
         const T* kernel = kernels + n % kernels_ * (gradient ? outputs : rows) * ld_;
-        for (const Part<T>& part : parts_)
-          if (!part.elements())
-            clear(part, rows, out + n * image_ + part.at);
+        for (const Phase<T>& phase : phases_)
+          if (!phase.elements())
+            clear(phase, rows, out + n * image_ + phase.at);
           else if constexpr (kPanels)
-            multiply_panels(part, kernel, rows, x + n * layout_.image, group, first, outputs, bias,
-                            out + n * image_ + part.at);
+            multiply_panels(phase, kernel, rows, x + n * layout_.image, group, first, outputs, bias,
+                            out + n * image_ + phase.at);
           else
-            multiply_planes(part, kernel, rows, x + n * layout_.image, group, bias, out + n * image_ + part.at);
+            multiply_planes(phase, kernel, rows, x + n * layout_.image, group, bias, out + n * image_ + phase.at);
       }
     }
   }
 
-  // Pixels of the input that no weight meets have no gradient.
-  void clear(const Part<T>& part, i64 rows, T* out) {
+  // Writes zeros: pixels of the input that no tap reads have no gradient.
+  void clear(const Phase<T>& phase, i64 rows, T* out) {
     static thread_local Buffer<T> buffer;
-    const i64 vectors = part.pixels.vectors(), elements = (vectors + 1) * kLanes<T>;
+    const i64 vectors = phase.pixels.vectors(), elements = (vectors + 1) * kLanes<T>;
     T* zeros = buffer.of(elements);
     std::fill(zeros, zeros + elements, T(0));
-    for (i64 m = 0; m < rows; m++) part.pixels.write(zeros, 1, 0, vectors, zeros, out + m * channel_);
+    for (i64 m = 0; m < rows; m++) phase.pixels.write(zeros, 1, 0, vectors, zeros, out + m * channel_);
   }
 
-  // One image's kernel times its panels; of the input's gradient, what is of some of the output's channels.
-  void multiply_panels(const Part<T>& part, const T* kernel, i64 rows, const T* x, i64 group, i64 output, i64 outputs,
+  // Multiplies one image's kernel by its panels; for the input's gradient, only `outputs` output channels from `output`
+  // on.
+  void multiply_panels(const Phase<T>& phase, const T* kernel, i64 rows, const T* x, i64 group, i64 output, i64 outputs,
                        const T* bias, T* out) {
-    const i64 first = gradient ? output : 0, elements = gradient ? outputs : part.elements();
+    const i64 first = gradient ? output : 0, elements = gradient ? outputs : phase.elements();
     static thread_local Buffer<T> panel, column, results, lasts, none;
-    const Pixels<T>& pixels = part.pixels;
+    const Pixels<T>& pixels = phase.pixels;
     const bool direct = pixels.regular() && pixels.distance() == 1, last_channels = pixels.regular() && channel_ == 1;
     T* sums = results.of((rows * kTogether + 1) * kLanes<T>);
     T* zeros = none.of(rows);
@@ -169,9 +174,9 @@ class Conv {
               first ? nullptr : bias};
       for (i64 k = 0; k < elements; k += kDepth) {
         const i64 depth = min(kDepth, elements - k);
-        multiply_panel(kernel, gradient ? shape_.taps() : ld_, rows, part.steps.data() + k,
+        multiply_panel(kernel, gradient ? shape_.taps() : ld_, rows, phase.steps.data() + k,
                        from + k * vectors * kLanes<T>, vectors, depth, to, [&](i64 row, i64 now) {
-                         // While the rows are in the innermost cache.
+                         // The rows are still in the innermost cache.
                          if (last && p + 1 == layout_.count())
                            add_column(kernel + row * ld_ + k, ld_, now, last + k, depth, last_sums + row * kLanes<T>);
                        });
@@ -190,37 +195,38 @@ class Conv {
         out[m * channel_ + shape_.pixels() - 1] = bias[m] + sum_of_lanes(last_sums + m * kLanes<T>);
   }
 
-  // One image's kernel times its planes.
-  void multiply_planes(const Part<T>& part, const T* kernel, i64 rows, const T* x, i64 group, const T* bias, T* out) {
+  // Multiplies one image's kernel by its planes.
+  void multiply_planes(const Phase<T>& phase, const T* kernel, i64 rows, const T* x, i64 group, const T* bias, T* out) {
     alignas(64) T sums[(kRows * kStrip + 1) * kLanes<T>];
-    const i64 vectors = part.pixels.vectors(), channel = group * (seen_.in_channels / seen_.groups);
+    const i64 vectors = phase.pixels.vectors(), channel = group * (conv_shape_.in_channels / conv_shape_.groups);
     for (i64 first = 0, strip; first < vectors; first += strip) {
-      strip = vectors - first <= kStrip ? vectors - first : kStrip - 1;  // the last of any number, all others of threes
-      part.pixels.prefetch(rows, first, strip, out);
+      // The last strip has any number of vectors; all others have whole threes.
+      strip = vectors - first <= kStrip ? vectors - first : kStrip - 1;
+      phase.pixels.prefetch(rows, first, strip, out);
       for (i64 v = first; v < first + strip;) {
         const int together = vectors_together(vectors - v);
         const T* from[kTogether];
-        layout_.locate(x, channel, part.pixels, v, together, from);
-        for (i64 k = 0; k < part.elements(); k += kDepth)
-          multiply(kernel, gradient ? shape_.taps() : ld_, rows, part.steps.data() + k, from, together,
-                   part.offsets() + k, min(kDepth, part.elements() - k), sums + (v - first) * kLanes<T>,
+        layout_.locate(x, channel, phase.pixels, v, together, from);
+        for (i64 k = 0; k < phase.elements(); k += kDepth)
+          multiply(kernel, gradient ? shape_.taps() : ld_, rows, phase.steps.data() + k, from, together,
+                   phase.offsets() + k, min(kDepth, phase.elements() - k), sums + (v - first) * kLanes<T>,
                    strip * kLanes<T>, k > 0);
         v += together;
       }
-      part.pixels.write(sums, rows, first, strip, bias, out);
+      phase.pixels.write(sums, rows, first, strip, bias, out);
     }
   }
 
   const Problem<T, B>& problem_;
   const Shape& shape_;
-  const Shape seen_;  // what is laid out, and convolved
+  const Shape conv_shape_;  // the conv that is computed
   const Layout<T> layout_;
-  std::vector<Part<T>> parts_;
-  i64 group_;                    // channels of the result in a group
+  std::vector<Phase<T>> phases_;
+  i64 result_channels_;          // channels of the result in a group
   i64 channel_, image_;          // strides of the result
   i64 images_, rows_, kernels_;  // at a time: images laid out, channels of the result, images' kernels
-  i64 slice_;                    // output channels at a time of which a gradient is made
-  i64 ld_, kernel_;              // elements from row to row of a mixed kernel, and of all of it
+  i64 summed_outputs_;           // output channels that a gradient sums over at a time
+  i64 ld_, kernel_;              // elements from row to row of a mixed kernel, and of a mixed kernel
 };
 
 }  // namespace DYCONVERT_TARGET

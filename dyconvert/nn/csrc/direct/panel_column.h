@@ -1,13 +1,13 @@
-// A kernel times what one pixel meets: where pixels are one more than fill vectors, which a vector for it alone would
-// hardly use, products are summed along the kernel's rows.
+// A kernel times the elements that one pixel reads. Where one pixel is left after all whole vectors, it would use a
+// vector for a single lane; so lanes are elements of the kernel's rows instead.
 #pragma once
 #include "base/vector.h"
 
 namespace DYCONVERT_TARGET {
 
-// sums[m] += sum_k a[m * lda + k] * column[k]: vectors, of which each lane has a share of the k.
+// sums[m] += sum_k a[m * lda + k] * column[k]. sums[m] is a vector, whose lanes sum over different k.
 template <typename T, int M>
-inline void add_column_tile(const T* __restrict a, i64 lda, const T* __restrict column, i64 length,
+inline void add_column_rows(const T* __restrict a, i64 lda, const T* __restrict column, i64 length,
                             T* __restrict sums) {
   constexpr i64 lanes = kLanes<T>;
   Vector<T> even[M], odd[M] = {};
@@ -29,8 +29,8 @@ inline void add_column_tile(const T* __restrict a, i64 lda, const T* __restrict 
 template <typename T>
 inline void add_column(const T* a, i64 lda, i64 rows, const T* column, i64 length, T* sums) {
   i64 m = 0;
-  for (; m + 4 <= rows; m += 4) add_column_tile<T, 4>(a + m * lda, lda, column, length, sums + m * kLanes<T>);
-  for (; m < rows; m++) add_column_tile<T, 1>(a + m * lda, lda, column, length, sums + m * kLanes<T>);
+  for (; m + 4 <= rows; m += 4) add_column_rows<T, 4>(a + m * lda, lda, column, length, sums + m * kLanes<T>);
+  for (; m < rows; m++) add_column_rows<T, 1>(a + m * lda, lda, column, length, sums + m * kLanes<T>);
 }
 
 template <typename T>

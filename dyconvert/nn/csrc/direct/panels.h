@@ -1,8 +1,8 @@
-// How the input of a conv lies while it is convolved, where each of its elements meets many output channels: a few
-// vectors of pixels, element by element of the kernel. In the input itself channels lie far apart, and their pixels
-// would share the cache's few places; and rows of a plane have gaps between them.
+// Lays out the input of a conv whose elements are read by many output channels: as panels of a few vectors of pixels,
+// one element of the kernel after the other. In the input itself, channels lie far apart and their pixels map to the
+// same cache sets; in planes, there are gaps between rows.
 #pragma once
-#include "direct/panel_tile.h"
+#include "direct/panel_microtile.h"
 #include "base/planes.h"
 
 namespace DYCONVERT_TARGET {
@@ -10,8 +10,8 @@ namespace DYCONVERT_TARGET {
 template <typename T>
 class Panels {
  public:
-  // at_once: whether panels are laid out for all that is to come; else each where it is used.
-  // column: whether a last pixel by itself is left to a column.
+  // at_once: whether all panels of some images are laid out before they are used; else each is laid out where it is
+  // used. column: whether a last pixel that would fill a vector alone is laid out as a column instead.
   Panels(const Shape& s, bool at_once, bool column)
       : shape_(s),
         planes_(s),
@@ -34,12 +34,12 @@ class Panels {
   i64 scratch_elements(i64 images) const {
     return at_once_ ? images * image : in_place_ ? 0 : planes_.scratch_elements(images);
   }
-  // Images whose panels, or what they are made of, are laid out at a time.
+  // Images whose panels are laid out at a time; if panels are laid out where they are used, their planes are.
   i64 images() const {
     return !at_once_ && in_place_ ? shape_.images : max<i64>(1, min(shape_.images, kLaidOut / image));
   }
 
-  // Returns where from `panel` is to take them.
+  // Returns the `x` that `panel` and `column` take.
   const T* lay_out_images(const T* x, i64 images, T* to, ParallelFor parallel_for) const {
     if (at_once_)
       lay_out_panels(x, images, to, parallel_for);
@@ -54,7 +54,7 @@ class Panels {
   i64 first(i64 panel) const { return panels_[panel].first; }
   int vectors(i64 panel) const { return panels_[panel].vectors; }
 
-  // What a panel's pixels meet, of the channels of a group; in the buffer, if it isn't laid out.
+  // A panel for the channels of a group; if it isn't laid out yet, it is laid out in the buffer.
   const T* panel(const T* x, i64 group, i64 index, Buffer<T>& buffer) const {
     const Panel& panel = panels_[index];
     if (at_once_) return x + (panel.first * elements_ + group * shape_.elements() * panel.vectors) * kLanes<T>;
@@ -63,7 +63,7 @@ class Panels {
     return to;
   }
 
-  // What the last pixel meets, or null if it is in the last panel.
+  // The elements that the last pixel reads, or null if it is in the last panel.
   const T* column(const T* x, i64 group, Buffer<T>& buffer) const {
     if (!column_) return nullptr;
     if (at_once_) return x + elements_ * vectors() * kLanes<T> + group * shape_.elements();
@@ -76,15 +76,15 @@ class Panels {
   i64 pitch() const { return shape_.out_width; }
 
  private:
-  // Channels that are gathered at once, and elements of their planes, which stay in the innermost cache.
+  // Channels that are gathered at a time, and elements of their planes, which stay in the innermost cache.
   static constexpr i64 kChannels = 16, kPlanes = 4096;
 
   struct Panel {
     i64 first;
-    int vectors, whole;  // vectors, and copies that are whole vectors: the first ones
-    i64 copies;
+    int vectors, whole;  // vectors, and the number of copies that are whole vectors, which come first
+    i64 copies;          // the first of its copies
   };
-  // Elements of a plane, and where in a panel they are to be.
+  // `count` neighbouring elements, from a plane to a panel.
   struct Copy {
     int32_t from, to, count;
   };
@@ -118,10 +118,10 @@ class Panels {
     });
   }
 
-  // Of pixels, in panels.
+  // Vectors of pixels in all panels.
   i64 vectors() const { return pixels_.vectors() - column_; }
 
-  // Where, in the order of the kernel's rows, an element is.
+  // The element of a kernel's row that belongs to an input channel and a tap.
   i64 element(i64 channel, i64 tap) const {
     const i64 group_in = shape_.group_in(), taps = shape_.taps();
     return shape_.bank_last ? channel / group_in * shape_.elements() + tap * group_in + channel % group_in
@@ -136,42 +136,44 @@ class Panels {
 
   void add_copies(Panel& panel) {
     const i64 width = shape_.out_width, lanes = panel.vectors * kLanes<T>;
-    const auto source = [&](i64 lane) {
+    const auto plane_element = [&](i64 lane) {
       const i64 pixel = pixels_.start(panel.first + lane / kLanes<T>) + lane % kLanes<T>;
       return pixel / width * planes_.pitch() + pixel % width;
     };
     const i64 end = shape_.pixels() < kLanes<T> ? shape_.pixels() : lanes;
     for (i64 lane = 0, run; lane < end; lane += run) {
-      for (run = 1; lane + run < end && source(lane + run) == source(lane) + run;) run++;
+      for (run = 1; lane + run < end && plane_element(lane + run) == plane_element(lane) + run;) run++;
       for (i64 i = 0; i < run; i += kLanes<T>) {
         const bool beyond = lane + i + kLanes<T> > lanes;
         const i64 at = beyond && run >= kLanes<T> ? lanes - kLanes<T> : lane + i;
-        // What is too much is written over by the next copy, but beyond the panel's row nothing may be written.
+        // A whole vector may write beyond its run: the next copy writes over that. Nothing may be written beyond the
+        // panel's row.
         const i64 count = at + kLanes<T> > lanes ? run - i : kLanes<T>;
         if (count == kLanes<T>) panel.whole++;
-        copies_.push_back({int32_t(source(lane) + at - lane), int32_t(at), int32_t(count)});
+        copies_.push_back({int32_t(plane_element(lane) + at - lane), int32_t(at), int32_t(count)});
       }
     }
   }
 
-  // What a panel's pixels meet, of some channels.
+  // Gathers the elements of some channels that a panel's pixels read.
   void gather(i64 index, const T* planes, i64 first, i64 channels, T* to_panel) const {
-    static constexpr void (Panels::*kRun[])(const Panel&, const T*, i64, T*) const = {
-        &Panels::gather_run<1>, &Panels::gather_run<2>, &Panels::gather_run<3>};
+    static constexpr void (Panels::*kGatherPointwise[])(const Panel&, const T*, i64, T*) const = {
+        &Panels::gather_pointwise<1>, &Panels::gather_pointwise<2>, &Panels::gather_pointwise<3>};
     static constexpr void (Panels::*kGather[])(const Panel&, const T*, i64, i64, T*) const = {
         &Panels::gather_copies<0>, &Panels::gather_copies<1>, &Panels::gather_copies<2>, &Panels::gather_copies<3>,
         &Panels::gather_copies<4>, &Panels::gather_copies<5>, &Panels::gather_copies<6>};
     const Panel& panel = panels_[index];
     if (shape_.taps() == 1)
-      (this->*kRun[panel.vectors - 1])(panel, planes, channels, to_panel + first * panel.vectors * kLanes<T>);
+      (this->*kGatherPointwise[panel.vectors - 1])(panel, planes, channels,
+                                                   to_panel + first * panel.vectors * kLanes<T>);
     else
       (this->*(panel.whole <= 6 ? kGather[panel.whole] : &Panels::gather_copies<-1>))(panel, planes, first, channels,
                                                                                      to_panel);
   }
 
-  // Of a 1 x 1 conv, where the pixels lie one behind the other in the planes, too.
+  // The same for 1 x 1 convs, whose pixels lie one behind the other in the planes, too.
   template <int kVectors>
-  void gather_run(const Panel& panel, const T* planes, i64 channels, T* to) const {
+  void gather_pointwise(const Panel& panel, const T* planes, i64 channels, T* to) const {
     const T* from = planes + pixels_.start(panel.first);
     const T* last = planes + pixels_.start(panel.first + kVectors - 1);
     const i64 plane = planes_.plane;
@@ -207,7 +209,7 @@ class Panels {
   const Planes<T> planes_;
   const Pixels<T> pixels_;
   const bool column_, at_once_;
-  const i64 elements_;  // that the kernels of all groups have together
+  const i64 elements_;  // of the kernels of all groups together
   const bool in_place_;
   std::vector<Panel> panels_;
   std::vector<Copy> copies_;

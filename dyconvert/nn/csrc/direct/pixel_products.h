@@ -1,4 +1,4 @@
-// The gradient of one image's kernel, tap by tap: the output's gradient times the pixels that a tap meets.
+// The gradient of one image's kernel, tap by tap: the output's gradient times the pixels that a tap reads.
 #pragma once
 #include "base/multiply.h"
 #include "base/planes.h"
@@ -9,7 +9,7 @@ namespace DYCONVERT_TARGET {
 template <typename T>
 class PixelProducts {
  public:
-  // width: channels of a panel.
+  // width: channels of a channel panel.
   PixelProducts(const Shape& s, i64 width) : shape_(s), planes_(s), width_(width) {
     for (i64 y = 0; y < s.out_height; y++)
       for (i64 x = 0; x < s.out_width; x++) {
@@ -18,14 +18,14 @@ class PixelProducts {
       }
   }
 
-  // Elements of a panel of the input laid out, pixel by pixel: [plane, width].
+  // Elements of a channel panel: [plane, width].
   i64 panel() const { return planes_.plane * width_; }
 
-  // The output's gradient is read where it is.
+  // The output's gradient is read in place.
   i64 grad_elements() const { return 0; }
   void lay_out_grad(const T*, i64, T*, ParallelFor) const {}
 
-  // Up to a vector of channels, into their place in a panel.
+  // Lays out up to one vector of channels at `to` in a channel panel.
   void lay_out(const T* x, i64 channels, T* to) const {
     if (planes_.in_place()) return transpose(x, planes_.plane, channels, planes_.plane, to, width_);
     static thread_local Buffer<T> buffer;
@@ -53,13 +53,13 @@ class PixelProducts {
   }
 
  private:
-  // Pixels at a time, so that what they read of the input stays in the innermost cache.
+  // Pixels at a time: the input that they read stays in the innermost cache.
   static constexpr i64 kPixels = 256;
 
   const Shape shape_;
   const Planes<T> planes_;
   const i64 width_;
-  std::vector<int32_t> steps_, offsets_;  // of the output's pixels, in its gradient and in what is laid out
+  std::vector<int32_t> steps_, offsets_;  // of the output's pixels: in its gradient, and in a channel panel
 };
 
 }  // namespace DYCONVERT_TARGET

@@ -1,12 +1,12 @@
-// A linear layer, what predictors are made of, with weights that may have fewer bits. At a few images it is bound by
-// reading them.
+// A predictor's linear layer, whose weights may have fewer bits. For a few images, reading the weights takes most of
+// the time.
 #pragma once
 #include "base/half.h"
 #include "base/parallel.h"
 
 namespace DYCONVERT_TARGET {
 
-// Vectors of sums that hide the latency of adding to one.
+// Vectors of sums: so many hide the latency of an addition.
 constexpr int kLinearSums = 4;
 
 // out[n * outputs] = sum_k x[n * inputs + k] w[k] scale + bias, for N images.

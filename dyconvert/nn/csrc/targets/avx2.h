@@ -1,5 +1,5 @@
-// What the targets have in common that run wherever there are AVX2, FMA and F16C. They define, before it, DYCONVERT_TARGET
-// and the sizes of vectors and registers.
+// The part that is common to all targets for processors with AVX2, FMA and F16C. Before they include it, they define
+// DYCONVERT_TARGET and the sizes of vectors and registers.
 #define DYCONVERT_F16C
 #include "base/standard.h"
 #if defined(__clang__)

@@ -1,4 +1,5 @@
-// What is compiled for AVX-512, with its vectors as two of AVX2's: for tests, which run it everywhere.
+// The kernels as they are compiled for AVX-512, but with a vector as two of AVX2's registers: so tests run them on any
+// x86 with AVX2.
 #if defined(__x86_64__)
 #define DYCONVERT_TARGET dyconvert_halves
 #define DYCONVERT_VECTOR 64

@@ -1,13 +1,13 @@
-// Winograd's minimal filtering (Lavin and Gray 2016, eq. 8): of m x m outputs of a 3 x 3 conv of stride 1,
+// Winograd's minimal filtering (Lavin and Gray 2016, eq. 8): m x m outputs of a 3 x 3 conv of stride 1 are
 //   y = A^T [ (G g G^T) * (B^T d B) ] A,
-// so that (m + 2)^2 multiplications take the place of 9 m^2. The matrices, each to be used along both axes.
+// with (m + 2)^2 multiplications in place of 9 m^2. Here are the matrices; each is applied along both axes.
 #pragma once
 #include "base/vector.h"
 
 namespace DYCONVERT_TARGET {
 
-// m = 4. From the points 0, +-1 / sqrt 2, +-sqrt 2: in float32 twice as exact as from the usual 0, +-1, +-2, and half
-// as exact as the conv without Winograd's filtering.
+// m = 4, with the points 0, +-1 / sqrt 2, +-sqrt 2. In float32 their error is half that of the usual points 0, +-1,
+// +-2, and twice that of the conv without Winograd's filtering.
 struct Winograd {
   static constexpr int tile = 4, size = 6, elements = size * size;
   static constexpr double kRoot = 1.4142135623730950488;
@@ -71,7 +71,7 @@ struct Winograd {
   }
 };
 
-// M d M^T, of the matrix M that `along` is along one axis: put(i, j, element).
+// Calls put(i, j, element) for all elements of M d M^T. along: multiplies a column by M.
 template <int from_size, int to_size, typename V, typename Along, typename Put>
 inline void both_axes(const V (&d)[from_size][from_size], const Along& along, const Put& put) {
   V half[to_size][from_size];

@@ -10,7 +10,7 @@ namespace DYCONVERT_TARGET {
 template <typename T>
 class TileProducts {
  public:
-  // width: channels of a panel.
+  // width: channels of a channel panel.
   TileProducts(const Shape& s, i64 width)
       : shape_(whole_tiles(s)),
         height_(s.out_height),
@@ -26,17 +26,17 @@ class TileProducts {
     }
   }
 
-  // Elements of a panel of the input's tiles, transformed: [36, tiles, width].
+  // Elements of a channel panel of the input's transformed tiles: [36, tiles, width].
   i64 panel() const { return Winograd::elements * tiles_ * width_; }
 
-  // Of an image's output's gradient, transformed: [C_out, 36, ld].
+  // Elements of the transformed gradient of an image's output: [C_out, 36, ld].
   i64 grad_elements() const { return shape_.out_channels * Winograd::elements * ld_; }
 
   void lay_out_grad(const T* grad, i64 images, T* to, ParallelFor parallel_for) const {
     const i64 planes = images * shape_.out_channels, pixels = shape_.pixels();
     parallel(parallel_for, planes, grain_of(8 * pixels), [&](i64 begin, i64 end) {
       static thread_local Buffer<T> buffer;
-      // Beyond the output there are zeros, also for what the last vector has too much.
+      // The plane has zeros beyond the output, also where the last vector reads beyond the tiles.
       const i64 size = pixels + Winograd::tile * shape_.out_width * (kLanes<T> + 1);
       T* plane = buffer.of(size);
       std::fill(plane, plane + size, T(0));
@@ -48,7 +48,7 @@ class TileProducts {
     });
   }
 
-  // Up to a vector of channels, into their place in a panel.
+  // Lays out up to one vector of channels at `to` in a channel panel.
   void lay_out(const T* x, i64 channels, T* to) const {
     static thread_local Buffer<T> planes_buffer, pixels_buffer;
     T* planes = planes_buffer.of(kLanes<T> * planes_.plane);
@@ -98,7 +98,7 @@ class TileProducts {
   }
 
  private:
-  // The conv as if its output were tiles to its end.
+  // The shape of the conv with its output rounded up to whole tiles.
   static Shape whole_tiles(Shape s) {
     s.out_height = rounded_up(s.out_height, Winograd::tile);
     s.out_width = rounded_up(s.out_width, Winograd::tile);
@@ -124,7 +124,7 @@ class TileProducts {
   const i64 across_, tiles_, ld_;
   const Planes<T> planes_;
   const i64 width_, out_width_;
-  std::vector<int32_t> steps_, offsets_;  // of tiles, in the output's gradient and in what is laid out
+  std::vector<int32_t> steps_, offsets_;  // of tiles: in the output's gradient, and in a channel panel
 };
 
 }  // namespace DYCONVERT_TARGET

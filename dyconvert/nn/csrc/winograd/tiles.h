@@ -1,5 +1,5 @@
-// How the input of a conv by Winograd's filtering lies: tiles in vectors, transformed; and how tiles of results are
-// transformed back and written.
+// Lays out the input of a conv by Winograd's filtering as vectors of transformed tiles; transforms tiles of results
+// back and writes them.
 #pragma once
 #include "base/multiply.h"
 #include "base/planes.h"
@@ -8,25 +8,25 @@
 
 namespace DYCONVERT_TARGET {
 
-// Tiles of 4 x 4 results, row by row, in vectors; a few vectors are a panel, as many as `multiply` takes.
+// Tiles of 4 x 4 results, row by row, in vectors. A panel has as many vectors as `multiply` takes.
 template <typename T>
 class Tiles {
  public:
-  // A line of the cache.
+  // Elements of a cache line.
   static constexpr i64 kLine = 64 / sizeof(T);
 
-  struct Panel {
-    i64 vector;    // its first
+  struct TilePanel {
+    i64 vector;    // the panel's first
     int together;  // vectors
     std::vector<int32_t> offsets;  // of the channels
 
     i64 width() const { return together * kLanes<T>; }
-    // From one element of the tiles to the next, of all `channels`. A line more than they need: else the elements of a
-    // tile would often share the cache's few places.
+    // From one element of the tiles to the next, of all `channels`. One cache line more than they need: without it, a
+    // tile's 36 elements would often map to the same cache set.
     i64 apart(i64 channels) const { return channels * width() + kLine; }
   };
 
-  // s: what is convolved; grid: where results are written.
+  // s: the conv that is computed; grid: where results are written.
   Tiles(const Shape& s, const Grid& grid)
       : shape_(s), grid_(grid), across_(divided_up(s.out_width, Winograd::tile)), down_(divided_up(s.out_height, Winograd::tile)) {
     const i64 most = kLaidOut / (Winograd::elements * s.in_channels * across_);
@@ -36,11 +36,11 @@ class Tiles {
     vectors_ = divided_up(band_ * across_, kLanes<T>);
     for (i64 tile = 0; tile < vectors_ * kLanes<T>; tile++) {
       const i64 x = tile % across_ * Winograd::tile, y = tile / across_ * Winograd::tile;
-      // What the last vector has too much reads anything, and is below the last row.
+      // Lanes beyond the last tile read some other tile, and are placed below the last row, where nothing is written.
       places_.push_back(y < band_ * Winograd::tile ? Place{x, y, y * pitch_ + x} : Place{0, down_ * Winograd::tile, 0});
     }
     for (i64 v = 0; v < vectors_;) {
-      Panel panel{v, vectors_together(vectors_ - v), {}};
+      TilePanel panel{v, vectors_together(vectors_ - v), {}};
       for (i64 channel = 0; channel < s.in_channels / s.groups; channel++)
         panel.offsets.push_back(channel * panel.width());
       v += panel.together;
@@ -48,14 +48,14 @@ class Tiles {
     }
   }
 
-  // Rows of tiles in all, and that are laid out at a time.
+  // Rows of tiles of a map, and of a band: as many as are laid out at a time.
   i64 down() const { return down_; }
   i64 band() const { return band_; }
   i64 vectors() const { return vectors_; }
-  const std::vector<Panel>& panels() const { return panels_; }
+  const std::vector<TilePanel>& panels() const { return panels_; }
   // Elements of an image's band, laid out: panel by panel [36, channels, width].
   i64 image() const { return at(panels_.size()); }
-  // Where a panel is in it.
+  // Where a panel starts in an image's band.
   i64 at(i64 panel) const {
     const i64 vector = panel < i64(panels_.size()) ? panels_[panel].vector : vectors_;
     return Winograd::elements * (shape_.in_channels * vector * kLanes<T> + panel * kLine);
@@ -80,19 +80,19 @@ class Tiles {
     });
   }
 
-  // A^T s A, and what is added, of a panel of the rows of tiles from `row` on: sums[36, rows, width], of as many
-  // channels of the result.
-  void write(const Panel& panel, const T* sums, i64 rows, i64 row, const T* added, T* out) const {
+  // Writes A^T s A plus the bias for one panel of the band that starts at row `row` of tiles. sums: [36, rows, width],
+  // of `rows` channels of the result.
+  void write(const TilePanel& panel, const T* sums, i64 rows, i64 row, const T* bias, T* out) const {
     const i64 width = panel.width(), apart = rows * width;
     for (int j = 0; j < panel.together; j++, sums += kLanes<T>) {
       const Place* places = places_.data() + (panel.vector + j) * kLanes<T>;
       Vector<T> y[Winograd::tile][Winograd::tile];
       if (grid_.channel == 1)
         for (i64 r = 0; r < rows; r += kLanes<T>)
-          write_channels_last(places, sums + r * width, width, apart, min(kLanes<T>, rows - r), row, added + r, out + r);
+          write_channels_last(places, sums + r * width, width, apart, min(kLanes<T>, rows - r), row, bias + r, out + r);
       else
         for (i64 r = 0; r < rows; r++) {
-          transform_back(sums + r * width, apart, added[r], y);
+          transform_back(sums + r * width, apart, bias[r], y);
           write_tiles(places, y, row, out + r * grid_.channel);
         }
     }
@@ -100,28 +100,28 @@ class Tiles {
 
  private:
   struct Place {
-    i64 x, y;    // of its first result, from the band's first row on
-    i64 offset;  // of the first element it reads in a padded plane
+    i64 x, y;    // of the tile's first result, counted from the band's first row
+    i64 offset;  // of the first element that the tile reads in a padded plane
   };
 
-  // y[i][k]: of each of a vector's tiles the result at (i, k).
-  static void transform_back(const T* sums, i64 apart, T added, Vector<T> (&y)[Winograd::tile][Winograd::tile]) {
+  // y[i][k]: the results at (i, k) of a vector's tiles.
+  static void transform_back(const T* sums, i64 apart, T bias, Vector<T> (&y)[Winograd::tile][Winograd::tile]) {
     Vector<T> s[Winograd::size][Winograd::size];
 #pragma GCC unroll 36
     for (int e = 0; e < Winograd::elements; e++) s[e / Winograd::size][e % Winograd::size] = load(sums + e * apart);
     both_axes<Winograd::size, Winograd::tile>(
         s, [](const auto& from, auto& to) { Winograd::output(from, to); },
-        [&](int i, int k, Vector<T> value) { y[i][k] = value + added; });
+        [&](int i, int k, Vector<T> value) { y[i][k] = value + bias; });
   }
 
-  // Up to a vector of channels, which lie one behind the other.
+  // Writes up to one vector of channels, which lie one behind the other.
   void write_channels_last(const Place* places, const T* sums, i64 width, i64 apart, i64 channels, i64 row,
-                           const T* added, T* out) const {
+                           const T* bias, T* out) const {
     constexpr i64 n = kLanes<T>;
     alignas(64) T results[Winograd::tile][Winograd::tile][n * n], pixels[n * n];
     for (i64 c = 0; c < channels; c++) {
       Vector<T> y[Winograd::tile][Winograd::tile];
-      transform_back(sums + c * width, apart, added[c], y);
+      transform_back(sums + c * width, apart, bias[c], y);
       for (int i = 0; i < Winograd::tile; i++)
         for (int k = 0; k < Winograd::tile; k++) store(results[i][k] + c * n, y[i][k]);
     }
@@ -168,7 +168,7 @@ class Tiles {
     for (i64 k = 0; k < min<i64>(grid_.width - place.x, Winograd::tile); k++) to[k * grid_.column] = from[k];
   }
 
-  // The rows of the input that a band reads. Columns of padding stay zero.
+  // Copies the rows of the input that a band reads. Columns of padding stay zero.
   void pad(const T* x, i64 channels, i64 row, T* to) const {
     const Shape& s = shape_;
     const i64 begin = max<i64>(0, s.padding_x), end = min(pitch_, s.width + s.padding_x);
@@ -187,7 +187,7 @@ class Tiles {
     }
   }
 
-  void transform(const T* plane, const Panel& panel, T* to) const {
+  void transform(const T* plane, const TilePanel& panel, T* to) const {
     const i64 pitch = pitch_, apart = panel.apart(shape_.in_channels);
     for (int j = 0; j < panel.together; j++, to += kLanes<T>) {
       const T* at[kLanes<T>];
@@ -195,7 +195,7 @@ class Tiles {
       Vector<T> d[Winograd::size][Winograd::size];
 #pragma GCC unroll 6
       for (int i = 0; i < Winograd::size; i++) {
-        // The first four columns, and the next, of which tiles have two.
+        // Columns 0 to 3, and 4 to 7, of which a tile has only 4 and 5.
         Vector<T> first[4], next[4];
         load_columns(at, i * pitch, first);
         load_columns(at, i * pitch + 4, next);
@@ -212,7 +212,7 @@ class Tiles {
   const i64 across_, down_;  // tiles
   i64 band_, vectors_, pitch_, plane_;
   std::vector<Place> places_;  // of tiles
-  std::vector<Panel> panels_;
+  std::vector<TilePanel> panels_;
 };
 
 }  // namespace DYCONVERT_TARGET
