@@ -1,151 +1,234 @@
-"""Functions that know parts of a model, made anew for its deep copy.
+"""Functions, methods and weak references that know parts of a model, made anew for its deep copy.
 
-`deepcopy` takes functions as they are: a copy with `self.act = lambda x: conv(x)` goes on calling the original's conv,
+`deepcopy` takes them as they are: a copy with `self.act = lambda x: conv(x)` goes on calling the original's conv,
 trains it, and doesn't save what it computes with.
 """
 
+import copy
 import functools
 import types
-from collections.abc import Iterable, Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+# What a deep copy shares with its original, besides functions.
+_SHARED: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, range, type, types.ModuleType)
+_SHARED += (types.CodeType, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
+_CACHED = type(functools.cache(len))
+_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
+# They know objects that deepcopy doesn't copy with them.
+_KNOWING = (types.FunctionType, weakref.ReferenceType, *_PROXIES)
 
 
-def adopt_functions(memo: dict[int, Any]) -> None:
-    """Have the functions in a deep copy know the copy's parts.
+class CopiedFunctions:
+    """New functions for a deep copy of a model, in place of those that know a part of the original.
 
-    Functions are looked for in the attributes, lists and dicts that were copied, and in what those functions close
-    over or have as defaults.
-
-    Args:
-        memo: that of `deepcopy`, the copies by the originals' `id`.
+    Functions are looked for wherever `deepcopy` goes, and in what those functions close over or have as defaults. Those
+    that know no part stay shared, as `deepcopy` has it.
     """
-    adoption = _Adoption(memo)
-    holders = list(_holders(memo))
-    adoption.renew_cells(value for holder in holders for _, value in _items(holder))
-    for holder in holders:
-        for key, value in _items(holder):
-            if (new := adoption.adopted(value)) is not value:
-                holder[key] = new
 
-
-def _holders(memo: dict[int, Any]) -> Iterator[dict[Any, Any] | list[Any]]:
-    """The lists, dicts and tables of attributes that were copied."""
-    for number, copy in memo.items():
-        if number == id(memo) or isinstance(copy, Tensor):
-            continue  # deepcopy keeps there what it must not let go
-        if isinstance(copy, (dict, list)):
-            yield copy
-        if isinstance(attributes := getattr(copy, "__dict__", None), dict):
-            yield attributes
-
-
-def _items(holder: dict[Any, Any] | list[Any]) -> list[tuple[Any, Any]]:
-    return list(holder.items() if isinstance(holder, dict) else enumerate(holder))
-
-
-def cells_in(values: Iterable[Any]) -> dict[int, types.CellType]:
-    """The cells, by their `id`, of the functions among some values, and of functions that those know."""
-    cells: dict[int, types.CellType] = {}
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, functools.partial):
-            waiting.append(value.func)
-        elif isinstance(value, types.FunctionType):
-            for cell in value.__closure__ or ():
-                if id(cell) not in cells and _is_full(cell):
-                    cells[id(cell)] = cell
-                    waiting.append(cell.cell_contents)
-    return cells
-
-
-class _Adoption:
-    def __init__(self, memo: dict[int, Any]) -> None:
-        self.memo = memo
-        self.functions: dict[int, types.FunctionType] = {}
+    def __init__(self, model: nn.Module) -> None:
+        parts, functions, self._references = _parts_and_functions(model)
+        self._reaching, self._functions = _reaching(functions, parts)
         # By the originals' `id`: functions may share one, by `nonlocal`.
-        self.cells: dict[int, types.CellType] = {}
+        self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
 
-    def renew_cells(self, values: Iterable[Any]) -> None:
-        """Make a cell for each of those of functions that know a part; functions that share one of them get it too."""
-        functions = [value.func if isinstance(value, functools.partial) else value for value in values]
-        functions = [function for function in functions if isinstance(function, types.FunctionType)]
-        count = -1
-        while count < len(self.cells):
-            count = len(self.cells)
-            for function in functions:
-                if self._reaches(function, set()):
-                    for cell in function.__closure__ or ():
-                        self.cells.setdefault(id(cell), types.CellType())
+    def begin(self, memo: dict[int, Any]) -> None:
+        """Before `deepcopy`: put functions into its memo that know nothing yet, for what they know may hold them.
 
-    def adopted(self, value: Any) -> Any:
-        """What stands for `value` in the copy."""
-        if isinstance(value, types.FunctionType):
-            return self._function(value) if self._reaches(value, set()) else value
-        if isinstance(value, functools.partial) and self._reaches(value.func, set()):
-            return type(value)(self.adopted(value.func), *value.args, **value.keywords)
-        return value
+        Args:
+            memo: that of `deepcopy`, the copies by the originals' `id`.
+        """
+        for function in self._functions:
+            cells = function.__closure__ or ()
+            for cell in cells:
+                self._cells.setdefault(id(cell), (cell, types.CellType()))
+            closure = tuple(self._cells[id(cell)][1] for cell in cells) if cells else None
+            new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+            new.__qualname__ = function.__qualname__
+            memo[id(function)] = new
+        for reference in self._references:
+            memo[id(reference)] = reference  # deepcopy refuses it, or copies the referent once more
 
-    def _known(self, value: Any) -> Any:
-        """As :meth:`adopted`, of what only functions hold, so that `deepcopy` hasn't seen it."""
-        copy = self.memo.get(id(value))
-        if copy is not None:
-            return copy
-        if type(value) in (list, tuple, set):
-            return type(value)(map(self._known, value))
-        if type(value) is dict:
-            return {key: self._known(each) for key, each in value.items()}
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self._known(value.__self__))
-        return self.adopted(value)
+    def end(self, memo: dict[int, Any]) -> None:
+        """After `deepcopy`: have new functions, and methods and weak references in the copy, know the copy's parts."""
 
-    def _reaches(self, value: Any, seen: set[int]) -> bool:
-        """Whether something in it was copied."""
-        if id(value) in seen:
-            return False
-        seen.add(id(value))
-        if id(value) in self.memo:
-            return True
-        if isinstance(value, types.FunctionType):
-            if any(id(cell) in self.cells for cell in value.__closure__ or ()):
-                return True
-            held = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
-            held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        elif isinstance(value, types.MethodType):
-            held = [value.__self__]
-        elif isinstance(value, functools.partial):
-            held = [value.func, *value.args, *value.keywords.values()]
-        elif type(value) in (list, tuple, set):
-            held = list(value)
-        elif type(value) is dict:
-            held = list(value.values())
-        else:
-            return False
-        return any(self._reaches(each, seen) for each in held)
+        def copied(value: Any) -> Any:
+            if id(value) in memo or id(value) in self._reaching:
+                return _pointing_to_copy(copy.deepcopy(value, memo), memo)
+            return value
 
-    def _function(self, function: types.FunctionType) -> types.FunctionType:
-        if id(function) in self.functions:
-            return self.functions[id(function)]
-        cells = tuple(self.cells.setdefault(id(cell), types.CellType()) for cell in function.__closure__ or ())
-        new = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, None, cells if function.__closure__ else None
-        )
-        self.functions[id(function)] = new  # before what it holds, which may be the function itself
-        new.__defaults__ = None if function.__defaults__ is None else tuple(map(self._known, function.__defaults__))
-        new.__kwdefaults__ = self._known(function.__kwdefaults__)
-        new.__qualname__ = function.__qualname__
-        new.__dict__.update(function.__dict__)
-        for cell, old in zip(cells, function.__closure__ or (), strict=True):
-            if _is_full(old) and not _is_full(cell):
-                cell.cell_contents = self._known(old.cell_contents)
-        return new
+        for function in self._functions:
+            new = memo[id(function)]
+            new.__defaults__ = function.__defaults__ and tuple(map(copied, function.__defaults__))
+            new.__kwdefaults__ = function.__kwdefaults__ and {
+                name: copied(value) for name, value in function.__kwdefaults__.items()
+            }
+            new.__dict__.update({name: copied(value) for name, value in vars(function).items()})
+        for cell, new_cell in self._cells.values():
+            if is_full(cell):
+                new_cell.cell_contents = copied(cell.cell_contents)
+        for holder in [value for number, value in memo.items() if number not in (id(memo), id(value))]:
+            _point_to_copies(holder, memo)
 
 
-def _is_full(cell: types.CellType) -> bool:
+def variables_in(model: nn.Module) -> list[types.CellType]:
+    """The variables, where they have a value, that functions close over which a model holds, directly or not."""
+    return [value for value in _walk([model], _held) if type(value) is types.CellType and is_full(value)]
+
+
+def is_full(cell: types.CellType) -> bool:
+    """Whether a function's variable has a value."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
         return False
     return True
+
+
+def _parts_and_functions(model: nn.Module) -> tuple[set[int], list[types.FunctionType], list[Any]]:
+    """What `deepcopy` copies of a model, by `id`; the functions that it meets; and the weak proxies and methods."""
+    parts: set[int] = set()
+    functions: list[types.FunctionType] = []
+    references = []
+    for value in _walk([model], lambda value: [] if issubclass(type(value), _KNOWING) else _held(value)):
+        kind = type(value)
+        if kind is types.FunctionType:
+            functions.append(value)
+        elif kind in (*_PROXIES, weakref.WeakMethod):
+            references.append(value)
+        # A tuple without parts is shared, and so may be the empty one by others.
+        elif not issubclass(kind, (tuple, frozenset, *_BOUND, weakref.ReferenceType)):
+            parts.add(id(value))
+    return parts, functions, references
+
+
+def _reaching(functions: list[types.FunctionType], parts: set[int]) -> tuple[set[int], list[types.FunctionType]]:
+    """Of all that functions know, what reaches a part of the model, by `id`; and the functions among that."""
+    met: dict[int, Any] = {}
+    holders: dict[int, list[int]] = {}
+    for value in _walk(functions, lambda value: [] if id(value) in parts else _held(value)):
+        met[id(value)] = value
+        for inner in [] if id(value) in parts else _held(value):
+            holders.setdefault(id(inner), []).append(id(value))
+    reaching: set[int] = set()
+    waiting = [number for number in met if number in parts]
+    while waiting:
+        number = waiting.pop()
+        if number not in reaching:
+            reaching.add(number)
+            waiting += holders.get(number, [])
+            if type(met[number]) is types.FunctionType:
+                # Another function that shares a variable with this one is to share the new one.
+                waiting += [id(cell) for cell in met[number].__closure__ or ()]
+    return reaching, [met[number] for number in reaching if type(met[number]) is types.FunctionType]
+
+
+def _walk(roots: Iterable[Any], inner: Callable[[Any], list[Any]]) -> Iterator[Any]:
+    """The roots and what they hold, directly or not, each once."""
+    seen: dict[int, Any] = {}  # keeps what it has seen: another object must not get the same `id`
+    waiting = list(roots)
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in seen and not issubclass(type(value), _SHARED):
+            seen[id(value)] = value
+            yield value
+            waiting += inner(value)
+
+
+def _held(value: Any) -> list[Any]:
+    """What an object holds that `deepcopy` would copy with it, and what a function or a weak reference knows."""
+    kind = type(value)  # not isinstance: a weak proxy says that it is what it refers to
+    if kind is types.CellType:
+        return [value.cell_contents] if is_full(value) else []
+    if kind is types.FunctionType:
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [*(value.__closure__ or ()), *defaults, *vars(value).values()]
+    if issubclass(kind, _BOUND):
+        return [value.__self__, getattr(value, "__func__", None)]
+    if issubclass(kind, weakref.ReferenceType):
+        return [value()]
+    if kind in _PROXIES:
+        return [_referent(value)]
+    inner = list(_attributes(value).values())
+    if issubclass(kind, functools.partial):
+        inner += [value.func, *value.args, *value.keywords.values()]
+    elif issubclass(kind, dict):
+        inner += [*dict.keys(value), *dict.values(value)]
+    else:
+        # The base class's way to go through it: a subclass's may run anything.
+        inner += next((base.__iter__(value) for base in _CONTAINERS if issubclass(kind, base)), ())
+    return inner
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    if issubclass(type(value), Tensor):
+        return {}
+    attributes = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        for name, member in vars(kind).items() if "__slots__" in vars(kind) else ():
+            if type(member) is types.MemberDescriptorType:
+                with suppress(AttributeError):
+                    attributes[name] = member.__get__(value)
+    return attributes
+
+
+def _referent(proxy: Any) -> Any:
+    try:
+        return proxy.__dir__.__self__
+    except ReferenceError:
+        return None
+
+
+def _point_to_copies(holder: Any, memo: dict[int, Any]) -> None:
+    """Exchange the methods and weak references in a copied container, and in a copied object's attributes."""
+    kind = type(holder)
+    if issubclass(kind, (*_SHARED, *_PROXIES, Tensor)):
+        return
+    items: list[tuple[Any, Any]] = []
+    if issubclass(kind, dict):
+        items = list(dict.items(holder))
+    elif issubclass(kind, (list, deque)):
+        items = list(enumerate(holder))
+    for key, value in items:
+        if (new := _pointing_to_copy(value, memo)) is not value:
+            holder[key] = new
+    for name, value in _attributes(holder).items():
+        if (new := _pointing_to_copy(value, memo)) is not value:
+            object.__setattr__(holder, name, new)
+
+
+def _pointing_to_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """`value`, or what stands in its place in a copy; of methods and weak references, alone or in a tuple."""
+    kind = type(value)
+    if kind is weakref.ReferenceType:
+        new = memo.get(id(value()))
+        return value if new is None else weakref.ref(new, value.__callback__)
+    if kind is weakref.WeakMethod:
+        method = value()
+        new = _pointing_to_copy(method, memo)
+        return value if new is method else weakref.WeakMethod(new)
+    if kind in _PROXIES:
+        new = memo.get(id(_referent(value)))
+        return value if new is None else weakref.proxy(new)
+    if kind is types.MethodType:
+        function, owner = (memo.get(id(part), part) for part in (value.__func__, value.__self__))
+        return value if function is value.__func__ and owner is value.__self__ else types.MethodType(function, owner)
+    if kind in _BOUND:
+        owner = memo.get(id(value.__self__))
+        return value if owner is None else getattr(owner, value.__name__)
+    if kind is _CACHED:
+        function = memo.get(id(value.__wrapped__))
+        return value if function is None else functools.lru_cache(**value.cache_parameters())(function)
+    if issubclass(kind, tuple):
+        items = [_pointing_to_copy(item, memo) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            return kind._make(items) if hasattr(kind, "_make") else kind(items)
+    return value

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
-from dyconvert.closures import adopt_functions
+from dyconvert.closures import CopiedFunctions
 from dyconvert.errors import ModelError
 from dyconvert.nn.handing import is_handing
 from dyconvert.torch_internals.copies import fill_graph_module, modes_of
@@ -36,17 +36,19 @@ def skeleton(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
         memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
     try:
         _copy_scripts(model, memo)
+        functions = CopiedFunctions(model)
+        functions.begin(memo)
         with _Tensors(tensor):
             result = copy.deepcopy(model, memo)
+            for module in model.modules():
+                if isinstance(module, GraphModule):
+                    fill_graph_module(memo[id(module)], memo[id(vars(module))], modes_of(vars(module)))
+            functions.end(memo)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} can't be copied: {error} "
             "copy.deepcopy(model) has to work: remove from it what can't be copied, such as locks and open files."
         ) from error
-    for module in model.modules():
-        if isinstance(module, GraphModule):
-            fill_graph_module(memo[id(module)], memo[id(vars(module))], modes_of(vars(module)))
-    adopt_functions(memo)
     return result
 
 

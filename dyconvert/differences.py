@@ -1,6 +1,7 @@
 """Does the converted model compute what the original does?"""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,20 +192,17 @@ def _compare_convs(model: nn.Module, dynamic: nn.Module, example: Any) -> tuple[
 
 def _calls(model: nn.Module, names: list[str], example: Any) -> _Named:
     named: _Named = []
-    handles = []
     modules = dict(model.named_modules())
-    for name in names:
-        if name in modules:
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(kept(model))  # before the hooks, for it puts back what hooks keep
+        for name in names:
+            if name in modules:
 
-            def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                named.extend((name, t.detach()) for _, t in tensors_in(output))
+                def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                    named.extend((name, t.detach()) for _, t in tensors_in(output))
 
-            handles.append(modules[name].register_forward_hook(keep))
-    try:
-        _run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+                stack.callback(modules[name].register_forward_hook(keep).remove)
+        _outputs(model, fresh(example))
     return named
 
 

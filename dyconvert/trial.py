@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyconvert.closures import cells_in
+from dyconvert.closures import variables_in
 from dyconvert.randomness import kept_random_state
 from dyconvert.torch_internals.trees import tree_map_only
 
@@ -35,8 +35,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     modes = [module.training for module in modules]
     states = [{name: (each, _contents(each)) for name, each in vars(module).items()} for module in modules]
-    cells = cells_in(each for module in modules for each in vars(module).values()).values()
-    variables = [(cell, cell.cell_contents, _contents(cell.cell_contents)) for cell in cells]
+    variables = [(cell, cell.cell_contents, _contents(cell.cell_contents)) for cell in variables_in(model)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield

@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import types
+import weakref
+from collections import deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +95,101 @@ class InAnObject(Base):
         return Helper(lambda x: self.a(x).relu())
 
 
+class InATuple(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.steps = (lambda x: self.a(x).relu(), torch.tanh)
+        return lambda x: self.steps[1](self.steps[0](x))
+
+
+class InANamedTuple(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.steps = namedtuple("Steps", "first last")(lambda x: self.a(x).relu(), torch.tanh)
+        return lambda x: self.steps.last(self.steps.first(x))
+
+
+class InASet(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.steps = {lambda x: self.a(x).relu()}
+        return lambda x: next(iter(self.steps))(x)
+
+
+class InADeque(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.steps = deque([lambda x: self.a(x).relu()])
+        return lambda x: self.steps[0](x)
+
+
+class Slotted:
+    __slots__ = ("run",)
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        self.run = run
+
+
+class InASlot(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.slotted = Slotted(lambda x: self.a(x).relu())
+        return lambda x: self.slotted.run(x)
+
+
+class PartialOfAFunction(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        return functools.partial(lambda inner, x: inner(x).relu(), lambda x: self.a(x))
+
+
+class Holder:
+    def __init__(self, conv: nn.Module) -> None:
+        self.conv = conv
+
+
+class OnlyAFunctionKnowsTheHolder(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        holder = Holder(self.a)
+        return lambda x: holder.conv(x).relu()
+
+
+class WeakReference(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.known = {"model": weakref.ref(self)}
+        return lambda x: self.known["model"]().a(x).relu()
+
+
+class WeakProxy(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.known = [weakref.proxy(self)]
+        return lambda x: self.known[0].a(x).relu()
+
+
+class WeakMethod(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.known = (weakref.WeakMethod(self.activated),)
+        return lambda x: self.known[0]()(x)
+
+    def activated(self, x: Tensor) -> Tensor:
+        return self.a(x).relu()
+
+
+class Cached(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.chosen = functools.cache(lambda: self.a)
+        return lambda x: self.chosen()(x).relu()
+
+
+class PatchedByAMethod(Base):
+    """As libraries replace a forward: a function that knows the old one, bound to the module."""
+
+    def made(self) -> Callable[[Tensor], Tensor]:
+        before = self.a.forward
+        self.a.forward = types.MethodType(lambda conv, x: before(x) * conv.stride[0], self.a)  # type: ignore[method-assign]
+        return lambda x: self.a(x).relu()
+
+
+class KnowsATensorsMethod(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.times = self.a.weight.mul
+        return lambda x: torch.conv2d(x, self.times(2.0), self.a.bias, padding=1).relu()
+
+
 class Counts(Base):
     """Two functions share what they count."""
 
@@ -107,7 +205,8 @@ class Counts(Base):
         return run
 
 
-KINDS = [KnowsTheModel, KnowsTheConv, KnowsAMethod, HasADefault, CallsAnother, CallsItself, Partial, InAnObject, Counts]
+KINDS = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Base)]
+KINDS.remove(Base)
 
 
 def images(count: int = 3) -> Tensor:
@@ -142,3 +241,36 @@ def test_what_functions_share_stays_shared() -> None:
     before = dynamic.calls()
     dynamic(images())
     assert (dynamic.calls(), model.calls()) == (before + 1, 0)
+
+
+KNOWN: list[nn.Module] = []
+
+
+class InAGlobal(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        return lambda x: KNOWN[0].a(x).relu()
+
+
+class NeverCopied:
+    def __init__(self, conv: nn.Module) -> None:
+        self.conv = conv
+
+    def __deepcopy__(self, memo: object) -> "NeverCopied":
+        return self
+
+
+class InAnObjectThatIsNotCopied(Base):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        self.held = NeverCopied(self.a)
+        return lambda x: self.held.conv(x).relu()
+
+
+@pytest.mark.parametrize("kind", [InAGlobal, InAnObjectThatIsNotCopied])
+def test_what_no_copy_can_follow_stays_static_and_says_so(kind: type[Base]) -> None:
+    model = built(kind)
+    KNOWN[:] = [model]
+    plan = dyconvert.plan(model, example=images(1))
+    (entry,) = [entry for entry in plan.convs if entry.name == "a"]
+    assert "isn't copied with the model" in entry.reason
+    dynamic = dyconvert.convert(model, plan)
+    assert dyconvert.verify(model, dynamic, images()).relative < FLOAT64

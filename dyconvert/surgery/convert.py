@@ -124,15 +124,15 @@ def convert(
         True
     """
     seed, diversity = seed_of(seed), real("diversity", diversity, 0, DIVERSITY)
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(
+            f"A Plan is needed, not {type(plan).__name__}. Make one by dyconvert.plan(model, ...), or give choices by "
+            "name: method=, g=, example=, ..."
+        )
     if plan is not None and choices:
         raise PlanError(f"convert() got a plan and {', '.join(choices)}: the plan has decided that. Give one of them.")
     check_convertible(model)
-    if plan is None:
-        plan = _plan(model, example=example, **choices)
-    else:
-        if not isinstance(plan, Plan):
-            raise PlanError(f"A Plan is needed, not {type(plan).__name__}. Make one by dyconvert.plan(model, ...).")
-        plan = up_to_date(plan, model)
+    plan = _plan(model, example=example, **choices) if plan is None else up_to_date(plan, model)
     if not plan.converted:
         reasons = "; ".join(f"{count} {reason}" for reason, count in plan.reasons().items())
         raise PlanError(

@@ -110,10 +110,8 @@ def _observe(model: nn.Module, watched: set[str], example: Any, train: bool) -> 
             if train:
                 runner = trial_copy(model, real, hooked)
                 versions = [times_written(p) for p in runner.parameters()]
-                parameters = owners(model, watched)
-                observation.training = _training_step(
-                    runner, watched, args, kwargs, real, observation.reads, parameters
-                )
+                originals = owners(model, watched)
+                observation.training = _training_step(runner, watched, args, kwargs, real, observation.reads, originals)
                 observation.edits |= versions != [times_written(p) for p in runner.parameters()]
             return observation
     if calls:
@@ -146,13 +144,12 @@ def _record(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     real: bool,
-    parameters: dict[int, str],
+    originals: dict[int, str],
 ) -> Observation:
     """One run in eval mode.
 
     Args:
-        parameters: of the model that was copied, by id: weak references and globals go on holding its convs, for a copy
-            doesn't follow them.
+        originals: :func:`owners` of the model that was copied: globals go on holding its convs.
     """
     observation = Observation(meta(args), meta(kwargs))
     versions = [times_written(p) for p in model.parameters()]
@@ -160,7 +157,7 @@ def _record(
     with (
         torch.no_grad(),
         recording(model, watched) as (observation.calls, stack),
-        WeightReads(owners(model, watched) | parameters, stack, observation.reads) as seen,
+        WeightReads(owners(model, watched), originals, stack, observation.reads) as seen,
     ):
         returned = model(*args, **kwargs)
     observation.outputs = shapes(returned)
@@ -176,7 +173,7 @@ def _training_step(
     kwargs: dict[str, Any],
     real: bool,
     reads: dict[str, set[str]],
-    parameters: dict[int, str],
+    originals: dict[int, str],
 ) -> dict[str, list[Call]] | None:
     """The calls of one step in training mode, forward and backward; None if the model can't take it."""
     model.train()
@@ -188,7 +185,7 @@ def _training_step(
     own: dict[str, set[str]] = {}
     with recording(model, watched) as (calls, stack):
         try:
-            with torch.enable_grad(), WeightReads(owners(model, watched) | parameters, stack, own):
+            with torch.enable_grad(), WeightReads(owners(model, watched), originals, stack, own):
                 returned = model(*args, **kwargs)
                 tensors = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor) and t.requires_grad]
                 if tensors:

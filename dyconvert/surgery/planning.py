@@ -13,7 +13,7 @@ from dyconvert.surgery.adapters import is_conv, unsupported
 from dyconvert.surgery.blocks import candidates, check_convertible, find_stems
 from dyconvert.surgery.observe import Observation, observe
 from dyconvert.surgery.plan import Plan, PlannedConv
-from dyconvert.surgery.recording import Call
+from dyconvert.surgery.recording import NOT_COPIED, Call
 from dyconvert.surgery.sharing import Sharing
 from dyconvert.surgery.standins import ASKED, told_apart
 from dyconvert.torch_internals.modules import parameter_table
@@ -96,7 +96,12 @@ def _skip(
         entry.map_size = max(sizes, default=None)
         if reason := unsupported(conv) or _tie(conv, ties):
             entry.skip(reason)
-        elif observed and (functions := observed.reads.get(entry.name)):
+        elif observed and NOT_COPIED in (functions := observed.reads.get(entry.name, set())):
+            entry.skip(
+                "the code holds it by a global, or by an object that isn't copied with the model: a copy of the model "
+                "goes on using, and training, the original's"
+            )
+        elif observed and functions:
             entry.skip(f"its weight or bias is used outside of its own forward ({some(sorted(functions), 3)})")
         elif entry.name in excluded:
             entry.skip("excluded by a pattern")

@@ -16,6 +16,8 @@ from dyconvert.torch_internals.trees import tree_flatten, tree_map_only
 # Attributes that a bank answers as its static weight does, so code that asks for them may go on.
 HARMLESS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "dim", "is_leaf", "grad_fn"}
 HARMLESS |= {"is_floating_point", "is_complex", "element_size", "is_sparse", "is_quantized", "names"}
+# In the place of a function's name: a copy of the model ran the conv of the original.
+NOT_COPIED = "a copy uses the original's"
 META = torch.device("meta")
 
 
@@ -64,11 +66,24 @@ def _form(value: Any) -> Any:
 
 
 class WeightReads(FunctionsCalled):
-    """Notes every function that is given a watched conv's parameter while that conv isn't being called."""
+    """Notices every function that is given a watched conv's parameter while that conv isn't being called.
 
-    def __init__(self, owners: Mapping[int, str], stack: "CallStack", reads: dict[str, set[str]]) -> None:
+    Args:
+        owners: the watched convs' names, by the `id` of a parameter of theirs.
+        originals: the same of the model of which a copy runs: what the copy reads there counts as `NOT_COPIED`.
+        reads: takes the functions' names, by those of the convs.
+    """
+
+    def __init__(
+        self,
+        owners: Mapping[int, str],
+        originals: Mapping[int, str],
+        stack: "CallStack",
+        reads: dict[str, set[str]],
+    ) -> None:
         super().__init__()
         self.owners = owners
+        self.originals = originals
         self.stack = stack
         self.reads = reads
 
@@ -76,7 +91,11 @@ class WeightReads(FunctionsCalled):
         super().see(name, args, kwargs)
         for value in (*args, *kwargs.values()):
             for t in value if isinstance(value, (list, tuple)) else (value,):
-                owner = self.owners.get(id(t)) if isinstance(t, Tensor) else None
+                if not isinstance(t, Tensor):
+                    continue
+                owner = self.owners.get(id(t))
+                if owner is None and (original := self.originals.get(id(t))):
+                    self.reads.setdefault(original, set()).add(NOT_COPIED)
                 if owner is not None and owner not in self.stack.names() and name not in HARMLESS:
                     self.reads.setdefault(owner, set()).add(name)
 
