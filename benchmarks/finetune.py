@@ -29,7 +29,7 @@ from torch import nn
 
 from dyconvert import Recipe, load_recipe
 from dyconvert.finetuning import run
-from dyconvert.finetuning.data.datasets import Part, load_part
+from dyconvert.finetuning.data.datasets import Split, load_split
 from dyconvert.finetuning.data.loading import train_loader
 from dyconvert.finetuning.network import create_original, transform
 from dyconvert.finetuning.training.module import distillation
@@ -58,7 +58,7 @@ def _steps(times: list[float]) -> list[float]:
     return [after - before for before, after in pairwise(times[WARM_UP:])]
 
 
-def bare(recipe: Recipe, part: Part, original: nn.Module, clock: Clock) -> None:
+def bare(recipe: Recipe, part: Split, original: nn.Module, clock: Clock) -> None:
     """The loop that one writes by hand."""
     student = changed(original, recipe).train()
     optimizer = make_optimizer(student, recipe.train, recipe.dynamic)
@@ -112,7 +112,7 @@ def engine(recipe: Recipe, clock: Clock) -> None:
         run.make_trainer = make
 
 
-def images_a_second(recipe: Recipe, part: Part) -> dict[str, float]:
+def images_a_second(recipe: Recipe, part: Split) -> dict[str, float]:
     """Of the loader, with images in memory."""
     found = {}
     for name in ("as batches", "one by one"):
@@ -146,7 +146,7 @@ def measure(name: str, rounds: int, steps: int, overrides: list[str]) -> None:
             if recipe.distill is not None:
                 recipe.distill.cache_directory = f"{place}/teachers"
             original, _ = create_original(recipe)
-            part = load_part(recipe, "train", 10, lambda line: None)
+            part = load_split(recipe, "train", 10, lambda line: None)
             ways: dict[str, Callable[[Clock], None]] = {
                 "bare loop": partial(bare, recipe, part, original),
                 "engine": partial(engine, recipe),

@@ -118,12 +118,12 @@ def _training(directory: Path) -> float:
 
     import dyconvert
     from dyconvert import load_recipe
-    from dyconvert.finetuning.data.datasets import load_part
+    from dyconvert.finetuning.data.datasets import load_split
     from dyconvert.finetuning.data.loading import Prepared
 
     recipe = load_recipe(directory / "recipe.yaml", [f"data.limit_train={TRAINING_IMAGES}"])
     model = dyconvert.load(directory / "last").eval()
-    prepared = Prepared(load_part(recipe, "train", 10, lambda line: None), 0, recipe.data, training=False)
+    prepared = Prepared(load_split(recipe, "train", 10, lambda line: None), 0, recipe.data, training=False)
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (recipe.data.mean, recipe.data.std))
     right = 0
     with torch.inference_mode():

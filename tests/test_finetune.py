@@ -15,7 +15,7 @@ from torchvision import models as tv
 import dyconvert
 from dyconvert import finetune
 from dyconvert.finetuning.data.augment import train_transform
-from dyconvert.finetuning.data.datasets import load_part
+from dyconvert.finetuning.data.datasets import load_split
 from dyconvert.finetuning.data.loading import train_loader, val_loader
 from dyconvert.finetuning.recipes.schema import Dynamic, Train
 from dyconvert.finetuning.training.module import distillation
@@ -208,7 +208,7 @@ def test_distillation_is_zero_for_the_teacher_itself_and_kl_otherwise():
 
 def test_batches_of_several_processes_are_those_of_one(tmp_path):
     made = recipe(tmp_path)
-    part = load_part(made, "train", 4, print)
+    part = load_split(made, "train", 4, print)
     [one] = [list(train_loader(made, part, 0, 1))]
     two = [list(train_loader(made, part, rank, 2)) for rank in (0, 1)]
     for batch, *shares in zip(one, *two, strict=True):
@@ -222,7 +222,7 @@ def test_batches_of_several_processes_are_those_of_one(tmp_path):
 
 def test_every_validation_image_counts_once_with_three_processes(tmp_path):
     made = recipe(tmp_path)
-    part = load_part(made, "val", 4, print)
+    part = load_split(made, "val", 4, print)
     loaders = [val_loader(made, part, rank, 3) for rank in range(3)]
     assert len({len(loader) for loader in loaders}) == 1
     targets = torch.cat([targets for loader in loaders for _, targets in loader])
@@ -232,7 +232,7 @@ def test_every_validation_image_counts_once_with_three_processes(tmp_path):
 def test_subsets_are_balanced_and_the_same_for_the_same_seed(tmp_path):
     def chosen(*overrides: str) -> list[int]:
         made = recipe(tmp_path, "data.limit_train=22", *overrides)
-        part = load_part(made, "train", 4, print)
+        part = load_split(made, "train", 4, print)
         counts = torch.bincount(torch.from_numpy(part.images.labels[part.chosen]))
         assert counts.max() - counts.min() <= 1
         return part.chosen.tolist()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from dyconvert import load_recipe
 from dyconvert.errors import RecipeError
-from dyconvert.finetuning.data.datasets import load_part
+from dyconvert.finetuning.data.datasets import load_split
 from dyconvert.finetuning.data.loading import Prepared, train_loader, val_loader
 from dyconvert.finetuning.data.views import Views
 from dyconvert.finetuning.training.randomness import seed_of, seeds_of
@@ -92,7 +92,7 @@ def test_batches_are_the_same_from_any_process(workers):
             f"data.workers={workers}",
         ],
     )
-    part = load_part(recipe, "train", 10, print)
+    part = load_split(recipe, "train", 10, print)
     prepared = Prepared(part, recipe.train.seed, recipe.data, training=True)
     assert prepared.views.padding == 4
     for epoch in (0, 5):
@@ -109,7 +109,7 @@ def test_batches_are_the_same_from_any_process(workers):
 
 def test_images_that_need_resizing_go_one_by_one():
     recipe = load_recipe("quickstart", ["data.dataset=fake", "data.images=20", "data.size=8", "data.resize=12"])
-    part = load_part(recipe, "train", 10, print)
+    part = load_split(recipe, "train", 10, print)
     prepared = Prepared(part, 0, recipe.data, training=True)
     assert prepared.views is None
     assert prepared.collate(prepared.__getitems__([(0, 1), (0, 2)]))[0].shape == (2, 1, 8, 8)
@@ -118,7 +118,7 @@ def test_images_that_need_resizing_go_one_by_one():
 @pytest.mark.parametrize("limit", [None, 200])
 def test_images_are_held_out_of_the_training_images(limit):
     recipe = load_recipe("quickstart", ["data.holdout=100", f"data.limit_train={limit or 'null'}"])
-    train, val = (load_part(recipe, part, 10, print) for part in ("train", "val"))
+    train, val = (load_split(recipe, part, 10, print) for part in ("train", "val"))
     assert len(val) == 100
     assert not set(train.chosen) & set(val.chosen)
     assert len(train) == (limit or len(train.images) - 100)
@@ -128,4 +128,4 @@ def test_images_are_held_out_of_the_training_images(limit):
 def test_holding_out_everything_leaves_nothing():
     recipe = load_recipe("quickstart", ["data.holdout=5000"])
     with pytest.raises(RecipeError, match=r"data\.holdout = 5000 leaves none"):
-        load_part(recipe, "train", 10, print)
+        load_split(recipe, "train", 10, print)

@@ -51,7 +51,7 @@ def test_timms_own_transforms(name, size):
 def test_a_recipes_validation_images(change, tmp_path):
     pytest.importorskip("lightning")
     from dyconvert.finetuning.data.augment import preprocessing_of_data
-    from dyconvert.finetuning.data.datasets import load_part
+    from dyconvert.finetuning.data.datasets import load_split
     from dyconvert.finetuning.data.loading import Prepared
 
     for number, size in enumerate([(32, 32), (50, 60), (24, 24)]):
@@ -62,7 +62,7 @@ def test_a_recipes_validation_images(change, tmp_path):
     recipe = dyconvert.load_recipe(
         "cifar10-resnet20", [f"data.root={tmp_path}", "model.weights=none", "model.num_classes=2", *change]
     )
-    part = load_part(recipe, "val", 2, lambda line: None)
+    part = load_split(recipe, "val", 2, lambda line: None)
     prepared = Prepared(part, 0, recipe.data, training=False)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
     ours = preprocessing_of_data(recipe, part.images.classes)

@@ -1,4 +1,4 @@
-"""The output directory: whose run it holds, and how far that is."""
+"""The output directory: which recipe's run it holds, and whether that is finished."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ from dyconvert.finetuning.training.trainers import is_main_process
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
 from dyconvert.run_files import BEFORE, CHECKPOINT, LOCK, RECIPE, RUN_FILES
 
-# What may change between two tries of a run: the result doesn't depend on it.
+# Keys that may change when a run is resumed: its result doesn't depend on them.
 _FREE: dict[str, Any] = {
     "name": True,
     "description": True,
@@ -32,8 +32,8 @@ class Run:
     """A run in its directory.
 
     Attributes:
-        before: the metrics before training, once they are known.
-        finished: its summary, if it ended.
+        before: the metrics before training; None until they are measured.
+        finished: the summary of a finished run.
     """
 
     recipe: Recipe
@@ -67,23 +67,23 @@ class Run:
         """
         claim = Claim(self.recipe.directory / LOCK)
         try:
-            taken = claim.take()
+            claimed = claim.take()
         except OSError as error:
             raise RecipeError(
                 f"{self.recipe.directory} can't be written: {brief(error)}. Set output.directory."
             ) from error
-        if not taken:
+        if not claimed:
             raise RecipeError(
                 f"A run is going on in {self.recipe.directory}. Wait for its end, stop it, or set output.directory."
             )
         self._claim = claim
 
-    def keep(self, before: dict[str, Any]) -> None:
+    def record_before(self, before: dict[str, Any]) -> None:
         """Write down the metrics before training: a resumed run doesn't measure them again."""
         write_json(self.recipe.directory / BEFORE, before)
 
     def tidy(self) -> None:
-        """Remove what is of no use to a finished run; a process that was killed at its very end has left it."""
+        """Remove files that a finished run doesn't need. A process that was killed at its very end leaves them."""
         with contextlib.suppress(OSError):  # a run on a disk that can't be written is finished all the same
             (self.recipe.directory / CHECKPOINT).unlink(missing_ok=True)
             remove_leftovers(self.recipe.directory)
@@ -96,15 +96,15 @@ class Run:
 
 
 def open_run(recipe: Recipe, resume: bool) -> Run:
-    """Look at what the recipe's directory holds.
+    """Open the run in the recipe's directory.
 
     Raises:
-        RecipeError: a run that isn't to be resumed; nothing or another recipe's run, if one is; a run that is going on;
-            links in the place of its files.
-        CheckpointError: other things.
+        RecipeError: the directory holds a run and `resume` is false; or `resume` is true and it holds none, or another
+            recipe's; another process runs there; links are in the place of its files.
+        CheckpointError: the directory holds other files.
     """
     directory = recipe.directory
-    if not is_main_process() and not resume:  # the first process has made it meanwhile
+    if not is_main_process() and not resume:  # the first process may have made it already
         return Run(recipe)
     exists = (directory / RECIPE).is_file()
     _refuse_links(directory)
@@ -114,7 +114,7 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
             raise RecipeError(
                 f"{directory} holds {how}. Continue it with `resume=True`, set output.directory, or remove it."
             )
-        # All that a run killed at its very start can leave.
+        # A run that is killed at its very start leaves at most the lock.
         if not (directory.is_dir() and held(directory) == {LOCK}):
             with said_as({"directory": "output.directory", "force": None}):
                 check_writable(directory)
@@ -140,12 +140,13 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
 
 
 def depends_on(recipe: Recipe) -> dict[str, Any]:
-    """What the result of a run depends on; of two tries of one run it is the same."""
+    """The keys that a run's result depends on: a resumed run has the same ones."""
     return recipe.model_dump(mode="json", exclude=_FREE)
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """A short hash of what the result depends on. What a later version adds doesn't change it, at its default."""
+    """A short hash of the keys that the result depends on. Keys with default values don't enter it: so keys that later
+    versions add don't change it."""
     content = recipe.model_dump(mode="json", exclude=_FREE, exclude_defaults=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -162,8 +163,8 @@ def _refuse_links(directory: Path) -> None:
 def _metrics(file: Path) -> dict[str, float | None] | None:
     """The metrics before training, if they were written, and are numbers."""
     try:
-        found = parse_json(read_text(file, JSON_BYTES))
-        original, converted = found["original"], found["converted"]
+        metrics = parse_json(read_text(file, JSON_BYTES))
+        original, converted = metrics["original"], metrics["converted"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if type(original) not in (int, float) or type(converted) not in (int, float, type(None)):
@@ -181,10 +182,10 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flat[prefix + key] = value
+    return flat

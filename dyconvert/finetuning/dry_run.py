@@ -1,4 +1,4 @@
-"""What a recipe would do: the model on the meta device, its plan, and the schedule; nothing is trained or written."""
+"""Shows what a recipe would do, without training or writing: its model (on the meta device), plan and schedule."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from dyconvert.surgery.convert import plan as plan_model
 from dyconvert.surgery.convert import preview as preview_model
 from dyconvert.surgery.plan import Plan
 
-# Shown for an epoch whose number of steps isn't known.
+# Steps of an epoch for the schedule, if the data is missing.
 _STEPS_OF_AN_EPOCH = 1000
 
 
@@ -34,11 +34,11 @@ class DryRun:
 
     Attributes:
         recipe: complete, with its defaults.
-        plan: of every conv; None where nothing is converted.
-        figures: parameters and MACs of one image, of the "original" and the "converted" model.
-        images: "train" and "val": numbers of images; empty where the data isn't there.
-        steps, steps_per_epoch: optimizer steps, of the run and of an epoch; None where that isn't known.
-        missing: why the data can't be read; None where it can.
+        plan: the plan of every conv; None if nothing is converted.
+        figures: parameters, and MACs of one image, of the "original" and the "converted" model.
+        images: numbers of "train" and "val" images; empty if the data isn't there.
+        steps, steps_per_epoch: optimizer steps of the run and of an epoch; None if unknown.
+        missing: why the data can't be read; None if it can.
     """
 
     recipe: Recipe
@@ -67,7 +67,7 @@ class DryRun:
         from dyconvert.finetuning.training.schedules import TemperatureSchedule
 
         train, dynamic = self.recipe.train, self.recipe.dynamic
-        # The schedule goes by parts of epochs, so without the data any number of steps shows it.
+        # The schedule depends on the epoch only, so if the data is missing, any number of steps per epoch shows it.
         per = self.steps_per_epoch or _STEPS_OF_AN_EPOCH
         total = self.steps if self.steps is not None else per * train.epochs
         factor = lr_factor(train, total, per)
@@ -159,12 +159,12 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None, t
     """Resolve everything that a run needs, without weights, training or writing.
 
     Args:
-        report: gets a line where reading takes a while.
+        report: gets a line if reading takes a while.
         trust_code: run code of the recipe's own, which builds the model.
 
     Raises:
-        RecipeError: the weights aren't there, or they or the data don't fit the recipe. Data that isn't there at all is
-            said in the result.
+        RecipeError: the weights are missing, or they or the data don't fit the recipe. Missing data is no error:
+            `missing` says so.
         ModelError, PlanError: the model can't be built or converted.
     """
     check_trusted(recipe, trust_code)
@@ -173,7 +173,7 @@ def preview(recipe: Recipe, report: Callable[[str], None] = lambda line: None, t
 
 
 def _previewed(recipe: Recipe, report: Callable[[str], None]) -> DryRun:
-    from dyconvert.finetuning.data.datasets import check_classes, load_part
+    from dyconvert.finetuning.data.datasets import check_classes, load_split
     from dyconvert.finetuning.data.loading import steps_per_epoch
     from dyconvert.finetuning.network import count_outputs
 
@@ -191,14 +191,14 @@ def _previewed(recipe: Recipe, report: Callable[[str], None]) -> DryRun:
         plan = plan_model(model, **recipe.convert.model_dump(), example=example)
         figures["converted"] = _figures(preview_model(model, plan), recipe)
     try:
-        parts = {part: load_part(recipe, part, classes, report) for part in ("train", "val")}
+        splits = {split: load_split(recipe, split, classes, report) for split in ("train", "val")}
     except RecipeError as error:
         if recipe.data_root is not None and any(recipe.data_root.glob("*")):
-            raise  # it is there, and isn't as the recipe says
+            raise  # the data is there, but isn't what the recipe says
         return DryRun(recipe, plan, figures, {}, None, None, str(error))
-    check_classes(parts["train"], parts["val"], classes, recipe)
-    images = {part: len(loaded) for part, loaded in parts.items()}
-    per_epoch = steps_per_epoch(recipe, parts["train"])
+    check_classes(splits["train"], splits["val"], classes, recipe)
+    images = {split: len(loaded) for split, loaded in splits.items()}
+    per_epoch = steps_per_epoch(recipe, splits["train"])
     if not per_epoch:
         raise RecipeError(f"{images['train']} training images are less than a batch of {recipe.train.batch}.")
     steps = per_epoch * recipe.train.epochs

@@ -1,4 +1,4 @@
-"""What a run found: a table, and summary.json."""
+"""The result of a finished run: summary.json, and a table."""
 
 import json
 import math
@@ -23,20 +23,20 @@ class Summary:
     """A finished run.
 
     Attributes:
-        name: of the recipe.
-        directory: where the result is; `dyconvert.load` reads it, and what is in `last` and `ema` below it.
+        name: the recipe's name.
+        directory: the best weights, as `dyconvert.load` reads them; its folders `last` and `ema` have the others.
         metric: "top-1" or "mIoU". All metrics are percentages, of the validation data.
-        original: of the pretrained network (with a new head, if it got one).
-        converted: of the converted (and narrowed) network, before training; None where nothing was.
-        finetuned: of the weights after the last step.
-        ema: of their moving average; None without one.
-        best: of the best epoch, whose weights `directory` holds: the averaged ones where there is an average.
-        best_epoch: counted from 1.
-        parameters, macs: of the original and the fine-tuned network, one image. macs is None where the network
-            can't be counted.
-        images: how many were trained on, and validated on.
-        corrupt: images left out, as they can't be read.
-        seconds: of training and validation, over all the tries of a resumed run.
+        original: the metric of the pretrained network (with its new head, if it got one).
+        converted: the metric of the converted (and narrowed) network before training; None if nothing was converted.
+        finetuned: the metric after the last step.
+        ema: the metric of the weights' moving average; None without one.
+        best: the metric of the best epoch; with a moving average, that of the averaged weights.
+        best_epoch: its number, counted from 1.
+        parameters, macs: of the original and of the fine-tuned network, for one image. macs is None if the network's
+            MACs can't be counted.
+        images: numbers of training images and of validation images.
+        corrupt: number of images that were left out because they can't be read.
+        seconds: time of training and validation; of a resumed run, of all its parts together.
     """
 
     name: str
@@ -67,15 +67,14 @@ class Summary:
     def read(cls, directory: Path) -> "Summary | None":
         """The summary of a finished run in `directory`, if there is one."""
         try:
-            found: dict[str, Any] = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
-            known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-            read = cls(**known)
+            content: dict[str, Any] = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
+            summary = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
         except (OSError, ValueError, TypeError, AttributeError):
             return None
-        return read if read.is_whole() else None
+        return summary if summary.is_whole() else None
 
     def is_whole(self) -> bool:
-        """Whether everything is of its kind, so that it can be shown; a file may hold anything."""
+        """Whether every value has the right type, so that it can be shown: a file may hold anything."""
         numbers = [self.original, self.finetuned, self.best, self.best_epoch, self.corrupt, self.epochs, self.seconds]
         numbers += [value for value in (self.converted, self.ema) if value is not None]
         pairs = [self.parameters, self.images, *([self.macs] if self.macs is not None else [])]

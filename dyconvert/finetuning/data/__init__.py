@@ -1,1 +1,1 @@
-"""What a recipe reads: images, their labels, and their augmentation."""
+"""Reads a recipe's data: images, their labels, and their augmentation."""

@@ -16,7 +16,7 @@ Transform = Callable[..., Any]
 
 
 def train_transform(data: Data) -> Transform:
-    """What is done to a training image `[C, H, W]`, and to its mask: to `[C, size, size]`."""
+    """The transform of training images `[C, H, W]`, and of their masks, to `[C, size, size]`."""
     size, resize = data.size, _Fit(data)
     presets: dict[str, list[nn.Module]] = {
         "none": [resize],
@@ -38,12 +38,12 @@ def train_transform(data: Data) -> Transform:
 
 
 def val_transform(data: Data) -> Transform:
-    """What is done to a validation image: resized and cropped; with a mask, resized and seen whole."""
+    """The transform of validation images: resize and crop; with a mask, only resize."""
     return _Fit(data)
 
 
 def preprocessing_of_data(recipe: Recipe, classes: Sequence[str] | None) -> Preprocessing:
-    """What validation images go through, with the classes' names, for the checkpoint."""
+    """The preprocessing of validation images, with the classes' names, for the checkpoint."""
     data = recipe.data
     return Preprocessing(
         size=recipe.input_size,
@@ -57,7 +57,10 @@ def preprocessing_of_data(recipe: Recipe, classes: Sequence[str] | None) -> Prep
 
 
 class _Fit(nn.Module):
-    """Shorter side to `resize`, centre crop to `size`; those of that size already, or with masks, stay whole."""
+    """Resizes the shorter side to `resize`, and crops the centre to `size`.
+
+    Images of `size` stay as they are unless the recipe sets `resize`; images with masks aren't cropped.
+    """
 
     def __init__(self, data: Data) -> None:
         super().__init__()
@@ -66,11 +69,11 @@ class _Fit(nn.Module):
         shorter = data.resize or (data.size if data.task == "segmentation" else round(data.size / 0.875))
         self.resize = v2.Resize(shorter, antialias=True)
         self.center = v2.CenterCrop(data.size)
-        self.given = data.resize is not None
+        self.always = data.resize is not None
 
     def forward(self, image: torch.Tensor, *masks: torch.Tensor) -> Any:
         mask = list(masks)
-        if self.given or tuple(image.shape[-2:]) != (self.size, self.size):
+        if self.always or tuple(image.shape[-2:]) != (self.size, self.size):
             image, *mask = self.resize(tv_tensors.Image(image), *mask) if mask else (self.resize(image),)
         if self.crop:
             image, *mask = self.center(tv_tensors.Image(image), *mask) if mask else (self.center(image),)

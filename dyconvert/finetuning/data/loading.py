@@ -11,26 +11,27 @@ from torchvision import tv_tensors
 
 from dyconvert.errors import RecipeError
 from dyconvert.finetuning.data.augment import Transform, train_transform, val_transform
-from dyconvert.finetuning.data.datasets import Part
+from dyconvert.finetuning.data.datasets import Split
 from dyconvert.finetuning.data.views import Views, has_views
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.schema import Data
 from dyconvert.finetuning.training.randomness import seed_of
 
-# What pads the validation images of a process that has fewer than the others; its target doesn't count.
+# The position of an image that fills up a validation batch, in a process with fewer images than others. Its target
+# doesn't count.
 PADDING = -1
-# The target of such an image; cross entropy's own value for targets that don't count.
+# The target of such an image: the default that cross entropy ignores.
 IGNORED = -100
 
 Key = tuple[int, int]
 
 
-# Images `[N, C, H, W]` and targets `[N]` or `[N, H, W]`; then, where they are kept, a teacher's logits `[N, classes]`
-# and features `[N, F]`, in float16.
+# Images `[N, C, H, W]` and targets `[N]` or `[N, H, W]`; then, with a teacher's cache, its logits `[N, classes]` and
+# features `[N, F]`, in float16.
 Batch = tuple[Tensor, ...]
 
 
-class Kept(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """A teacher's outputs for the numbered views: logits `[views, images, classes]`, features `[views, images, F]`."""
 
     logits: Tensor
@@ -38,14 +39,15 @@ class Kept(NamedTuple):
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """Batches of (epoch, position), in an order of each epoch's own; incomplete batches are left out.
+    """Batches of (epoch, position), in another order every epoch; incomplete batches are left out.
 
     Args:
         count: number of images.
         batch: images per process and batch.
         per_epoch: batches per epoch.
-        rank, world: this process, and how many there are. Together they see the same images as one would.
-        epoch, done: where to start: batches of that epoch that were done before.
+        rank, world: this process's number, and the number of processes. Together they see the images that a single
+            process would.
+        epoch, done: where to start: after `done` batches of `epoch`.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.count, self.batch, self.per_epoch = count, batch, per_epoch
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.done = epoch, done
-        # Lightning tells a loader's `sampler` the epoch.
+        # Lightning calls set_epoch on the loader's `sampler`.
         self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,13 +76,13 @@ class EpochBatches(Sampler[list[Key]]):
 
 
 class InOrder(Sampler[list[Key]]):
-    """Batches of all images in their order, as many in every process."""
+    """Batches of all images in their order, equally many in every process."""
 
     def __init__(self, count: int, batch: int, rank: int, world: int) -> None:
-        each = -(-count // world)
+        per_process = -(-count // world)
         positions = [*range(rank, count, world)]
-        positions += [PADDING] * (each - len(positions))
-        self.batches = [[(0, each) for each in positions[i : i + batch]] for i in range(0, each, batch)]
+        positions += [PADDING] * (per_process - len(positions))
+        self.batches = [[(0, position) for position in positions[i : i + batch]] for i in range(0, per_process, batch)]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -90,21 +92,24 @@ class InOrder(Sampler[list[Key]]):
 
 
 class Prepared(Dataset[Any]):
-    """Images and targets as the network takes them, but for the normalisation, by (epoch, position).
+    """Images and targets by (epoch, position), as the network takes them except that they aren't normalised yet.
 
     Args:
         training: whether images are augmented, as the recipe says.
-        kept: a teacher's outputs, to go with the images.
+        teacher_outputs: a cached teacher's, which batches then include.
 
     Attributes:
-        views: crops and flips a batch; None where images go one by one, for they differ in size, or aren't in memory.
+        views: crops and flips whole batches; None if images are transformed one by one, because their sizes differ or
+            they aren't in memory.
     """
 
-    def __init__(self, part: Part, seed: int, data: Data, training: bool, kept: Kept | None = None) -> None:
-        self.part, self.seed = part, seed
+    def __init__(
+        self, split: Split, seed: int, data: Data, training: bool, teacher_outputs: TeacherOutputs | None = None
+    ) -> None:
+        self.split, self.seed = split, seed
         self.transform: Transform = train_transform(data) if training else val_transform(data)
-        self.views, self.kept = None, kept
-        if part.stacked is not None and has_views(data, part.stacked[0].shape):
+        self.views, self.teacher_outputs = None, teacher_outputs
+        if split.stacked is not None and has_views(data, split.stacked[0].shape):
             self.views = Views(data.augment, seed, data.views) if training else Views("none", seed)
         elif training and data.views is not None:
             raise RecipeError(
@@ -115,12 +120,12 @@ class Prepared(Dataset[Any]):
         self.ignored = data.ignore_index if self.segmentation else IGNORED
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.split)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, Any]] | Batch:
         if self.views is not None:
-            return self._together(keys)
-        # Transforms draw from the global generator, which in the training process is the network's.
+            return self._batch_of_views(keys)
+        # Transforms draw from torch's global generator; in the training process, dropout draws from it too.
         generator = torch.default_generator
         state = generator.get_state()
         try:
@@ -128,26 +133,28 @@ class Prepared(Dataset[Any]):
         finally:
             generator.set_state(state)
 
-    def _together(self, keys: Sequence[Key]) -> Batch:
-        images, targets = self.part.stacked
+    def _batch_of_views(self, keys: Sequence[Key]) -> Batch:
+        images, targets = self.split.stacked
         epochs, positions = np.array(keys).T
-        taken = torch.from_numpy(np.maximum(positions, 0))
+        indices = torch.from_numpy(np.maximum(positions, 0))
         batch = (
-            self.views(images[taken], epochs, positions),
-            targets[taken].masked_fill(torch.from_numpy(positions == PADDING), self.ignored),
+            self.views(images[indices], epochs, positions),
+            targets[indices].masked_fill(torch.from_numpy(positions == PADDING), self.ignored),
         )
-        if self.kept is None:
+        if self.teacher_outputs is None:
             return batch
         which = torch.from_numpy(self.views.which(epochs, positions))
-        return *batch, *(each[which, taken] for each in self.kept if each is not None)
+        return *batch, *(outputs[which, indices] for outputs in self.teacher_outputs if outputs is not None)
 
     def numbered(self, view: int, positions: Sequence[int]) -> Tensor:
         """The numbered view of these images, `[N, C, H, W]`."""
-        taken = np.asarray(positions)
-        return self.views.numbered(self.part.stacked[0][torch.from_numpy(taken)], np.full(len(taken), view), taken)
+        indices = np.asarray(positions)
+        return self.views.numbered(
+            self.split.stacked[0][torch.from_numpy(indices)], np.full(len(indices), view), indices
+        )
 
     def _get(self, generator: torch.Generator, epoch: int, position: int) -> tuple[Tensor, Any]:
-        image, target = self.part.get(max(position, 0))
+        image, target = self.split.get(max(position, 0))
         generator.manual_seed(seed_of(self.seed, epoch, position))
         if self.segmentation:
             image, target = self.transform(tv_tensors.Image(image), tv_tensors.Mask(target))
@@ -178,27 +185,35 @@ class Prepared(Dataset[Any]):
 
 
 def train_loader(
-    recipe: Recipe, part: Part, rank: int, world: int, epoch: int = 0, done: int = 0, kept: Kept | None = None
+    recipe: Recipe,
+    split: Split,
+    rank: int,
+    world: int,
+    epoch: int = 0,
+    done: int = 0,
+    teacher_outputs: TeacherOutputs | None = None,
 ) -> DataLoader[Any]:
     """The loader of this process's share of every training batch; it starts at batch `done` of `epoch`."""
     train = recipe.train
     batch = train.batch // (world * train.accumulate)
     sampler = EpochBatches(
-        len(part), batch, steps_per_epoch(recipe, part) * train.accumulate, train.seed, rank, world, epoch, done
+        len(split), batch, steps_per_epoch(recipe, split) * train.accumulate, train.seed, rank, world, epoch, done
     )
-    return _loader(Prepared(part, train.seed, recipe.data, training=True, kept=kept), sampler, recipe)
+    return _loader(
+        Prepared(split, train.seed, recipe.data, training=True, teacher_outputs=teacher_outputs), sampler, recipe
+    )
 
 
-def val_loader(recipe: Recipe, part: Part, rank: int, world: int) -> DataLoader[Any]:
+def val_loader(recipe: Recipe, split: Split, rank: int, world: int) -> DataLoader[Any]:
     """The loader of this process's share of the validation images."""
     batch = recipe.train.eval_batch or recipe.train.batch // world
-    sampler = InOrder(len(part), batch, rank, world)
-    return _loader(Prepared(part, recipe.train.seed, recipe.data, training=False), sampler, recipe)
+    sampler = InOrder(len(split), batch, rank, world)
+    return _loader(Prepared(split, recipe.train.seed, recipe.data, training=False), sampler, recipe)
 
 
-def steps_per_epoch(recipe: Recipe, part: Part) -> int:
-    """Optimizer steps of an epoch; what doesn't fill a batch waits for another epoch's order."""
-    return len(part) // recipe.train.batch
+def steps_per_epoch(recipe: Recipe, split: Split) -> int:
+    """Optimizer steps of an epoch. Images that don't fill a batch are left out; another epoch has another order."""
+    return len(split) // recipe.train.batch
 
 
 def _loader(dataset: Prepared, sampler: Sampler[Any], recipe: Recipe) -> DataLoader[Any]:

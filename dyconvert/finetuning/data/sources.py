@@ -1,4 +1,4 @@
-"""Where images come from: a folder, torchvision, Hugging Face, scikit-learn's digits, or chance.
+"""Sources of images: a folder, torchvision, Hugging Face, scikit-learn's digits, or random numbers.
 
 Every source is a sequence of (image, target): the image `[C, H, W]`, uint8 or floats of 0 to 1; the target an
 int, or a mask `[H, W]`.
@@ -35,31 +35,31 @@ class Images(Sequence[Any]):
     """Images and targets.
 
     Attributes:
-        labels: of every image, or None where the targets are masks, or can't be had without reading all of it.
-        classes: names of the classes, or None where they have none.
+        labels: one for each image; None if the targets are masks, or can't be known without reading all images.
+        classes: names of the classes, or None if they have no names.
     """
 
     labels: np.ndarray | None = None
     classes: list[str] | None = None
 
     def name(self, index: int) -> str:
-        """What to call the image in a message."""
+        """The image's name in messages."""
         return f"image {index}"
 
     def readable(self, index: int) -> None:
-        """Look at the image's header, where that is cheap.
+        """Check the image's header, where that is cheap.
 
         Raises:
             CorruptImageError: it can't be read.
         """
 
 
-def open_images(recipe: Recipe, part: str, num_classes: int) -> Images:
+def open_images(recipe: Recipe, split: str, num_classes: int) -> Images:
     """Open the training or validation images.
 
     Args:
-        part: "train" or "val".
-        num_classes: of the network; fake images take it, unless the recipe gives another number.
+        split: "train" or "val".
+        num_classes: of the network. Fake images have as many, unless the recipe says otherwise.
 
     Raises:
         RecipeError: there are none.
@@ -67,26 +67,26 @@ def open_images(recipe: Recipe, part: str, num_classes: int) -> Images:
     data = recipe.data
     kind, _, name = data.dataset.partition(":")
     if kind == "imagefolder":
-        return _Folder(recipe.data_root, getattr(data, part), data.channels)
+        return _Folder(recipe.data_root, getattr(data, split), data.channels)
     if kind == "torchvision":
-        return _Torchvision(name, recipe.data_root, getattr(data, part), data, part == "train")
+        return _Torchvision(name, recipe.data_root, getattr(data, split), data, split == "train")
     if kind == "huggingface":
-        return _HuggingFace(name, getattr(data, part), data)
+        return _HuggingFace(name, getattr(data, split), data)
     if kind == "digits":
-        return _Digits(part, data.channels)
-    return _Fake(data, part, data.num_classes or num_classes)
+        return _Digits(split, data.channels)
+    return _Fake(data, split, data.num_classes or num_classes)
 
 
 class _Folder(Images):
-    """root/PART/CLASS/image, or further down; labels are those of torchvision's ImageFolder."""
+    """root/SPLIT/CLASS/image, or further down; labels are those of torchvision's ImageFolder."""
 
-    def __init__(self, root: Path, part: str, channels: int) -> None:
-        folder = root / part
+    def __init__(self, root: Path, split: str, channels: int) -> None:
+        folder = root / split
         if not root.is_dir():
-            raise RecipeError(f"There is no data folder {root}. Set data.root to the folder that holds {part}/.")
+            raise RecipeError(f"There is no data folder {root}. Set data.root to the folder that holds {split}/.")
         if not folder.is_dir():
-            raise RecipeError(f"{root} has no folder {part}/, which data.dataset=imagefolder needs. {_listing(root)}")
-        names = sorted(each.name for each in os.scandir(folder) if each.is_dir())
+            raise RecipeError(f"{root} has no folder {split}/, which data.dataset=imagefolder needs. {_listing(root)}")
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         if not names:
             raise RecipeError(
                 f"{folder} has no class folders. The images belong into {folder}/CLASS/, one folder a class."
@@ -131,9 +131,9 @@ class _Folder(Images):
 
 
 class _Torchvision(Images):
-    """A dataset of torchvision, by its class's name."""
+    """A dataset of torchvision, by the name of its class."""
 
-    def __init__(self, name: str, root: Path, part: str, data: Data, training: bool) -> None:
+    def __init__(self, name: str, root: Path, split: str, data: Data, training: bool) -> None:
         kind = getattr(datasets, name, None)
         if not (isinstance(kind, type) and issubclass(kind, datasets.VisionDataset)):
             import difflib
@@ -147,9 +147,9 @@ class _Torchvision(Images):
         if "train" in parameters:
             arguments["train"] = training
         elif "split" in parameters:
-            arguments["split"] = part
+            arguments["split"] = split
         elif "image_set" in parameters:
-            arguments["image_set"] = part
+            arguments["image_set"] = split
         if "download" in parameters:
             arguments["download"] = data.download
         if data.download:
@@ -159,23 +159,23 @@ class _Torchvision(Images):
         except Exception as error:
             download = "" if data.download or "download" not in parameters else ", or set data.download=true"
             raise RecipeError(
-                f"torchvision's {name} ({part}) can't be opened in {root}: {brief(error)}. Check data.root, "
+                f"torchvision's {name} ({split}) can't be opened in {root}: {brief(error)}. Check data.root, "
                 f"data.{'train' if training else 'val'} and data.arguments{download}."
             ) from error
         self._mode = _MODES[data.channels]
         self._segmentation = data.task == "segmentation"
         targets = next(
             (
-                found
+                values
                 for key in ("targets", "labels", "_labels")
-                if (found := getattr(self._dataset, key, None)) is not None
+                if (values := getattr(self._dataset, key, None)) is not None
             ),
             None,
         )
         if not self._segmentation and targets is not None and len(targets) == len(self._dataset):
             self.labels = np.asarray(targets, dtype=np.int64)
         names = getattr(self._dataset, "classes", None)
-        self.classes = [str(each) for each in names] if names and not self._segmentation else None
+        self.classes = [str(name) for name in names] if names and not self._segmentation else None
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -197,7 +197,7 @@ class _Torchvision(Images):
 class _HuggingFace(Images):
     """A dataset of the Hugging Face hub, or on disk in one of its formats."""
 
-    def __init__(self, name: str, part: str, data: Data) -> None:
+    def __init__(self, name: str, split: str, data: Data) -> None:
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -205,10 +205,10 @@ class _HuggingFace(Images):
                 f"Hugging Face's datasets can't be imported: {error}. Run `pip install datasets`."
             ) from error
         try:
-            self._dataset = load_dataset(name, split=part, **data.arguments)
+            self._dataset = load_dataset(name, split=split, **data.arguments)
         except Exception as error:
             raise RecipeError(
-                f"The Hugging Face dataset {name!r} ({part}) can't be opened: {brief(error)}. Check data.dataset, "
+                f"The Hugging Face dataset {name!r} ({split}) can't be opened: {brief(error)}. Check data.dataset, "
                 "data.train, data.val and data.arguments."
             ) from error
         for key in (data.image_column, data.label_column):
@@ -236,9 +236,9 @@ class _HuggingFace(Images):
 
 
 class _Digits(Images):
-    """Scikit-learn's digits, of 8x8; validation is the fifth that the builtin digits model wasn't trained on."""
+    """Scikit-learn's digits, 8x8. Validated on the fifth of them that the builtin digits model wasn't trained on."""
 
-    def __init__(self, part: str, channels: int) -> None:
+    def __init__(self, split: str, channels: int) -> None:
         try:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
@@ -248,7 +248,7 @@ class _Digits(Images):
         train_images, val_images, train_labels, val_labels = train_test_split(
             digits.images, digits.target, test_size=0.2, random_state=0, stratify=digits.target
         )
-        images, labels = (train_images, train_labels) if part == "train" else (val_images, val_labels)
+        images, labels = (train_images, train_labels) if split == "train" else (val_images, val_labels)
         self._images = torch.from_numpy(images).float().div(16).unsqueeze(1).repeat(1, channels, 1, 1)
         self.labels = np.asarray(labels)
         self.classes = [str(name) for name in digits.target_names]
@@ -263,13 +263,13 @@ class _Digits(Images):
 class _Fake(Images):
     """Noise with random labels, the same at every run; validation has a fifth as many."""
 
-    def __init__(self, data: Data, part: str, num_classes: int) -> None:
+    def __init__(self, data: Data, split: str, num_classes: int) -> None:
         self._shape = (data.channels, data.size, data.size)
-        self._count = data.images if part == "train" else max(data.images // 5, 1)
-        self._seed = 0 if part == "train" else 1
+        self._count = data.images if split == "train" else max(data.images // 5, 1)
+        self._seed = 0 if split == "train" else 1
         self._num_classes = num_classes
         self._segmentation = data.task == "segmentation"
-        self.classes = None if self._segmentation else [str(each) for each in range(num_classes)]
+        self.classes = None if self._segmentation else [str(label) for label in range(num_classes)]
         if not self._segmentation:
             self.labels = np.array([seed_of(self._seed, i) % num_classes for i in range(self._count)])
 
@@ -299,5 +299,5 @@ def _as_target(target: Any, segmentation: bool) -> Any:
 
 
 def _listing(folder: Path) -> str:
-    names = sorted(each.name for each in folder.iterdir() if each.is_dir())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     return f"It has {some(names)}: set data.train and data.val." if names else "It has no folders at all."

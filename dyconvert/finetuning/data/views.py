@@ -1,8 +1,8 @@
-"""Training images of one size, in memory as bytes: cropped, flipped and batched all at once.
+"""Crops and flips whole batches of training images, which lie in memory as bytes and have one size.
 
-Which crop and flip an image gets depends only on (seed, epoch, position), as everything here; so it is the same in any
-batch, process and resumed run. Where each image has a limited number of views, they are the same in every run, and a
-teacher's outputs for them can be kept.
+An image's crop and flip depend only on (seed, epoch, position): so they are the same in any batch, in any process and
+after a resume. If the number of views is limited, they are the same in every run too, and a teacher's outputs for them
+can be cached.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,15 @@ from torch import Tensor
 from dyconvert.finetuning.recipes.schema import VIEWS, Data
 from dyconvert.finetuning.training.randomness import seeds_of
 
-# Pixels of zeros around the image, from which it is cropped again, and whether half of the images are flipped.
+# For each augmentation: pixels of zeros around the image before it is cropped, and whether half of the images are
+# flipped.
 _PRESETS = dict(zip(VIEWS, ((0, False), (0, True), (1, False), (4, True)), strict=True))
 # The seed of numbered views, in place of a run's.
 _NUMBERED = 0x76696577
 
 
 def has_views(data: Data, shape: Sequence[int]) -> bool:
-    """Whether images of `shape`, (..., H, W), can be cropped and flipped as batches by this recipe."""
+    """Whether this recipe's augmentation can crop and flip whole batches of images of `shape`, (..., H, W)."""
     fits = tuple(shape[-2:]) == (data.size, data.size) and data.resize in (None, data.size)
     return data.task == "classification" and data.augment in VIEWS and fits
 
@@ -41,7 +42,7 @@ class Views:
         self.seed, self.count = seed, count
 
     def __call__(self, images: Tensor, epochs: np.ndarray, positions: np.ndarray) -> Tensor:
-        """What an epoch sees of a batch: `[N, C, H, W]` to the same, contiguous.
+        """Crop and flip the images `[N, C, H, W]` for their epochs; contiguous.
 
         Args:
             epochs, positions: `[N]`, of each image.
@@ -62,7 +63,7 @@ class Views:
     def _carry_out(self, images: Tensor, drawn: np.ndarray) -> Tensor:
         if self.padding:
             offsets = np.uint64(2 * self.padding + 1)
-            down, right = (torch.from_numpy((part % offsets).astype(np.int64)) for part in (drawn >> 8, drawn >> 24))
+            down, right = (torch.from_numpy((bits % offsets).astype(np.int64)) for bits in (drawn >> 8, drawn >> 24))
             height, width = images.shape[-2:]
             padded = F.pad(images, [self.padding] * 4)
             crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, offsets, offsets, H, W]

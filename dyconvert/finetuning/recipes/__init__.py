@@ -1,1 +1,1 @@
-"""What a recipe says: its keys, how it is read and checked, and the recipes that come with the package."""
+"""Recipes: their keys, reading and checking them, and those that come with the package."""

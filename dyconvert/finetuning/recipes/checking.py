@@ -18,56 +18,57 @@ M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass
-class Source:
-    """A file, its contents, and the changes that the command line makes."""
+class RecipeFile:
+    """A recipe's or sweep's file: its contents, and the overrides of the command line."""
 
     path: Path
     document: Document
     overrides: Sequence[str] = ()
 
 
-def validated(model: type[M], source: Source) -> M:
-    """Make a `model` of what the file says, with its overrides.
+def validated(model: type[M], file: RecipeFile) -> M:
+    """Make a `model` from the file's contents and its overrides.
 
     Raises:
-        RecipeError: lists everything that is wrong.
+        RecipeError: the file has errors; all are listed.
     """
-    data = source.document.data
-    lines = [_line(source, {}, key, message) for key, message in source.document.problems]
+    data = file.document.data
+    lines = [_line(file, {}, key, message) for key, message in file.document.problems]
     problems: list[tuple[Key, str]] = []
     overridden: dict[Key, str] = {}
-    for override in overrides_of(source.overrides):
+    for override in overrides_of(file.overrides):
         try:
             overridden[_override(data, override)] = override
         except ValueError as error:
             problems.append(((override,), str(error)))
             overridden[(override,)] = override
     try:
-        # Strict, from JSON: "3" is no number and true is none either, but a list may become a tuple.
-        made = model.model_validate_json(json.dumps(data), strict=True)
+        # Strict: "3" and true are no numbers. From JSON: a list may become a tuple.
+        checked = model.model_validate_json(json.dumps(data), strict=True)
         if not problems and not lines:
-            return made
+            return checked
     except ValidationError as error:
         problems += _problems(model, error, data)
     # A union reports each of its members.
     merged: dict[Key, list[str]] = {}
     for key, message in problems:
         merged.setdefault(key, []).append(message)
-    lines += [_line(source, overridden, key, "; or ".join(messages)) for key, messages in merged.items()]
+    lines += [_line(file, overridden, key, "; or ".join(messages)) for key, messages in merged.items()]
     count = f"{len(lines)} errors" if len(lines) > 1 else "an error"
     listed = "".join(f"\n  {line}" for line in lines)
-    raise RecipeError(f"{source.path} has {count}:{listed}")
+    raise RecipeError(f"{file.path} has {count}:{listed}")
 
 
-def overrides_of(given: Any) -> list[str]:
+def overrides_of(overrides: Any) -> list[str]:
     """Overrides, such as "train.lr=0.01", as a list.
 
     Raises:
         RecipeError: they are no texts.
     """
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
-    if isinstance(given, bytes) or not all(isinstance(each, str) for each in listed):
-        raise RecipeError(f"Overrides are texts such as 'train.lr=0.01', in a list, and not {given!r:.60}.")
+    several = isinstance(overrides, Iterable) and not isinstance(overrides, str | bytes)
+    listed = list(overrides) if several else [overrides]
+    if isinstance(overrides, bytes) or not all(isinstance(override, str) for override in listed):
+        raise RecipeError(f"Overrides are texts such as 'train.lr=0.01', in a list, and not {overrides!r:.60}.")
     return listed
 
 
@@ -76,7 +77,7 @@ def _override(data: dict[str, Any], override: str) -> Key:
     import yaml
 
     path, equals, text = override.partition("=")
-    keys = tuple(part.strip() for part in path.split("."))
+    keys = tuple(key.strip() for key in path.split("."))
     if not equals or not all(keys):
         raise ValueError("isn't of the form section.key=value, as train.lr=0.01 is")
     if len(keys) > DEPTH:
@@ -96,24 +97,24 @@ def _override(data: dict[str, Any], override: str) -> Key:
     return keys
 
 
-def _line(source: Source, overridden: Mapping[Key, str], key: Key, message: str) -> str:
+def _line(file: RecipeFile, overridden: Mapping[Key, str], key: Key, message: str) -> str:
     for path, override in overridden.items():
-        # The key itself, a part of it, or a section that it changed.
+        # The override set this key, a section around it, or a key in it.
         if key and (key[: len(path)] == path or path[: len(key)] == key):
             return f"{override} (command line): {message}"
-    line = source.document.line(key)
+    line = file.document.line(key)
     where = f" (line {line})" if line else ""
     return f"{'.'.join(map(str, key))}{where}: {message}" if key else message
 
 
 def _problems(model: type[BaseModel], error: ValidationError, data: Any) -> Iterator[tuple[Key, str]]:
-    for each in error.errors():
-        location = _in_data(each["loc"], data)
-        yield location, _message(model, each, location)
+    for problem in error.errors():
+        location = _in_data(problem["loc"], data)
+        yield location, _message(model, problem, location)
 
 
 def _in_data(location: Key, data: Any) -> Key:
-    """Cut off the names of a union's members, which pydantic appends to the path."""
+    """The location without the names of a union's members, which pydantic appends."""
     for length, key in enumerate(location):
         if isinstance(data, dict) and isinstance(key, str):
             if key not in data and length < len(location) - 1:
@@ -134,10 +135,10 @@ def _message(model: type[BaseModel], error: Mapping[str, Any], location: Key) ->
         return "missing"
     if kind == "value_error":
         return message
-    given = error["input"]
-    shown = "a mapping" if isinstance(given, dict) else json.dumps(given) if given is not None else "null"
-    if kind == "literal_error" and isinstance(given, str):
-        near = difflib.get_close_matches(given, _choices(model, location), n=1, cutoff=0.5)
+    value = error["input"]
+    shown = "a mapping" if isinstance(value, dict) else json.dumps(value) if value is not None else "null"
+    if kind == "literal_error" and isinstance(value, str):
+        near = difflib.get_close_matches(value, _choices(model, location), n=1, cutoff=0.5)
         message += f" (did you mean {near[0]!r}?)" if near else ""
     return f"{message[0].lower()}{message[1:]}, not {shown}" if location else message
 
@@ -165,7 +166,7 @@ def _choices(model: type[BaseModel], location: Key) -> list[str]:
 
 
 def _annotation(model: Any, location: Sequence[str | int]) -> Any:
-    """The type at a path: a model class, a Literal, or whatever it is; None where there is none."""
+    """The type of the key at a path: a model class, a Literal or any other type; None if there is no such key."""
     for key in location:
         if isinstance(key, int):
             model = next(iter(get_args(model)), None)

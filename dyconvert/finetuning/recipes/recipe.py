@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dyconvert.errors import RecipeError
 from dyconvert.files import current_folder, shown
-from dyconvert.finetuning.recipes.checking import Source, validated
+from dyconvert.finetuning.recipes.checking import RecipeFile, validated
 from dyconvert.finetuning.recipes.schema import (
     VIEWS,
     Convert,
@@ -30,10 +30,10 @@ __all__ = ["Recipe", "load_recipe"]
 
 
 class Recipe(Section):
-    """A recipe, complete: what the YAML doesn't say has its default."""
+    """A complete recipe: keys that the YAML leaves out have their defaults."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = "recipe"
-    """The run's name, and that of its output directory."""
+    """The run's name, and its output directory's."""
 
     description: str = ""
     model: Model
@@ -121,7 +121,7 @@ def load_recipe(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         raise RecipeError(f"{path} is a sweep: `dyconvert recipes sweep {recipe}` runs it.")
     if isinstance(document.data, dict):
         document.data.setdefault("name", path.stem)
-    loaded = validated(Recipe, Source(path, document, overrides))
+    loaded = validated(Recipe, RecipeFile(path, document, overrides))
     return resolved(loaded, path.parent)
 
 
@@ -154,13 +154,13 @@ def _specifier(specifier: str, folder: Path) -> str:
         return specifier
     file = folder / os.path.expanduser(location)
     file = file if file.is_file() else Path(os.path.expanduser(location))
-    found = f"{_absolute(file)}{colon}{factory}"
-    if shown(found) != found:
+    absolute = f"{_absolute(file)}{colon}{factory}"
+    if shown(absolute) != absolute:
         raise RecipeError(
-            f"{shown(found)} has a name that is no text, and a recipe is one: it couldn't be written down for this "
+            f"{shown(absolute)} has a name that is no text, and a recipe is one: it couldn't be written down for this "
             "run. Rename the folder or the file."
         )
-    return found
+    return absolute
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a recipe can say: one class a section, a reason and a unit with each key.
+"""The keys of a recipe: one class for each section, with each key's meaning and unit.
 
 `dyconvert recipes schema` prints this as JSON Schema; `dyconvert.finetuning.recipes.recipe` reads recipes with it.
 """
@@ -35,12 +35,12 @@ Normal = Annotated[float, Field(ge=-NORMAL, le=NORMAL)]
 Divisor = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
 
 
-# Augmentations whose crops and flips can be numbered, and images be taken through as batches.
+# Augmentations that can be numbered, and applied to whole batches.
 VIEWS = ("none", "flip", "shift", "cifar")
 
 
 class Section(BaseModel):
-    """Unknown keys are refused."""
+    """Keys of a recipe. Unknown keys are refused."""
 
     # Docstrings under the keys are their descriptions in the JSON Schema.
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
@@ -48,7 +48,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _no_end_of_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and "\0" in value:  # which no name of a file can have
+        if isinstance(value, str) and "\0" in value:  # no file's name can have it
             raise ValueError("text can't have the character of the number 0")
         return value
 
@@ -95,7 +95,7 @@ class Convert(Section):
     """Experts (weight sets) per conv; null takes the method's own."""
 
     scope: Literal["layer", "block"] | None = None
-    """What one predictor serves; null takes the method's own."""
+    """Whether a predictor serves one conv, or all convs of a block; null takes the method's own."""
 
     reduction: Count | None = None
     """Hidden units of a predictor: C_in / reduction; 0 for a single linear; null takes the method's own."""
@@ -133,7 +133,7 @@ class Convert(Section):
 
 
 def get_method_or_value_error(name: str, **changes: object) -> Method:
-    """Return the method, as `get_method` does, with an error that pydantic collects."""
+    """Return the method, as `get_method` does. Raises the kind of error that pydantic collects."""
     try:
         return get_method(name, **changes)
     except PlanError as error:
@@ -267,7 +267,7 @@ class Data(Section):
 
 
 class Train(Section):
-    """Optimisation, and what it runs on."""
+    """Optimisation, and the devices that it runs on."""
 
     epochs: Positive = 10
     max_steps: Positive | None = None
@@ -353,7 +353,7 @@ class Temperature(Section):
 
 
 class Dynamic(Section):
-    """What only dynamic convs have; without effect where `convert` is null."""
+    """Settings of dynamic convs; they have no effect if `convert` is null."""
 
     predictor_lr: Amount = 1.0
     """Factor on the learning rate of the predictors."""
@@ -420,7 +420,7 @@ class Distill(Section):
 
 
 class Output(Section):
-    """What is written, and how often."""
+    """What is saved, and how often."""
 
     directory: str = "runs/{name}"
     """{name} is the recipe's name. Relative to the current folder; ~ and $VARIABLES are expanded."""

@@ -37,12 +37,12 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def descriptions(files: Mapping[str, Path]) -> dict[str, str]:
-    """What each of the files says of itself."""
+    """Each file's own description."""
     return {name: str(read_yaml(file).data.get("description", "")) for name, file in files.items()}
 
 
 def find_recipe(recipe: str | os.PathLike[str]) -> Path:
-    """The file of a recipe, or of a sweep, given by its shipped name or its path.
+    """The file of a recipe or sweep, from its shipped name or its path.
 
     A bare name is a shipped one, whatever lies in the current folder; a file is named as one: `./quickstart.yaml`.
 

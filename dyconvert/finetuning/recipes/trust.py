@@ -1,4 +1,4 @@
-"""What a recipe may run: models of the libraries and of this package; code of its own only where it is trusted."""
+"""Checks which code a recipe may run: models of the libraries and of this package; its own only if it is trusted."""
 
 import os
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ def check_trusted(recipe: Recipe, trust_code: bool) -> None:
     """
     if trust_code:
         return
-    if found := list(_code_of(recipe)):
-        listed = "".join(f"\n  {line}" for line in found)
+    if code := list(_code_of(recipe)):
+        listed = "".join(f"\n  {line}" for line in code)
         raise RecipeError(
             f"The recipe {recipe.name} names code, which would run:{listed}\n"
             "If you know that code and trust it, add `trust_code=True`."

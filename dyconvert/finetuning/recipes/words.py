@@ -1,4 +1,4 @@
-"""What functions of the library call an argument, in a recipe's words: their errors name the key that sets it."""
+"""The recipe's key for each argument of the library's functions: their errors then name the key that sets it."""
 
 KEYS = {
     "arguments": "model.arguments",

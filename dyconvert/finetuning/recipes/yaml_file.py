@@ -1,4 +1,4 @@
-"""YAML as recipes are written in: plain data, and the line that each value stands on."""
+"""Reads YAML as plain data, with the line of each key."""
 
 import functools
 import itertools
@@ -18,12 +18,12 @@ Key = tuple[str | int, ...]
 
 @dataclass
 class Document:
-    """What a YAML file says.
+    """The contents of a YAML file.
 
     Attributes:
         data: mappings, lists, strings, numbers, booleans and None.
         lines: the line, from 1, of every key and list item.
-        problems: keys given twice, and the like, each with its path.
+        problems: the path and message of each problem, such as a key that is given twice.
     """
 
     data: Any
@@ -31,7 +31,7 @@ class Document:
     problems: list[tuple[Key, str]] = field(default_factory=list)
 
     def line(self, key: Key) -> int | None:
-        """The line of `key`, or of the section it would stand in if it were there."""
+        """The line of `key`; if it isn't in the file, that of the nearest section around it."""
         while key and key not in self.lines:
             key = key[:-1]
         return self.lines[key] if key else None
@@ -41,7 +41,7 @@ def read_yaml(path: Path) -> Document:
     """Read a YAML file that holds one mapping.
 
     Raises:
-        RecipeError: it can't be read, isn't YAML, or holds something else.
+        RecipeError: it can't be read, isn't YAML, or holds no mapping.
     """
     try:
         text = read_text(path, YAML_BYTES)
@@ -66,11 +66,11 @@ def read_yaml(path: Path) -> Document:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML into what JSON could hold.
+    """Parse YAML into values that JSON could hold.
 
     Raises:
         yaml.YAMLError: it isn't YAML.
-        ValueError: it holds something else than plain data, such as a date, or more than a recipe can need.
+        ValueError: it holds other values than plain data, such as a date, or more than a recipe can need.
     """
     if len(text) > OVERRIDE_BYTES:
         raise LimitError(f"it has {len(text):,} characters, and at most {OVERRIDE_BYTES:,} are read")
@@ -78,7 +78,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _parsed(text: str) -> tuple[Any, Any]:
-    """The data and the tree of nodes that it was made of."""
+    """The data, and the tree of nodes that it comes from."""
     yaml, loader = _yaml()
     try:
         node = yaml.compose(text, loader)
@@ -96,7 +96,7 @@ def _parsed(text: str) -> tuple[Any, Any]:
 
 
 def check_nodes(root: Any, yaml: Any) -> None:
-    """Refuse what a few lines of aliases can make: a tree without end, or of a billion values.
+    """Refuse a tree that is endless or has a billion values: a few lines of aliases are enough for either.
 
     Raises:
         LimitError: it is deeper than `DEPTH` or has more than `YAML_NODES` values, an alias's counting each time.
@@ -134,8 +134,8 @@ def _yaml() -> tuple[Any, Any]:
     # libyaml's is ten times as fast; PyYAML may be built without it.
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    class Loader(base):  # type: ignore[misc]  # which of the two is known when it runs
-        """YAML 1.2's numbers and booleans: to version 1.1, 5e-5 is a string and `no` is false."""
+    class Loader(base):  # type: ignore[misc]  # one of two classes
+        """Reads YAML 1.2's numbers and booleans: in version 1.1, 5e-5 is a string and `no` is false."""
 
         yaml_implicit_resolvers = {
             first: [pair for pair in pairs if not pair[0].endswith((":float", ":bool"))]

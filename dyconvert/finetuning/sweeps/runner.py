@@ -25,11 +25,11 @@ from dyconvert.run_files import COLUMNS, RECIPE, SWEEP, TABLE, TEXTS, WHOLE_NUMB
 
 
 class Runner:
-    """The jobs of a sweep and their states, in a directory.
+    """Runs a sweep's jobs, and knows from its directory which are done.
 
     Attributes:
         jobs: every run with every seed.
-        csv: the file of the rows, one a finished job.
+        csv: the file with one row for each finished job.
         markdown: the file of the table.
     """
 
@@ -56,7 +56,7 @@ class Runner:
         return (job.run, job.seed) in self._saved
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows that are saved, those of runs that weren't asked for as well, in the sweep's order."""
+        """All saved rows in the sweep's order, also those of runs that `only` leaves out."""
         order = {run: index for index, run in enumerate(self._order)}
         return sorted(
             self._saved.values(), key=lambda row: (order.get(row["run"], len(order)), row["run"], row["seed"])
@@ -68,7 +68,7 @@ class Runner:
         report: Callable[[str], None] = lambda line: None,
         trust_code: bool = False,
     ) -> list[str]:
-        """Run what isn't done; each row is saved as its job ends.
+        """Run the jobs that aren't done; each row is saved as its job ends.
 
         Args:
             workers: processes at a time. With one, the jobs run in this process, and show their progress.
@@ -76,7 +76,7 @@ class Runner:
             trust_code: run code of the recipes' own.
 
         Returns:
-            Of each job that failed, which and why; the others have run all the same.
+            A line for each failed job, with the reason; all other jobs have run.
 
         Raises:
             RecipeError: a recipe names code that isn't trusted; nothing has run.
@@ -101,7 +101,7 @@ class Runner:
         for job in waiting:
             report(f"\n{job}")
             try:
-                self._keep(job, run_job(job.recipe, progress=True), report)
+                self._save_row(job, run_job(job.recipe, progress=True), report)
             except DyconvertError as error:
                 failed.append(f"{job}: {error}")
                 report(f"{job} failed: {error}")
@@ -109,7 +109,7 @@ class Runner:
 
     def _run_in_processes(self, waiting: list[Job], workers: int, report: Callable[[str], None]) -> list[str]:
         failed = []
-        # Read by the children's OpenMP as they start; more threads than cores slow each other down.
+        # OpenMP in the child processes reads this as they start: more threads than cores would slow each other down.
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
@@ -121,7 +121,7 @@ class Runner:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
                         try:
-                            self._keep(job, future.result(), report)
+                            self._save_row(job, future.result(), report)
                         except (DyconvertError, BrokenProcessPool) as error:
                             failed.append(f"{job}: {error}")
                             report(f"{job} failed: {error}")
@@ -130,7 +130,7 @@ class Runner:
                 raise
         return failed
 
-    def _keep(self, job: Job, result: dict[str, Any], report: Callable[[str], None]) -> None:
+    def _save_row(self, job: Job, result: dict[str, Any], report: Callable[[str], None]) -> None:
         recipe = job.recipe
         method = recipe.convert and recipe.convert.resolved()
         row = {
@@ -147,15 +147,15 @@ class Runner:
             "fingerprint": fingerprint(recipe),
         }
         with said(self.csv, RecipeError), locked(self.directory):
-            # Another process may run other parts of the sweep.
+            # Another process may run other jobs of the sweep.
             self._saved |= read_rows(self.csv) | {(job.run, job.seed): row}
             write_rows(self.csv, self._saved.values())
         report(f"{job}: {result['finetuned']:.2f} in {result['seconds']:.0f} s")
 
 
 def run_job(recipe: Recipe, progress: bool = False) -> dict[str, Any]:
-    """Run one recipe, from where an earlier try was stopped if there was one, and return its figures."""
-    # The sweep has asked whether the recipe's code is trusted.
+    """Run one recipe, or continue it if it was interrupted, and return its figures."""
+    # The runner has checked already whether the recipe's code is trusted.
     done = finetune(recipe, resume=(recipe.directory / RECIPE).is_file(), progress=progress, trust_code=True)
     return {
         "original": done.original,
@@ -225,7 +225,7 @@ def _value(key: str, text: str | None) -> Any:
 
 
 def _end_with_parent() -> None:
-    """Keep this process from training on, beside its own successor, where the parent was killed."""
+    """End this process when its parent is killed: else it would train on beside its own successor."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Sweeps: one recipe, with changes, several times; the rows are saved as the runs end, and a stop is gone on from."""
+"""A sweep's file: one recipe, the runs that vary it, and their seeds."""
 
 import fnmatch
 import os
@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from dyconvert.errors import RecipeError, some
-from dyconvert.finetuning.recipes.checking import Source, validated
+from dyconvert.finetuning.recipes.checking import RecipeFile, validated
 from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 from dyconvert.finetuning.recipes.schema import Section, Seed
 from dyconvert.finetuning.recipes.shipped import find_recipe
@@ -20,11 +20,11 @@ from dyconvert.limits import JOBS
 
 
 class SweepRun(Section):
-    """One row of the table."""
+    """A variant of the recipe: one row of the table, trained once with each seed."""
 
     name: Annotated[str, Field(pattern=r"^[\w.,=+-][\w.,=+ -]*$")]
     overrides: list[str] = []
-    """What this run changes, after the sweep's own overrides: convert.g=1."""
+    """Changes of this run, after the sweep's own overrides: convert.g=1."""
 
 
 class Sweep(Section):
@@ -37,7 +37,7 @@ class Sweep(Section):
     """A shipped recipe's name, or a file, relative to the sweep's."""
 
     overrides: list[str] = []
-    """What every run changes."""
+    """Changes of every run."""
 
     runs: Annotated[list[SweepRun], Field(min_length=1, max_length=JOBS)]
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=JOBS)] = [0, 1, 2]
@@ -57,27 +57,27 @@ class Sweep(Section):
         Raises:
             RecipeError: with these overrides it has errors.
         """
-        own = [f"name={file_name(run.name)}", f"train.seed={seed}", f"output.directory={_yaml_text(directory)}"]
+        settings = [f"name={file_name(run.name)}", f"train.seed={seed}", f"output.directory={_yaml_text(directory)}"]
         try:
-            return load_recipe(self.recipe, [*self.overrides, *run.overrides, *own])
+            return load_recipe(self.recipe, [*self.overrides, *run.overrides, *settings])
         except RecipeError as error:
             raise RecipeError(f"Run {run.name!r} of sweep {self.name}: {error}") from None
 
     def recipes(self) -> list[Recipe]:
-        """Every run's recipe, with the first seed: whether all of them can be made.
+        """Every run's recipe with the first seed, to check that all of them can be made.
 
         Raises:
             RecipeError: not all of them can; the errors of all runs are listed.
         """
-        made, problems = [], []
+        recipes, problems = [], []
         for run in self.runs:
             try:
-                made.append(self.recipe_of(run, self.seeds[0], Path("runs")))
+                recipes.append(self.recipe_of(run, self.seeds[0], Path("runs")))
             except RecipeError as error:
                 problems.append(str(error))
         if problems:
             raise RecipeError("\n".join(problems))
-        return made
+        return recipes
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def load_sweep(sweep: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if "runs" not in document.data:
         raise RecipeError(f"{path} is no sweep, it has no runs. `dyconvert finetune {sweep}` runs a recipe.")
     document.data.setdefault("name", path.stem)
-    loaded = validated(Sweep, Source(path, document))
+    loaded = validated(Sweep, RecipeFile(path, document))
     base = loaded.recipe
     if base.endswith((".yaml", ".yml")):
         base = str(path.parent / os.path.expanduser(base))
@@ -122,12 +122,12 @@ def load_sweep(sweep: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def jobs_of(sweep: Sweep, directory: Path, only: Sequence[str] = (), seeds: Sequence[int] | None = None) -> list[Job]:
-    """Every run with every seed, the first seed of all runs first, so that a whole table is soon there.
+    """Every run with every seed. The first seed of all runs comes first, so that the table is complete early.
 
     Raises:
         RecipeError: no run matches `only`, or a recipe has errors.
     """
-    chosen = [run for run in sweep.runs if not only or any(fnmatch.fnmatchcase(run.name, each) for each in only)]
+    chosen = [run for run in sweep.runs if not only or any(fnmatch.fnmatchcase(run.name, pattern) for pattern in only)]
     if not chosen:
         names = ", ".join(run.name for run in sweep.runs)
         raise RecipeError(f"No run's name matches {some(list(only))}. The runs are {names}.")
@@ -149,8 +149,8 @@ def jobs_of(sweep: Sweep, directory: Path, only: Sequence[str] = (), seeds: Sequ
 
 
 def file_name(run: str) -> str:
-    kept = "".join(c if c.isalnum() or c in "._" else "-" for c in run).strip("-._")
-    return kept or "run"
+    cleaned = "".join(c if c.isalnum() or c in "._" else "-" for c in run).strip("-._")
+    return cleaned or "run"
 
 
 def _yaml_text(path: Path) -> str:

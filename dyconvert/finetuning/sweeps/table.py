@@ -1,4 +1,4 @@
-"""The table of a sweep: mean and spread over the seeds of each run."""
+"""The table of a sweep: mean and standard deviation over the seeds of each run."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -10,13 +10,13 @@ _TITLES = {"original": "original", "converted": "converted", "finetuned": "fine-
 def table_rows(rows: Iterable[dict[str, Any]], count: Callable[[float], str]) -> list[list[str]]:
     """The cells of the table, its header first.
 
-    Each metric is "mean ± standard deviation" over the seeds. An original that all runs share stands in the first
-    row, and in a column of its own where runs have different ones.
+    Each metric is "mean ± standard deviation" over the seeds. If all runs have the same original, it is
+    the first row; else it is a column.
     """
     rows = list(rows)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    rows_of_run: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        runs.setdefault(row["run"], []).append(row)
+        rows_of_run.setdefault(row["run"], []).append(row)
     shared: dict[int, set[float]] = {}
     for row in rows:
         shared.setdefault(row["seed"], set()).add(round(row["original"], 4))
@@ -27,12 +27,14 @@ def table_rows(rows: Iterable[dict[str, Any]], count: Callable[[float], str]) ->
     if rows and one_original:
         values = [value for (value,) in shared.values()]
         # The same for every seed, unless the static network was trained first.
-        table.append(["original", _spread(values if len(set(values)) > 1 else values[:1]), *[""] * (len(table[0]) - 2)])
-    for run, each in runs.items():
-        cells = [_spread([row[metric] for row in each if row[metric] is not None]) for metric in metrics]
-        sizes = [_counted(each, key, count) for key in ("parameters", "macs")]
-        seconds = statistics.fmean(row["seconds"] for row in each)
-        table.append([run, *cells, str(len(each)), *sizes, f"{seconds:.0f}"])
+        table.append(
+            ["original", _mean_text(values if len(set(values)) > 1 else values[:1]), *[""] * (len(table[0]) - 2)]
+        )
+    for run, seeds in rows_of_run.items():
+        cells = [_mean_text([row[metric] for row in seeds if row[metric] is not None]) for metric in metrics]
+        sizes = [_counted(seeds, key, count) for key in ("parameters", "macs")]
+        seconds = statistics.fmean(row["seconds"] for row in seeds)
+        table.append([run, *cells, str(len(seeds)), *sizes, f"{seconds:.0f}"])
     return table
 
 
@@ -43,7 +45,7 @@ def markdown(rows: Iterable[dict[str, Any]], count: Callable[[float], str]) -> s
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *lines)) + "\n"
 
 
-def _spread(values: list[float]) -> str:
+def _mean_text(values: list[float]) -> str:
     if not values:
         return ""
     mean = f"{statistics.fmean(values):.2f}"

@@ -1,1 +1,1 @@
-"""How a recipe trains: the module, the optimizer, the schedules, and what a run writes."""
+"""Training by a recipe: the module, the optimizer, the schedules, and the files that a run writes."""

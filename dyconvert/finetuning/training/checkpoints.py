@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: written in one step, so that the last good one is always whole."""
+"""Saves the checkpoints that a run resumes from, each in one step, so that the last one is always complete."""
 
 import time
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from dyconvert.limits import check_archive
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old file, onto the disk, and then takes its name."""
+    """Writes a new file beside the old one, and renames it when it is on the disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with replaced(Path(path), TrainingError) as part:
-            torch.save(checkpoint, part)
+        with replaced(Path(path), TrainingError) as file:
+            torch.save(checkpoint, file)
 
 
 class Checkpoints(Callback):
-    """Saves what a run needs to go on: every so many steps or minutes, at each epoch's end, and on Ctrl-C.
+    """Saves the run's state: every so many steps or minutes, at each epoch's end, and on Ctrl-C.
 
     Args:
         file: the checkpoint.
-        guard: looks at the loss before anything is saved over a good checkpoint.
-        interrupts: tells that the user wants to stop.
+        guard: checks the loss before a good checkpoint is replaced.
+        interrupts: knows whether the user wants to stop.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: FineTuner, *args: Any) -> None:
         if is_last_batch(trainer):
-            return  # the epoch's end is near, after the validation
+            return  # the epoch's end, after the validation, saves
         if batches_done(trainer) % trainer.accumulate_grad_batches:
-            return  # gradients, of part of a batch, aren't saved
-        stop = self._everywhere(trainer, self.interrupts.requested)
-        if stop or self._everywhere(trainer, self._due(trainer)):
+            return  # accumulated gradients aren't saved
+        stop = self._in_any_process(trainer, self.interrupts.requested)
+        if stop or self._in_any_process(trainer, self._due(trainer)):
             self._save(trainer, pl_module)
         if stop:
             raise Interrupted
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
         self._save(trainer, pl_module)
-        if self._everywhere(trainer, self.interrupts.requested):
+        if self._in_any_process(trainer, self.interrupts.requested):
             raise Interrupted
 
     def _due(self, trainer: Trainer) -> bool:
@@ -72,11 +72,11 @@ class Checkpoints(Callback):
             return True
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _everywhere(self, trainer: Trainer, wanted: bool) -> bool:
-        """Whether any process wants it: saving needs all of them."""
+    def _in_any_process(self, trainer: Trainer, here: bool) -> bool:
+        """Whether it is true in any process: saving needs all of them."""
         if trainer.world_size == 1:
-            return wanted
-        return trainer.strategy.reduce_boolean_decision(wanted, all=False)
+            return here
+        return trainer.strategy.reduce_boolean_decision(here, all=False)
 
     def _save(self, trainer: Trainer, pl_module: FineTuner) -> None:
         self.guard.check(trainer, pl_module)
@@ -85,13 +85,13 @@ class Checkpoints(Callback):
         except TrainingError as error:
             if not self.file.exists():
                 raise
-            # A run needn't end for it: the disk may have room again later.
+            # The run goes on: the disk may have room again later.
             self.report(f"the checkpoint can't be written, the last good one is kept: {error}")
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
 
 def position(file: Path) -> tuple[int, int, int]:
-    """Where a checkpoint was saved: epoch, batches done in it, optimizer steps.
+    """The position that a checkpoint was saved at: epoch, batches done in it, optimizer steps.
 
     Raises:
         RecipeError: it can't be read.
@@ -101,10 +101,10 @@ def position(file: Path) -> tuple[int, int, int]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return position_in(checkpoint)
     except Exception as error:
-        # Code in a checkpoint is never run, also where a sweep goes on with a folder of others.
+        # The checkpoint is loaded without running code: a sweep may continue in a folder that others have written.
         raise unreadable(file, error) from error
 
 
 def unreadable(file: Path, error: Exception) -> RecipeError:
-    """What is said of a checkpoint that no run can go on from."""
+    """The error for a checkpoint that no run can resume from."""
     return RecipeError(f"The checkpoint {file} can't be read: {brief(error)}. Remove the directory and start anew.")

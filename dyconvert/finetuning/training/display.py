@@ -1,4 +1,4 @@
-"""How a run goes: in a terminal a bar, below a table of the epochs that stays; elsewhere a line for each epoch."""
+"""Shows a run's progress: in a terminal a table of the epochs with a bar below it; elsewhere a line for each epoch."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dyconvert import console
 from dyconvert.finetuning.training.module import METRIC_NAMES, FineTuner
 
-# Seconds between two looks at the loss: reading it from a GPU waits for the step.
+# Seconds between two reads of the loss: reading it from a GPU waits for the step.
 _EVERY = 0.25
 
 
@@ -19,8 +19,8 @@ class Display(Callback):
     """Shows a run's progress on stderr.
 
     Args:
-        shown: False in processes that say nothing.
-        terminal: by default, whether both stdout and stderr are one.
+        shown: False in processes that print nothing.
+        terminal: whether to show a bar; by default, whether stdout and stderr are terminals.
         averaged: the metric is that of the averaged weights.
     """
 
@@ -81,7 +81,7 @@ class Display(Callback):
             value: the metric, in percent.
             best: it is the highest so far.
         """
-        loss = pl_module.mean_loss  # in all processes, for it adds theirs up
+        loss = pl_module.mean_loss  # every process must call it, because it reduces
         if not self.shown:
             return
         number = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
@@ -98,21 +98,21 @@ class Display(Callback):
     def _show(self, trainer: Trainer, pl_module: FineTuner) -> None:
         self._looked = time.monotonic()
         step, total = trainer.global_step, _steps(trainer, pl_module)
-        said = []
+        fields = []
         loss = pl_module.last_loss
         if loss is not None:
-            said.append(f"loss {loss.item():.4f}")
-        said.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.1e}")
+            fields.append(f"loss {loss.item():.4f}")
+        fields.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.1e}")
         done, elapsed = step - self._first, self._looked - self._began
         if done and elapsed > 0:
-            said.append(f"{done * pl_module.recipe.train.batch / elapsed:,.0f} img/s")
-            said.append(f"{duration((total - step) * elapsed / done)} left")
+            fields.append(f"{done * pl_module.recipe.train.batch / elapsed:,.0f} img/s")
+            fields.append(f"{duration((total - step) * elapsed / done)} left")
         self._bar.update(
             self._task,
             description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
             completed=step,
             total=total,
-            now="  ".join(said),
+            now="  ".join(fields),
         )
 
     def _stop(self) -> None:

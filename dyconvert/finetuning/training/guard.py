@@ -1,4 +1,4 @@
-"""Stops a run that diverges, and says where."""
+"""Stops a run that diverges, and says where it diverged."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from dyconvert.run_files import CHECKPOINT
 _DIVERGED = 100.0
 # Reading the loss of a GPU waits for the step, so it is read only now and then.
 _EVERY = 20
-# A coefficient that near to 0 or 1 hardly gets a gradient.
+# A coefficient nearer than this to 0 or 1 hardly gets a gradient.
 _SATURATED = 0.01
 
 
@@ -24,24 +24,24 @@ class DivergenceGuard(Callback):
     """Raises TrainingError at a loss that isn't finite, or far beyond guessing."""
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: FineTuner, optimizer: Any) -> None:
-        # Called within the step, before the weights change: what made the loss can still be looked at.
+        # Lightning calls this before the weights change: they and the images are still those of this loss.
         loss = pl_module.last_loss
         if loss is None or (loss.device.type != "cpu" and trainer.global_step % _EVERY):
             return
         self.check(trainer, pl_module)
 
     def check(self, trainer: Trainer, pl_module: FineTuner) -> None:
-        """Look at the last loss.
+        """Check the last loss.
 
         Raises:
-            TrainingError: it isn't what a network that learns can have.
+            TrainingError: it isn't finite, or far beyond that of guessing.
         """
         loss = pl_module.last_loss
         if loss is None:
             return
         value = loss.item()
         bad = not math.isfinite(value) or value > _DIVERGED * guess_loss(pl_module.num_classes)
-        if trainer.world_size > 1:  # or the other processes would wait for this one
+        if trainer.world_size > 1:  # else the other processes would wait for this one
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         if bad:
             raise TrainingError(_message(value, trainer, pl_module))
@@ -59,21 +59,21 @@ def _message(value: float, trainer: Trainer, pl_module: FineTuner) -> str:
     if recipe.train.precision == "16-mixed":
         tries.append("train.precision=bf16-mixed or 32-true")
     where = _where(pl_module)
-    kept = (
+    checkpoint_note = (
         f"The last good checkpoint is kept in {recipe.directory}."
         if (recipe.directory / CHECKPOINT).exists()
         else "No checkpoint had been saved yet."
     )
     return (
         f"The loss is {value:.3g} at step {trainer.global_step} (epoch {trainer.current_epoch + 1}), and the run was "
-        f"stopped. {where}{kept} Try {', '.join(tries)}."
+        f"stopped. {where}{checkpoint_note} Try {', '.join(tries)}."
     )
 
 
 @torch.no_grad()
 def _where(pl_module: FineTuner) -> str:
-    """What the predictors say on the last images."""
-    found: dict[str, float] = {}
+    """Which predictors' coefficients are saturated on the last images, and which values aren't finite."""
+    saturated: dict[str, float] = {}
     broken: list[str] = []
 
     def look(name: str, activation: str) -> Any:
@@ -87,8 +87,8 @@ def _where(pl_module: FineTuner) -> str:
             sigmoids = [values / 2 for values in factors] + (experts if activation == "sigmoid" else [])
             extreme = [(values < _SATURATED) | (values > 1 - _SATURATED) for values in sigmoids]
             if activation == "softmax":
-                extreme += [each.amax(1) > 1 - _SATURATED for each in experts if each.shape[1] > 1]
-            found[name] = torch.cat([each.flatten() for each in extreme]).float().mean().item()
+                extreme += [values.amax(1) > 1 - _SATURATED for values in experts if values.shape[1] > 1]
+            saturated[name] = torch.cat([values.flatten() for values in extreme]).float().mean().item()
 
         return hook
 
@@ -101,10 +101,10 @@ def _where(pl_module: FineTuner) -> str:
         for handle in handles:
             handle.remove()
     text = ""
-    if found and max(found.values()) > 0.05:
-        name = max(found, key=found.get)
-        text += f"The coefficients of {_layer(name)} are saturated: {100 * found[name]:.0f} % are at 0 or 1. "
-    elif found:
+    if saturated and max(saturated.values()) > 0.05:
+        name = max(saturated, key=saturated.get)
+        text += f"The coefficients of {_layer(name)} are saturated: {100 * saturated[name]:.0f} % are at 0 or 1. "
+    elif saturated:
         text += "No predictor's coefficients are saturated. "
     if broken:
         text += f"Those of {some([_layer(name) for name in broken], 3)} are not finite. "

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step, when all that it needs to go on is saved."""
+"""Handles Ctrl-C and SIGTERM: the run ends after the current step, when its state is saved."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Within its `with` block, a first Ctrl-C (or SIGTERM) is a request and a second one ends the process at once.
+    """In its `with` block, a first Ctrl-C (or SIGTERM) requests a stop, and a second one ends the process at once.
 
     Attributes:
         requested: the user wants to stop.
@@ -24,7 +24,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        # Only the main thread may; in another, an interrupt ends the run as it ends anything.
+        # Only the main thread may set handlers. In another thread, an interrupt ends the run without saving.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)

@@ -1,4 +1,4 @@
-"""The training step: losses, distillation, mixing of images, and the metric, as Lightning runs them."""
+"""The training step as a Lightning module: losses, distillation, mixing of images, and the metric."""
 
 import math
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from dyconvert.finetuning.training.randomness import seed_of
 from dyconvert.finetuning.training.teacher import FeatureDistillation, Taught, Teacher, distillation
 from dyconvert.nn import CoefficientPredictor
 
-# What is logged, and by which the best weights are chosen.
+# The logged metric, which chooses the best weights.
 METRIC = "val_metric"
 METRIC_NAMES = {"classification": "top-1", "segmentation": "mIoU"}
 
@@ -32,8 +32,8 @@ class FineTuner(LightningModule):
         model: the network that trains.
         num_classes: outputs of the network.
         steps_per_epoch: optimizer steps.
-        teacher: where the recipe distills. It isn't asked about batches that have its outputs with them.
-        features: where features are distilled.
+        teacher: None if the recipe doesn't distill. It doesn't run on batches that include its cached outputs.
+        features: None if features aren't distilled.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FineTuner(LightningModule):
             self.metric: Metric = MulticlassJaccardIndex(num_classes, ignore_index=data.ignore_index)
         else:
             self.metric = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED)
-        # The guard looks at both; a tensor, for reading it from a GPU would wait for the step.
+        # For the guard. The loss stays a tensor: reading it from a GPU would wait for the step.
         self.last_loss: Tensor | None = None
         self.last_images: Tensor | None = None
         # The sum of the losses of this epoch's batches so far, and their number.
@@ -81,7 +81,7 @@ class FineTuner(LightningModule):
 
     @property
     def epochs_done(self) -> float:
-        """How far the run is, in epochs and parts of one."""
+        """Epochs done so far, with fractions."""
         return self.global_step / self.per_epoch
 
     def on_fit_start(self) -> None:
@@ -104,18 +104,18 @@ class FineTuner(LightningModule):
         self._loss_sum, self._loss_count = checkpoint["epoch_loss"]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # For dropout, drop-path and mixing of images: a resumed run draws what an uninterrupted one does.
+        # Dropout, drop-path and mixing of images draw from this seed: a resumed run draws as an uninterrupted one.
         torch.manual_seed(seed_of(self.recipe.train.seed, 1, self.current_epoch, batch_idx, self.global_rank))
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Images as the network takes them, of uint8 or floats of 0 to 1."""
+        """Normalise images of uint8, or floats of 0 to 1, for the network."""
         if images.dtype == torch.uint8:
             images = images.to(self.mean.dtype).div_(255)
         images = (images - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else images
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        images, targets, *kept = batch
+        images, targets, *cached = batch
         images = self.normalized(images)
         if self.mixing is not None:
             images, targets = self.mixing(images, targets)
@@ -124,7 +124,7 @@ class FineTuner(LightningModule):
         loss = self._cross_entropy(main, targets)
         distill = self.recipe.distill
         if distill is not None and self.teacher is not None:
-            taught = Taught(*kept) if kept else self.teacher(images)
+            taught = Taught(*cached) if cached else self.teacher(images)
             soft = distillation(main, taught.logits, distill.temperature)
             loss = (1 - distill.weight) * loss + distill.weight * soft
             if self.features:
@@ -138,7 +138,7 @@ class FineTuner(LightningModule):
         return loss
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        # Mixed targets are probabilities: no class is ignored.
+        # Mixed targets are probabilities, where no class is ignored.
         ignore = self.ignored if not targets.is_floating_point() else IGNORED
         return F.cross_entropy(
             logits.float(), targets, label_smoothing=self.recipe.train.label_smoothing, ignore_index=ignore

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from dyconvert.finetuning.recipes.schema import Dynamic, Train
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 
-# Adam's rate for a predictor's hidden layer, beside that of its last one. That starts at zero; the hidden layer starts
-# at random weights of about 0.1, and reads what is never negative: at the full rate all of its units were soon dead.
+# Adam's rate for a predictor's hidden layer, relative to that of its last layer. The last layer starts at zero. The
+# hidden layer starts at random weights of about 0.1, and its inputs are never negative: at the full rate, all of its
+# units soon died.
 _HIDDEN = 0.1
 
 _PREDICTORS = ("predictors", "predictors, hidden")
@@ -33,7 +34,8 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
         rate, decay = train.lr, train.weight_decay
         if kind == "experts":
             factor = expert_lr(module.g, coefficients[module.g], train, dynamic)
-            # What a step takes off a weight is its rate times its decay: the same as of the others.
+            # A step shrinks a weight by its rate times its decay: so that it shrinks experts as it shrinks other
+            # weights, the decay is divided by the rate's factor.
             rate, decay = factor * rate, decay * dynamic.expert_decay / factor if factor else 0.0
         elif kind in _PREDICTORS:
             rate = _predictor_lr(kind, train, dynamic)
@@ -46,7 +48,7 @@ def parameter_groups(model: nn.Module, train: Train, dynamic: Dynamic) -> list[d
                 or (kind == "norms" and "norm" in train.decay_exclude)
                 or (name.endswith("bias") and "bias" in train.decay_exclude)
             )
-            # Norms' rate is the other weights' own, so they share their groups.
+            # Norms have the same rate as other weights, so they share their groups.
             which = "weights" if kind == "norms" else kind
             group = groups.setdefault(
                 (which, rate, excluded),
@@ -75,17 +77,17 @@ def expert_lr(g: int, coefficient: float, train: Train, dynamic: Dynamic) -> flo
 
 
 def _kinds(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Each module, and what its own parameters are: the names of the groups, and "norms"."""
-    parts: dict[int, str] = {}
+    """Each module, with the kind of its own parameters: "norms", or the name of a group."""
+    predictor_kinds: dict[int, str] = {}
     for predictor in model.modules():
         if isinstance(predictor, CoefficientPredictor):
-            parts |= {id(part): "predictors" for part in predictor.modules()}
+            predictor_kinds |= {id(module): "predictors" for module in predictor.modules()}
             if predictor.hidden is not None:
-                parts[id(predictor.hidden)] = "predictors, hidden"
+                predictor_kinds[id(predictor.hidden)] = "predictors, hidden"
 
     def kind(module: nn.Module) -> str:
-        if id(module) in parts:
-            return parts[id(module)]
+        if id(module) in predictor_kinds:
+            return predictor_kinds[id(module)]
         if isinstance(module, DynamicConv):
             return "experts"
         return "norms" if any(mark in type(module).__name__ for mark in _NORMS) else "weights"
@@ -99,14 +101,17 @@ def _predictor_lr(kind: str, train: Train, dynamic: Dynamic) -> float:
     return dynamic.predictor_adam * (_HIDDEN if kind == "predictors, hidden" else 1)
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimizers, each with parameters of its own, as one: for a schedule, a scaler and a checkpoint."""
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each with its own parameters, as one: for a schedule, a scaler and a checkpoint."""
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        # The very groups of the parts, so that a schedule's learning rates reach them.
-        self.param_groups = [group for part in parts for group in part.param_groups]
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__(self._groups(), {})
+        # The same group objects as the optimizers', so that a schedule's learning rates reach them.
+        self.param_groups = self._groups()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -114,17 +119,17 @@ class Together(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.parts:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = self._groups()
 
 
 def make_optimizer(model: nn.Module, train: Train, dynamic: Dynamic) -> torch.optim.Optimizer:
@@ -136,7 +141,7 @@ def make_optimizer(model: nn.Module, train: Train, dynamic: Dynamic) -> torch.op
     others = [group for group in groups if not group["name"].startswith("predictors")]
     if not predictors or not others:
         return torch.optim.AdamW(predictors) if predictors else _optimizer(others, train)
-    return Together(_optimizer(others, train), torch.optim.AdamW(predictors))
+    return CombinedOptimizer(_optimizer(others, train), torch.optim.AdamW(predictors))
 
 
 def _optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
@@ -150,7 +155,7 @@ def lr_factor(train: Train, steps: int, per_epoch: int) -> Callable[[int], float
 
     Args:
         steps: optimizer steps of the run.
-        per_epoch: and of an epoch.
+        per_epoch: optimizer steps of an epoch.
     """
     warmup = min(round(train.warmup_epochs * per_epoch), steps)
 

@@ -1,4 +1,4 @@
-"""A network's logits, whatever form its output has, and the features that its head reads."""
+"""Takes a network's logits out of any form of output, and the features that its head reads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ def outputs_of(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def reading(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, each call of `layer` puts what it reads, as `[N, F]`, into the list, in place of an earlier call's."""
+    """Yields a list. In the block, each call of `layer` replaces the list's content by its input, as `[N, F]`."""
     read: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Seeds from what is being done, not from what was done before: so that a run can stop and go on anywhere."""
+"""Seeds that depend on the present step only, not on earlier ones: so a run can stop and resume anywhere."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def seeds_of(number: int, *arrays: np.ndarray) -> np.ndarray:
-    """`seed_of(number, *each)` for each row of integer arrays `[N]`, as uint64 `[N]`."""
+    """`seed_of(number, *row)` for each row of the integer arrays `[N]`, as uint64 `[N]`."""
     state = np.zeros(arrays[0].shape, dtype=np.uint64)
     for numbers in (np.full_like(arrays[0], number), *arrays):
         state = (state ^ numbers.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the best, the last and the averaged weights, and the metrics of its epochs."""
+"""Saves a run's results: the best, the last and the averaged weights, and the metrics of its epochs."""
 
 import csv
 import io
@@ -22,19 +22,19 @@ from dyconvert.finetuning.training.schedules import Ema
 from dyconvert.limits import CSV_BYTES, read_text
 from dyconvert.run_files import EMA, LAST, METRICS
 
-_KEPT = ("best", "best_epoch", "last", "last_step")
+_STATE = ("best", "best_epoch", "last", "last_step")
 
 
 class Results(Callback):
-    """Keeps the best weights after each validation, and the last at the end; and has the display say how it went.
+    """Saves the best weights after each validation, and the last at the end; tells the display each epoch's metric.
 
     Args:
-        whole: a copy of the network to gather the weights in, where a strategy shards them.
+        whole: a copy of the network that gathers the weights, if a strategy shards them.
 
     Attributes:
         best, best_epoch: the highest metric so far, and its epoch, counted from 1.
-        began: whether it trains; before, a checkpoint may be restored.
-        last, last_step: the newest metric, and after how many steps that was.
+        began: whether training has begun; before that, Lightning restores the checkpoint.
+        last, last_step: the newest metric, and the number of steps after which it was measured.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Results(Callback):
         self._epoch_began = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**{key: getattr(self, key) for key in _KEPT}, "seconds": self.elapsed()}
+        return {**{key: getattr(self, key) for key in _STATE}, "seconds": self.elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for key in (*_KEPT, "seconds"):
+        for key in (*_STATE, "seconds"):
             setattr(self, key, state_dict[key])
 
     def elapsed(self) -> float:
-        """Seconds of training and validation, earlier tries included."""
+        """Seconds of training and validation, including those before a resume."""
         return self.seconds + time.monotonic() - self._since
 
     def on_train_start(self, trainer: Trainer, pl_module: FineTuner) -> None:
@@ -93,7 +93,7 @@ class Results(Callback):
     def finish(self, trainer: Trainer, pl_module: FineTuner) -> None:
         """Save the last weights, and the averaged ones; without effect the second time.
 
-        A run that was stopped when its last epoch had ended has no training left, and so no end of it.
+        Resuming a run that was stopped after its last epoch doesn't train, so Lightning doesn't call `on_train_end`.
         """
         if self._finished:
             return
@@ -109,19 +109,19 @@ class Results(Callback):
         try:
             save_network(model, directory, self.source)
         except CheckpointError as error:
-            # The run can go on: a checkpoint to resume from is kept apart from this.
+            # The run goes on: it resumes from another file than this.
             if not optional:
                 raise
             self.report(str(error))
 
     def _whole(self, trainer: Trainer, model: nn.Module) -> nn.Module:
-        """The model, or where its weights are sharded a copy that has all of them."""
+        """The model; if its weights are sharded, a copy that has all of them."""
         if self.whole is None:
             return model
         state = gathered_state(trainer)
         if trainer.is_global_zero:
-            own = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-            self.whole.load_state_dict(own)
+            weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+            self.whole.load_state_dict(weights)
         return self.whole
 
 
@@ -137,40 +137,40 @@ def make_loggers(recipe: Recipe, step: int | None) -> list[Logger]:
         RecipeError: a logger's package isn't installed.
     """
     directory = str(recipe.directory)
-    made: list[Logger] = [_csv_logger(recipe.directory, step)]
+    built: list[Logger] = [_csv_logger(recipe.directory, step)]
     for name in recipe.output.loggers:
         try:
             if name == "tensorboard":
-                made.append(loggers.TensorBoardLogger(directory, name="", version="tensorboard"))
+                built.append(loggers.TensorBoardLogger(directory, name="", version="tensorboard"))
             elif name == "wandb":
-                made.append(loggers.WandbLogger(name=recipe.name, save_dir=directory))
+                built.append(loggers.WandbLogger(name=recipe.name, save_dir=directory))
             elif name == "mlflow":
-                made.append(loggers.MLFlowLogger(recipe.name, save_dir=str(recipe.directory / "mlruns")))
+                built.append(loggers.MLFlowLogger(recipe.name, save_dir=str(recipe.directory / "mlruns")))
         except ImportError as error:
             raise RecipeError(
                 f"output.loggers has {name}, which can't be used: {brief(error)}. Install it, or leave it out."
             ) from error
-    return made
+    return built
 
 
 def _csv_logger(directory: Path, step: int | None) -> loggers.CSVLogger:
     """Lightning's logger, of metrics.csv in `directory`.
 
     Args:
-        step: of the checkpoint that is resumed from; earlier rows are kept. None for a new run.
+        step: the step that the run resumes at; rows before it stay. None for a new run.
     """
     file = directory / METRICS
-    kept = []
+    earlier_rows = []
     if step is not None and file.is_file():
         try:
             rows = csv.DictReader(io.StringIO(read_text(file, CSV_BYTES), newline=""))
-            kept = [row for row in rows if int(row["step"]) < step]
+            earlier_rows = [row for row in rows if int(row["step"]) < step]
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
             raise RecipeError(f"{file} can't be read: {brief(error)}. Remove it, and the run goes on.") from error
     file.unlink(missing_ok=True)
     logger = loggers.CSVLogger(str(directory), name="", version="", flush_logs_every_n_steps=1)
-    if kept:
-        # Lightning's writer starts anew in a directory; these rows are its first.
-        add_rows(logger, [{key: value for key, value in row.items() if value != ""} for row in kept])
+    if earlier_rows:
+        # Lightning's writer starts an empty file, so the earlier rows are given to it.
+        add_rows(logger, [{key: value for key, value in row.items() if value != ""} for row in earlier_rows])
         logger.save()
     return logger

@@ -1,4 +1,4 @@
-"""Lightning callbacks for what only dynamic convs have: temperature, and experts that wait; and the moving average."""
+"""Lightning callbacks: the temperature's schedule, freezing of experts or predictors, and the moving average."""
 
 from typing import Any, cast
 
@@ -34,9 +34,9 @@ class TemperatureSchedule(Callback):
 
 
 class Frozen(Callback):
-    """At first the experts don't train, or the predictors.
+    """Freezes the experts, or the predictors, for the first epochs.
 
-    Their gradients are dropped rather than not asked for: DDP is built with the parameters that require one.
+    Their gradients are computed and dropped: DDP needs all parameters that require a gradient to get one.
 
     Args:
         kind: DynamicConv for experts, CoefficientPredictor for predictors.
@@ -56,7 +56,7 @@ class Frozen(Callback):
 
 
 class Ema(WeightAveraging):
-    """Lightning's moving average, with the temperature of the network itself: an average of it would lag behind."""
+    """Lightning's moving average, but with the network's own temperature: an average of it would lag behind."""
 
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -73,4 +73,4 @@ class Ema(WeightAveraging):
             predictor.temperature.copy_(current[name].temperature)
 
     def on_train_end(self, trainer: Trainer, pl_module: FineTuner) -> None:
-        """Keep the network's own weights, which Lightning's would replace: both are reported."""
+        """Keep the network's own weights, which Lightning would replace by the average: both are reported."""

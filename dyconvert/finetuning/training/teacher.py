@@ -20,7 +20,7 @@ class Taught(NamedTuple):
 
     Attributes:
         logits: `[N, classes, ...]`.
-        features: what its head reads, `[N, F]`; None where they aren't asked for.
+        features: the inputs of its head, `[N, F]`; None unless features are distilled.
     """
 
     logits: Tensor
@@ -28,11 +28,11 @@ class Taught(NamedTuple):
 
 
 class Teacher:
-    """A network that teaches: not trained, nor saved or copied with the network that learns.
+    """A network that teaches. It isn't trained, and isn't saved or copied with the network that learns.
 
     Args:
         module: the network.
-        recipe: says how its images are normalised, and whether features are wanted.
+        recipe: says how the teacher's images are normalised, and whether features are distilled.
     """
 
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ class Teacher:
         data, distill = recipe.data, recipe.distill
         self._head = self.module.get_submodule(head_of(module)) if distill.features else None
         mean, std = distill.teacher_mean or data.mean, distill.teacher_std or data.std
-        # From images as the network that learns takes them to the teacher's own; None where those are the same.
+        # Maps images normalised for the network that learns to the teacher's normalisation; None if both are the same.
         self._affine = None
         if (mean, std) != (data.mean, data.std):
             pairs = torch.tensor([[data.mean, data.std], [mean, std]], dtype=torch.float64)
@@ -51,12 +51,12 @@ class Teacher:
         """Move it, in place."""
         self.module.to(device)
         if self._affine is not None:
-            self._affine = tuple(each.to(device) for each in self._affine)
+            self._affine = tuple(tensor.to(device) for tensor in self._affine)
         return self
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Taught:
-        """What it says of images `[N, C, H, W]`, normalised for the network that learns."""
+        """The outputs for images `[N, C, H, W]` that are normalised for the network that learns."""
         if self._affine is not None:
             factor, shift = self._affine
             images = images * factor + shift
@@ -74,7 +74,7 @@ def head_of(model: nn.Module) -> str:
     """The name of the layer whose inputs are distilled, the model's head.
 
     Raises:
-        RecipeError: there is no telling which layer that is.
+        RecipeError: the model's head isn't known.
     """
     name = find_head(model)
     if name is None:
@@ -87,7 +87,7 @@ def head_of(model: nn.Module) -> str:
 
 def score(teacher: Teacher, recipe: Recipe, batches: Iterable[tuple[Tensor, ...]]) -> float:
     """Top-1 of a teacher on batches of images of 0 to 255 or 0 to 1, and targets, in percent."""
-    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (recipe.data.mean, recipe.data.std))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
     right = count = 0
     for images, targets in batches:
         images = images.float().div_(255) if images.dtype == torch.uint8 else images
@@ -97,11 +97,11 @@ def score(teacher: Teacher, recipe: Recipe, batches: Iterable[tuple[Tensor, ...]
 
 
 def create_teacher(recipe: Recipe, original: nn.Module, num_classes: int) -> Teacher | None:
-    """The recipe's teacher; None where it doesn't distill.
+    """The recipe's teacher; None if it doesn't distill.
 
     Raises:
         ModelError: it can't be built, or not with these weights.
-        RecipeError: it tells other classes apart.
+        RecipeError: it has another number of classes.
     """
     distill = recipe.distill
     if distill is None:
@@ -133,7 +133,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     """T^2 KL(teacher || student) of softened outputs (Hinton et al. 2015, arXiv:1503.02531), mean over images.
 
     Args:
-        student, teacher: logits `[N, classes, ...]`; of dense ones, the mean is over pixels as well.
+        student, teacher: logits `[N, classes, ...]`; with dense logits, the mean is over pixels too.
     """
     student = F.log_softmax(student.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher.float() / temperature, dim=1)
@@ -142,13 +142,13 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
 
 class FeatureDistillation(nn.Module):
-    """The squared error of what the heads read, over the variance of the teacher's (FitNets, arXiv:1412.6550, eq. 3).
+    """The squared error of the heads' inputs, over the variance of the teacher's (FitNets, arXiv:1412.6550, eq. 3).
 
     Args:
         head: name of the head of the network that learns.
         ours, theirs: features of the two networks.
-        mapped: whether a linear layer, trained along, maps ours to the teacher's. Only the features of one network's
-            two versions can be compared as they are.
+        mapped: whether a linear layer, which is trained too, maps ours to the teacher's. Features can be compared
+            without it only if both networks are versions of one.
     """
 
     def __init__(self, head: str, ours: int, theirs: int, mapped: bool) -> None:

@@ -1,8 +1,8 @@
-"""A teacher's outputs for the numbered views of all training images, kept beside the data for all runs.
+"""Caches a teacher's outputs for the numbered views of all training images, beside the data, for all runs.
 
-DIRECTORY/KEY/view-3.safetensors holds those of view 3, in float16: logits `[images, classes]` and, where they are
-asked for, features `[images, F]`. KEY is a hash of all that they depend on: the teacher's weights, the images, and how
-they are cropped and normalised. Runs that start at the same time share the work.
+DIRECTORY/KEY/view-3.safetensors holds the outputs for view 3, in float16: logits `[images, classes]` and, with
+`distill.features`, features `[images, F]`. KEY is a hash of everything that the outputs depend on: the teacher's
+weights, the images, and how they are cropped and normalised. Runs that start at the same time share the work.
 """
 
 import contextlib
@@ -18,45 +18,45 @@ import torch
 from torch import Tensor
 
 from dyconvert.errors import RecipeError, TrainingError, brief
-from dyconvert.finetuning.data.datasets import Part
-from dyconvert.finetuning.data.loading import Kept, Prepared
+from dyconvert.finetuning.data.datasets import Split
+from dyconvert.finetuning.data.loading import Prepared, TeacherOutputs
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.teacher import Teacher
 
-# The version of the file format, and of what a numbered view is.
+# The version of the file format, and of the numbered views' definition.
 _VERSION = "1"
 _BATCH = 250
 
 
 def cache_directory(recipe: Recipe) -> Path:
-    """Where a recipe's teachers' outputs are kept."""
-    given = recipe.distill.cache_directory
-    if given is not None:
-        return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(given))))
+    """The directory of the outputs of a recipe's teachers."""
+    configured = recipe.distill.cache_directory
+    if configured is not None:
+        return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(configured))))
     return (recipe.data_root or Path.cwd()) / "teachers"
 
 
-def kept_outputs(
+def cached_outputs(
     recipe: Recipe,
     teacher: Teacher,
-    part: Part,
+    split: Split,
     device: torch.device,
     stopping: Callable[[], bool],
     report: Callable[[str], None],
-) -> Kept:
-    """Read the outputs for all views, after making those that are missing.
+) -> TeacherOutputs:
+    """Read the outputs for all views; compute and write those that are missing.
 
     Args:
         part: the training images.
-        device: that the teacher runs on.
-        stopping: whether the user wants to stop; what is made so far stays.
-        report: gets a line for each view that is made.
+        device: the teacher runs there.
+        stopping: whether the user wants to stop; the views written so far stay.
+        report: gets a line for each view that is computed.
 
     Raises:
-        RecipeError: the images are none that can be cropped as batches; the directory can't be written.
+        RecipeError: the images can't be cropped as batches; the directory can't be written.
         TrainingError: the teacher's outputs aren't finite.
     """
-    prepared = Prepared(part, recipe.train.seed, recipe.data, training=True)
+    prepared = Prepared(split, recipe.train.seed, recipe.data, training=True)
     if prepared.views is None:
         raise RecipeError(
             f"distill.cache needs images that fit into memory, all of {recipe.data.size} x {recipe.data.size}, and "
@@ -67,7 +67,7 @@ def kept_outputs(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files = [directory / f"view-{number}.safetensors" for number in range(recipe.data.views)]
-        # First the views that no other run is computing, then those that the others haven't finished.
+        # First the views that no other run is computing; then wait for the others.
         for wait in (False, True):
             for number, file in enumerate(files):
                 if _read(file, maker.key) is not None:
@@ -82,35 +82,35 @@ def kept_outputs(
         raise RecipeError(
             f"The teacher's outputs can't be kept in {directory}: {brief(error)}. Set distill.cache_directory."
         ) from error
-    return Kept(*(torch.stack([view[name] for view in views]) for name in views[0]))
+    return TeacherOutputs(*(torch.stack([view[name] for view in views]) for name in views[0]))
 
 
 class _Maker:
-    """Runs the teacher on the views."""
+    """Computes the teacher's outputs for the views."""
 
     def __init__(
         self, recipe: Recipe, teacher: Teacher, prepared: Prepared, device: torch.device, stopping: Callable[[], bool]
     ) -> None:
         self.teacher, self.prepared, self.device, self.stopping = teacher, prepared, device, stopping
-        self.images = prepared.part.stacked[0]
-        self.mean, self.std = (torch.tensor(each).view(-1, 1, 1) for each in (recipe.data.mean, recipe.data.std))
+        self.images = prepared.split.stacked[0]
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
         self.key = self._key(recipe)
 
     def _key(self, recipe: Recipe) -> str:
         data, distill = recipe.data, recipe.distill
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         settings = (_VERSION, data.augment, data.mean, data.std, distill.teacher_mean, distill.teacher_std)
-        found.update(repr((settings, bool(distill.features), type(self.teacher.module).__qualname__)).encode())
+        digest.update(repr((settings, bool(distill.features), type(self.teacher.module).__qualname__)).encode())
         for name, tensor in self.teacher.module.state_dict().items():
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            found.update(_bytes(tensor))
-        found.update(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
-        found.update(_bytes(self.images))
-        return found.hexdigest()[:32]
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(_bytes(tensor))
+        digest.update(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
+        digest.update(_bytes(self.images))
+        return digest.hexdigest()[:32]
 
     def make(self, number: int) -> dict[str, Tensor]:
         """The outputs for the view of this number."""
-        found: dict[str, list[Tensor]] = {}
+        batches: dict[str, list[Tensor]] = {}
         for start in range(0, len(self.images), _BATCH):
             if self.stopping():
                 raise KeyboardInterrupt
@@ -119,11 +119,11 @@ class _Maker:
             taught = self.teacher(((images - self.mean) / self.std).to(self.device))
             for name, tensor in taught._asdict().items():
                 if tensor is not None:
-                    found.setdefault(name, []).append(tensor.to("cpu", torch.float16))
-        made = {name: torch.cat(tensors) for name, tensors in found.items()}
-        if not all(torch.isfinite(tensor).all() for tensor in made.values()):
+                    batches.setdefault(name, []).append(tensor.to("cpu", torch.float16))
+        outputs = {name: torch.cat(tensors) for name, tensors in batches.items()}
+        if not all(torch.isfinite(tensor).all() for tensor in outputs.values()):
             raise TrainingError("The teacher's outputs aren't finite numbers of float16. Take another teacher.")
-        return made
+        return outputs
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -132,15 +132,15 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        found.update(_bytes(tensors[name]))
-    return found.hexdigest()
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 def _read(file: Path, key: str) -> dict[str, Tensor] | None:
-    """The outputs in a file; None where there is no file, or it was changed or damaged."""
+    """The outputs in a file; None if there is no file, or it was changed or damaged."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
@@ -152,17 +152,17 @@ def _read(file: Path, key: str) -> dict[str, Tensor] | None:
 
 
 def _write(file: Path, tensors: dict[str, Tensor], key: str) -> None:
-    part = file.with_suffix(f".{os.getpid()}.part")
+    unfinished = file.with_suffix(f".{os.getpid()}.part")
     try:
-        part.write_bytes(safetensors.torch.save(tensors, {"key": key, "sha256": _hash(tensors)}))
-        os.replace(part, file)
+        unfinished.write_bytes(safetensors.torch.save(tensors, {"key": key, "sha256": _hash(tensors)}))
+        os.replace(unfinished, file)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _locked(file: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock, which ends with the process; true where the system has no such locks."""
+    """Yields whether this process has the lock, which ends with the process. True if the system has no such locks."""
     try:
         import fcntl
     except ImportError:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, as a recipe wants it."""
+"""Makes Lightning's Trainer from a recipe, and checks its devices."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dyconvert.errors import RecipeError
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.checkpoints import AtomicCheckpointIO
 
-# Reading a loss from a GPU, and writing a row, for every step would be felt.
+# Steps between two rows of the log: reading the loss from a GPU and writing a row at every step takes noticeable time.
 _LOG_EVERY = 50
 
 
@@ -44,15 +44,15 @@ def make_trainer(recipe: Recipe, callbacks: Sequence[Callback], loggers: list[Lo
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one, of all, that prints and writes."""
+    """Whether this is the process that prints and writes."""
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets it on the function
 
 
 def check_devices(recipe: Recipe) -> None:
-    """Refuse more devices than there are, and what doesn't go together on several.
+    """Check the recipe's devices.
 
     Raises:
-        RecipeError: see above.
+        RecipeError: there are fewer devices than the recipe asks for, or its settings don't work on several.
     """
     train = recipe.train
     if train.strategy == "fsdp" and train.ema is not None:
@@ -68,10 +68,10 @@ def check_devices(recipe: Recipe) -> None:
         "cpu": os.cpu_count() or 1,
     }[kind]
     name = {"gpu": "GPUs", "mps": "MPS devices", "cpu": "CPU cores"}[kind]
-    wanted = train.devices if isinstance(train.devices, int) else 1
-    if wanted > there:
+    requested = train.devices if isinstance(train.devices, int) else 1
+    if requested > there:
         raise RecipeError(
-            f"The recipe wants {wanted} {name} (train.devices, train.accelerator), and this machine has {there}. "
+            f"The recipe wants {requested} {name} (train.devices, train.accelerator), and this machine has {there}. "
             "Set train.devices to what there is, or train.accelerator to another kind."
         )
     if train.strategy == "fsdp" and kind != "gpu":
