@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -333,6 +334,44 @@ class LinearAttention(Trunk):
         return self.head((x + self.join(made.reshape(len(x), -1, *x.shape[2:]))).mean((2, 3)))
 
 
+class Repeated(Trunk):
+    """A map beside itself is added to a wider one: each of its channels goes along with two of the other's."""
+
+    def __init__(self, wide_first: bool) -> None:
+        super().__init__()
+        self.wide_first = wide_first
+        self.wide = nn.Conv2d(32, 48, 3, padding=1)
+        self.small = nn.Conv2d(32, 24, 3, padding=1)
+        self.join = nn.Conv2d(48, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        if self.wide_first:
+            wide = self.wide(x)
+            small = self.small(x)
+        else:
+            small = self.small(x)
+            wide = self.wide(x)
+        return self.head(self.join(F.relu(torch.cat([small, small], 1) + wide)).mean((2, 3)))
+
+
+class PartialResiduals(Trunk):
+    """As in ReXNet: each block is a little wider, and its input is added to the first of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [32, 36, 40, 44, 48, 52, 56, 60]
+        self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.join = nn.Conv2d(60, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        for block in self.blocks:
+            y = block(F.relu(x))
+            x = torch.cat([y[:, : x.shape[1]] + x, y[:, x.shape[1] :]], 1)
+        return self.head(self.join(F.relu(x)).mean((2, 3)))
+
+
 PROGRAMS: dict[str, Callable[[], nn.Module]] = {
     "reshape(-1, C)": Tokens,
     "contiguous": Contiguous,
@@ -356,6 +395,9 @@ PROGRAMS: dict[str, Callable[[], nn.Module]] = {
     "gains": Gains,
     "half affine": HalfAffine,
     "linear attention": LinearAttention,
+    "a map twice, after the wide one": lambda: Repeated(wide_first=True),
+    "a map twice, before the wide one": lambda: Repeated(wide_first=False),
+    "partial residuals": PartialResiduals,
 }
 
 

@@ -1,6 +1,5 @@
 """The networks of a recipe: the original, and the converted or narrowed one that is trained."""
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert import models
+from dyconvert.copying import copied
 from dyconvert.errors import ModelError, brief
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.training.outputs import outputs_of
@@ -72,7 +72,7 @@ def transform(
             return narrow(original, static=True, **settings)
         student = narrow(original, diversity=recipe.dynamic.diversity, **conversion, **settings)
     elif conversion is None:
-        return copy.deepcopy(original)
+        return copied(original)
     else:
         student = convert(original, **conversion, **ours)
     if recipe.dynamic.pair_spread is not None and calibration is not None:

@@ -301,7 +301,7 @@ def _group(
         target = node.module
         if reason is None and (reason := traced.obstacles.of(node, max(numbers) + 1)) and id(target) in names:
             reason = f"{names[id(target)]}: {reason}"
-        channels, positions = torch.tensor(numbers), torch.tensor([place[r] for r in roots])
+        channels, positions, unit = _once(torch.tensor(numbers), torch.tensor([place[r] for r in roots]), unit)
         if id(target) in parameters:
             member = Member(parameters[id(target)], "parameter", channels, positions, dims[id(target)])
         elif id(target) in names:
@@ -323,6 +323,23 @@ def _group(
         grouped = next((m.name for m in members if getattr(runner.get_submodule(m.name), "groups", 1) > 1), None)
         group.kept = SINGLE if len(rest) == 1 or grouped is None else f"{grouped}: its groups tie all channels together"
     return group
+
+
+def _once(channels: Tensor, positions: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each channel with its first position; and units that hold all positions of a channel, as of `cat([a, a])`.
+
+    Args:
+        channels: `[K]`, with repetitions.
+        positions: `[K]`, the places in the group.
+        unit: `[size]`, the group's units.
+    """
+    first: dict[int, int] = {}
+    for channel, position in zip(channels.tolist(), positions.tolist(), strict=True):
+        other = first.setdefault(channel, position)
+        if other != position and unit[other] != unit[position]:
+            unit = torch.where(unit == unit[position], unit[other], unit)
+    unit = unit.unique(return_inverse=True)[1]
+    return torch.tensor(list(first)), torch.tensor(list(first.values())), unit
 
 
 def _tie(unit: Tensor, module: nn.Module, side: str, channels: Tensor, positions: Tensor) -> Tensor:
