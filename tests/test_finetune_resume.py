@@ -15,7 +15,7 @@ from nets import listed
 
 import dyconvert
 from dyconvert import RecipeError, TrainingError, finetune
-from dyconvert.files import Claim
+from dyconvert.locks import Claim
 from dyconvert.run_files import LOCK
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dyconvert.analysis import findings
-from dyconvert.analysis.ablation import Ablation, Setting, Spread
+from dyconvert.analysis.ablation import Ablation, Score, Setting
 from dyconvert.analysis.accuracy import Share, accuracy
 from dyconvert.analysis.coefficients import Coefficients, ConvCoefficients
 from dyconvert.analysis.correlation import Correlation, LayerCorrelation
@@ -95,7 +95,7 @@ def test_classes_are_named_only_above_chance(share, said):
 
 
 def setting(run: str, mean: float, deviation: float, runs: int, static: bool = False) -> Setting:
-    spread = Spread(mean=mean, deviation=deviation, low=mean, high=mean, runs=runs)
+    spread = Score(mean=mean, deviation=deviation, low=mean, high=mean, runs=runs)
     return Setting(
         run=run,
         recipe="r",

@@ -1,4 +1,4 @@
-"""What fine-tuning runs wrote: a sweep's table, with its spread over seeds, and the course of one run."""
+"""Reads the results of fine-tuning: a sweep's table, with mean and deviation over seeds, and the curves of one run."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from dyconvert.limits import CSV_BYTES, FIGURE, JSON_BYTES, parse_json, read_tex
 from dyconvert.run_files import COSTS, METRICS, SCORES, SETTINGS, SUMMARY
 
 
-class Spread(BaseModel):
+class Score(BaseModel):
     """Mean, sample standard deviation (0 for a single run), extremes and number of runs."""
 
     mean: float
@@ -26,11 +26,11 @@ class Spread(BaseModel):
 
 
 class Setting(BaseModel):
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        run: what the sweep calls it.
-        width, flops: the share of the channels, or of the multiply-adds, that narrowing was to keep.
+        run: its name in the sweep.
+        width, flops: the share of the channels, or of the multiply-adds, that narrowing aimed at.
         scores: top-1 in percent: of the "original", "converted", "finetuned", and of the averaged weights, "ema".
         costs: the means of "parameters", "macs" and "seconds".
     """
@@ -43,7 +43,7 @@ class Setting(BaseModel):
     flops: float | None = None
     static: bool
     epochs: float | None
-    scores: dict[str, Spread]
+    scores: dict[str, Score]
     costs: dict[str, float]
 
 
@@ -55,8 +55,8 @@ class Course(BaseModel):
     values: list[float]
 
 
-class Run(BaseModel):
-    """One fine-tuning run: what its summary says, and the course of its metrics."""
+class RunCurves(BaseModel):
+    """The summary of one fine-tuning run, and the courses of its metrics."""
 
     summary: dict[str, Any]
     courses: list[Course]
@@ -83,14 +83,14 @@ def read_sweep(file: Path) -> Ablation:
         raise DyconvertError(f"{file} holds no run. Give the CSV of a sweep that has run.")
     if missing := [name for name in ("method", "g", "width", "static", "finetuned") if name not in rows[0]]:
         raise DyconvertError(f"{file} has no column {', '.join(missing)}. A sweep's CSV has them; is it another one?")
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    rows_of_setting: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault(tuple((row.get(name) or "").strip() for name in SETTINGS), []).append(row)
+        rows_of_setting.setdefault(tuple((row.get(name) or "").strip() for name in SETTINGS), []).append(row)
     settings = []
-    for key, runs in groups.items():
+    for key, rows_of_seeds in rows_of_setting.items():
         known = dict(zip(SETTINGS, key, strict=True))
-        scores = {name: _spread([_number(file, run, name) for run in runs]) for name in SCORES}
-        costs = {name: _spread([_number(file, run, name) for run in runs]) for name in COSTS}
+        scores = {name: _score([_number(file, row, name) for row in rows_of_seeds]) for name in SCORES}
+        costs = {name: _score([_number(file, row, name) for row in rows_of_seeds]) for name in COSTS}
         g = _number(file, known, "g")
         settings.append(
             Setting(
@@ -102,15 +102,15 @@ def read_sweep(file: Path) -> Ablation:
                 flops=_number(file, known, "flops"),
                 static=known["static"].lower() in ("true", "1", "yes", "static"),
                 epochs=_number(file, known, "epochs"),
-                scores={name: found for name, found in scores.items() if found is not None},
-                costs={name: found.mean for name, found in costs.items() if found is not None},
+                scores={name: score for name, score in scores.items() if score is not None},
+                costs={name: cost.mean for name, cost in costs.items() if cost is not None},
             )
         )
     return Ablation(file=file.name, settings=settings)
 
 
-def read_run(directory: Path) -> Run | None:
-    """What a fine-tuning run left in its directory: summary.json and metrics.csv. None if neither is there.
+def read_run(directory: Path) -> RunCurves | None:
+    """Read a fine-tuning run's summary.json and metrics.csv. None if neither is there.
 
     Raises:
         DyconvertError: one of them can't be read.
@@ -118,7 +118,7 @@ def read_run(directory: Path) -> Run | None:
     summary, courses = {}, []
     try:
         if (directory / SUMMARY).is_file():
-            # The run's folder may have a name that is no text, with halves of characters in its place.
+            # The name of the run's folder may have bytes that aren't text; they are replaced.
             written = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
             written = json.loads(json.dumps(written, ensure_ascii=False).encode("utf-8", "replace"))
             summary = written if isinstance(written, dict) else {}
@@ -126,11 +126,11 @@ def read_run(directory: Path) -> Run | None:
             courses = _courses(directory / METRICS)
     except (OSError, ValueError, csv.Error) as error:
         raise DyconvertError(f"The run in {directory} can't be read: {error}. Remove the damaged file.") from error
-    return Run(summary=summary, courses=courses) if summary or courses else None
+    return RunCurves(summary=summary, courses=courses) if summary or courses else None
 
 
 def _courses(file: Path) -> list[Course]:
-    # Lightning's logger writes a row a step or an epoch, with holes where a metric wasn't logged.
+    # Lightning's logger writes a row for each step or epoch, with empty cells where a metric wasn't logged.
     courses: dict[str, dict[float, float]] = {}
     for row in csv.DictReader(io.StringIO(read_text(file, CSV_BYTES), newline="")):
         if not row.get("epoch"):
@@ -149,10 +149,10 @@ def _courses(file: Path) -> list[Course]:
 
 
 def _plain(value: float) -> float:
-    """The value, if it can be drawn: sums and squares of it are to be finite.
+    """The value, if it can be drawn: its sums and squares must be finite.
 
     Raises:
-        ValueError: it can't.
+        ValueError: it can't be drawn.
     """
     if not math.isfinite(value) or abs(value) > FIGURE:
         raise ValueError(f"{value:g} is beyond what can be drawn")
@@ -169,9 +169,9 @@ def _number(file: Path, row: dict[str, str], name: str) -> float | None:
         raise DyconvertError(f"{file} has {text!r} for {name}, which is no number to show. Correct it.") from None
 
 
-def _spread(values: list[float | None]) -> Spread | None:
+def _score(values: list[float | None]) -> Score | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
     deviation = statistics.stdev(known) if len(known) > 1 else 0.0
-    return Spread(mean=statistics.fmean(known), deviation=deviation, low=min(known), high=max(known), runs=len(known))
+    return Score(mean=statistics.fmean(known), deviation=deviation, low=min(known), high=max(known), runs=len(known))

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from dyconvert import builtin
 from dyconvert.errors import DyconvertError, ModelError
-from dyconvert.files import as_path, shown
+from dyconvert.paths import as_path, shown
 from dyconvert.pictures import SUFFIXES, PictureError, check_picture, picture_files, read_picture
 
 # Mean and standard deviation by channel, as torchvision normalises.

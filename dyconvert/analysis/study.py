@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from dyconvert.analysis import findings
-from dyconvert.analysis.ablation import Ablation, Run
+from dyconvert.analysis.ablation import Ablation, RunCurves
 from dyconvert.analysis.accuracy import Accuracy
 from dyconvert.analysis.coefficients import Coefficients
 from dyconvert.analysis.correlation import (
@@ -65,7 +65,7 @@ class Analysis(BaseModel):
     coefficients: Coefficients | None = None
     resolution: Resolution | None = None
     cost: ModelCost | None = None
-    run: Run | None = None
+    run: RunCurves | None = None
     ablation: Ablation | None = None
     findings: list[Finding] = []
     left_out: dict[str, str] = {}
@@ -87,7 +87,7 @@ def analyse(
     batch_size: int | None = None,
     seconds: float = 5.0,
     cpu_time: bool = False,
-    run: Run | None = None,
+    run: RunCurves | None = None,
     ablation: Ablation | None = None,
     names: dict[str, str] | None = None,
     progress: Progress | None = None,

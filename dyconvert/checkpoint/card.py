@@ -20,7 +20,7 @@ from dyconvert.models.source import Source
 from dyconvert.nn import CoefficientPredictor, DynamicConv
 
 CARD = "README.md"
-# The table's rows: before and after, by what was counted or measured.
+# The table's rows: the name of a figure, with its values before and after.
 Figures = Mapping[str, tuple[float | None, float | None]]
 
 _MARK = re.compile(r"\n<!-- Written by dyconvert; a card that was edited stays as it is\. ([0-9a-f]{16}) -->\n*\Z")
@@ -32,20 +32,20 @@ def model_card(description: Description, figures: Figures, address: str) -> str:
 
     Args:
         figures: rows of its table; whole numbers are counts, others percentages.
-        address: what `load` is called with.
+        address: the argument of `load`.
     """
     source = _source(description)
-    said = [*_header(description, source), "", f"# {_title(description, source)}", "", _summary(description, source)]
+    lines = [*_header(description, source), "", f"# {_title(description, source)}", "", _summary(description, source)]
     if figures:
-        said += ["", "| | before | after |", "|---|---:|---:|"]
-        said += [
+        lines += ["", "| | before | after |", "|---|---:|---:|"]
+        lines += [
             f"| {_cell(name)} | {_number(before)} | {_number(after)} |" for name, (before, after) in figures.items()
         ]
-    return signed("\n".join([*said, "", *_loading(description, source, address), "", *_licence(source)]))
+    return signed("\n".join([*lines, "", *_loading(description, source, address), "", *_licence(source)]))
 
 
 def write_card(directory: Path, figures: Figures) -> None:
-    """Write the card of a saved model anew, with other figures; one that a user wrote or edited stays.
+    """Write the card of a saved model anew, with other figures. A card that a user wrote or edited stays.
 
     Raises:
         CheckpointError: no model was saved there, or the card can't be written.
@@ -55,9 +55,9 @@ def write_card(directory: Path, figures: Figures) -> None:
 
 
 def counted(model: nn.Module) -> Figures:
-    """The parameters of a converted model, and of the static one that it was made from, at the same width.
+    """The parameters of a converted model, and of the static model at the same width.
 
-    Of a compressed model, nothing: its numbers aren't what they were.
+    Empty for a compressed model, whose parameters are other numbers than before.
     """
     if compression_of(model) is not None:
         return {}
@@ -74,20 +74,20 @@ def counted(model: nn.Module) -> Figures:
 
 
 def signed(text: str) -> str:
-    """A card's text with the mark by which it is known for ours."""
+    """The text with the mark that shows that dyconvert wrote it."""
     return (
         f"{text}\n\n<!-- Written by dyconvert; a card that was edited stays as it is. {_digest(text + chr(10))} -->\n"
     )
 
 
 def is_own(text: str) -> bool:
-    """Whether we wrote the card, and nobody edited it since."""
-    found = _MARK.search(text)
-    return found is not None and found[1] == _digest(text[: found.start()])
+    """Whether dyconvert wrote the card, and nobody has edited it since."""
+    match = _MARK.search(text)
+    return match is not None and match[1] == _digest(text[: match.start()])
 
 
 def may_replace(directory: Path) -> bool:
-    """Whether the card in a directory is ours to replace, or there is none."""
+    """Whether a directory has no card, or one that dyconvert may replace."""
     file = directory / CARD
     if not os.path.lexists(file):
         return True
@@ -98,7 +98,7 @@ def may_replace(directory: Path) -> bool:
 
 
 def at_address(text: str, address: str) -> str:
-    """A card of ours, with another address to load from; any other text as it is."""
+    """The card with another address to load from; a card that dyconvert didn't write stays as it is."""
     mark = _MARK.search(text)
     if mark is None or not is_own(text):
         return text
@@ -138,7 +138,7 @@ def _is_tag(source: Source) -> bool:
 
 
 def licence_of(source: Source | None) -> dict[str, str] | None:
-    """The licence of the original's weights, as a card's header has it; None where it isn't known."""
+    """The licence of the original's weights, in the form of a card's header; None if it isn't known."""
     if source is None or source.weights is None or os.path.isabs(source.weights) or "/" in source.weights:
         return None
     library, _, name = source.specifier.partition(":")
@@ -147,9 +147,9 @@ def licence_of(source: Source | None) -> dict[str, str] | None:
             from torchvision.models import get_model_weights
 
             chosen = get_model_weights(name).__members__.get(source.weights)
-            own = chosen.meta.get("license") if chosen is not None else None
-            if own:
-                return {"license": "other", "license_name": "of-the-weights", "license_link": str(own)}
+            link = chosen.meta.get("license") if chosen is not None else None
+            if link:
+                return {"license": "other", "license_name": "of-the-weights", "license_link": str(link)}
             return {"license": "bsd-3-clause"} if chosen is not None else None
         if library == "timm":
             from dyconvert.models.listing import import_timm
@@ -159,7 +159,7 @@ def licence_of(source: Source | None) -> dict[str, str] | None:
             return {"license": str(cfg.license).lower()} if cfg is not None and cfg.license else None
         if source.specifier == "builtin:digits-resnet8":
             return {"license": "apache-2.0"}
-    except Exception:  # a library that isn't installed, or knows the model no more: a card does without
+    except Exception:  # a library that isn't installed, or doesn't know the model: the card has no licence
         return None
     return None
 
@@ -173,33 +173,33 @@ def _title(description: Description, source: Source | None) -> str:
 
 def _named(source: Source) -> str:
     head, colon, tail = source.specifier.rpartition(":")
-    # A path tells of its owner's machine.
+    # Its folders are this machine's.
     head = os.path.basename(head.replace("\\", "/")) if head.endswith(".py") else head
     return _cell(f"{head}{colon}{tail}")
 
 
 def _summary(description: Description, source: Source | None) -> str:
-    made = "a static model" if source is None else f"`{_named(source)}`"
+    original = "a static model" if source is None else f"`{_named(source)}`"
     if source is not None and source.weights is not None:
         weights = os.path.basename(source.weights.replace("\\", "/"))
-        made += f" with the weights `{_cell(weights)}`"
-    said = []
+        original += f" with the weights `{_cell(weights)}`"
+    sentences = []
     if description.narrowing is not None:
-        kept = description.narrowing.macs
-        to = f" to {100 * kept:.0f} % of its multiply-adds" if kept is not None else ""
-        said.append(f"Made from {made}, narrowed{to}.")
+        macs = description.narrowing.macs
+        to = f" to {100 * macs:.0f} % of its multiply-adds" if macs is not None else ""
+        sentences.append(f"Made from {original}, narrowed{to}.")
     if description.plan is not None:
         plan = description.plan
-        start = "Its" if said else f"Made from {made}: its"
-        said.append(
+        start = "Its" if sentences else f"Made from {original}: its"
+        sentences.append(
             f"{start} {len(plan.converted)} converted convolutions keep g = {plan.method.g} weight sets each, which "
             f"are mixed for every image by predicted coefficients ({_cell(plan.method.title or plan.method.name)})."
         )
         if plan.method.paper:
-            said.append(f"Method: {_cell(plan.method.paper)}.")
+            sentences.append(f"Method: {_cell(plan.method.paper)}.")
     if description.compression is not None:
-        said.append(f"It is {description.compression}, and for inference only.")
-    return " ".join(said) or f"A static model, saved as a control: {made}."
+        sentences.append(f"It is {description.compression}, and for inference only.")
+    return " ".join(sentences) or f"A static model, saved as a control: {original}."
 
 
 def _loading(description: Description, source: Source | None, address: str) -> list[str]:
@@ -207,8 +207,8 @@ def _loading(description: Description, source: Source | None, address: str) -> l
     more = ", model=static" if needs_model else ""
     lines = ["```python", "import dyconvert", ""]
     if needs_model:
-        what = f"what {_named(source)} returns" if source is not None else "the static model that it was made from"
-        lines.append(f"static = ...  # {what}; with any weights")
+        static = f"the model of {_named(source)}" if source is not None else "the static model that it was made from"
+        lines.append(f"static = ...  # {static}; with any weights")
     lines.append(f"model = dyconvert.load({json.dumps(address)}{more})")
     if description.preprocessing is not None:
         lines += [
@@ -219,17 +219,17 @@ def _loading(description: Description, source: Source | None, address: str) -> l
 
 
 def _licence(source: Source | None) -> list[str]:
-    found = licence_of(source)
-    if found is None:
+    licence = licence_of(source)
+    if licence is None:
         return [
             "The licence of the original's weights isn't known to dyconvert: say here under which one this model is."
         ]
-    name = found.get("license_link", found["license"])
+    name = licence.get("license_link", licence["license"])
     return [f"Licence of the original's weights, as its library gives it: {_cell(name)}."]
 
 
 def _cell(text: str) -> str:
-    """Text of others, on one line, without what Markdown or HTML would take for its own."""
+    """Foreign text on one line, without characters that have a meaning in Markdown or HTML."""
     return re.sub(r"[\x00-\x1f\x7f|`<>\[\]]", " ", text.encode("utf-8", "replace").decode())[:200].strip()
 
 

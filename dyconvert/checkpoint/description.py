@@ -1,4 +1,4 @@
-"""`dyconvert.json`: which weights, the plan, what was narrowed, their hashes, and where the model came from."""
+"""`dyconvert.json`: names the weights, and holds the plan, the narrowing, their hashes, and the model's source."""
 
 import hashlib
 import json
@@ -19,14 +19,21 @@ from dyconvert.version import __version__
 
 SCHEMA = 1
 DESCRIPTION = "dyconvert.json"
-# Which of the two is in use stands in dyconvert.json; the other one is free to be written.
+# dyconvert.json names the one in use; the next save writes the other one.
 WEIGHTS = ("model.safetensors", "model-1.safetensors")
 
 
 class Description(BaseModel):
-    """What `dyconvert.json` holds. `plan` is None for a static model, `narrowing` for one of the original width;
-    `extra_state` has what modules' `get_extra_state` returned, by its key in the state dict; `preprocessing` what
-    images go through, and the classes' names; `compression` how the experts are kept, None: as they are."""
+    """The content of `dyconvert.json`.
+
+    Attributes:
+        source: of the static model; None if it isn't known.
+        plan: None for a static model.
+        narrowing: None for a model of the original width.
+        extra_state: the values that modules' `get_extra_state` returned, by their keys in the state dict.
+        preprocessing: of the model's images, with the classes' names.
+        compression: of the experts; None if they aren't compressed.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +55,7 @@ class Description(BaseModel):
         """The file's text."""
         # Older versions of dyconvert refuse keys that they don't know.
         unused = {name for name in ("extra_state", "preprocessing", "compression") if getattr(self, name) is None}
-        # pydantic's own writer takes no path of bytes that are no text.
+        # pydantic's own writer fails on paths that aren't valid text.
         return json.dumps(self.model_dump(mode="json", exclude=unused), indent=2)
 
 
@@ -79,7 +86,7 @@ def read_description(directory: str | Path) -> str:
 
 
 def described(text: str, directory: str | Path) -> Description:
-    """What the text of `dyconvert.json` says, checked.
+    """Parse and check the text of `dyconvert.json`.
 
     Raises:
         CheckpointError: it is no JSON, was altered, or is of a newer version.
@@ -99,7 +106,7 @@ def described(text: str, directory: str | Path) -> Description:
         description = Description.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"{file} isn't what dyconvert writes: {problems(error)}. Was it edited?") from None
-    # Another activation, say, would load without complaint and compute something else.
+    # A plan with another activation, for example, would load without an error and compute something else.
     if json_sha256(content["plan"]) != description.plan_sha256:
         raise CheckpointError(f"The plan in {file} was altered after it was saved. Copy the file again.")
     narrowing = content.get("narrowing")
@@ -111,7 +118,7 @@ def described(text: str, directory: str | Path) -> Description:
 
 
 def source_in(description: Description, directory: Path) -> "models.Source | None":
-    """Where the static model came from.
+    """The source of the static model.
 
     Raises:
         CheckpointError: the entry isn't what dyconvert writes.
@@ -131,7 +138,7 @@ def json_sha256(content: Any) -> str:
 
 
 def source_of(directory: str | Path) -> "models.Source | None":
-    """Where a saved model's static one came from.
+    """The source of a saved model's static model.
 
     Raises:
         CheckpointError: as in `describe`.

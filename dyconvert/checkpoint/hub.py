@@ -1,6 +1,6 @@
-"""Saved models on the Hugging Face Hub: `hf://user/name@revision`. The same two files, read by the same rules.
+"""Saved models on the Hugging Face Hub: `hf://user/name@revision`, with the same two files as in a directory.
 
-Only `dyconvert.json` and the weights that it names are fetched, after their sizes were looked at; nothing of them runs.
+Only `dyconvert.json` and the weights that it names are fetched, after their sizes are checked. No code of theirs runs.
 """
 
 import json
@@ -13,37 +13,37 @@ from typing import Any
 from dyconvert.checkpoint.card import CARD, at_address, is_own
 from dyconvert.checkpoint.description import DESCRIPTION, WEIGHTS, described, read_description
 from dyconvert.errors import CheckpointError, brief
-from dyconvert.files import as_path
 from dyconvert.installation import install_command
 from dyconvert.limits import CARD_BYTES, JSON_BYTES, WEIGHTS_BYTES, LimitError, check_ordinary, read_text
+from dyconvert.paths import as_path
 from dyconvert.version import __version__
 
-# A pathlib.Path of an address has one slash.
+# An address that went through pathlib.Path has one slash.
 _ADDRESS = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^@]+))?/?")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def is_address(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is on the Hub, and no directory."""
+    """Whether a place is an address on the Hub, not a directory."""
     return isinstance(place, str | os.PathLike) and re.match("hf:/", str(place)) is not None
 
 
 def local(place: str | os.PathLike[str]) -> Path:
-    """The directory of a saved model: itself, or where the Hub's files are once they are fetched.
+    """The directory of a saved model. For an address on the Hub, its files are fetched into the Hub's cache first.
 
     Raises:
-        CheckpointError: there is nothing of the kind on the Hub, it is too large, or it can't be reached.
+        CheckpointError: the Hub has no such model, can't be reached, or the files are too large.
     """
     if not is_address(place):
         return as_path(place, CheckpointError)
-    found = _ADDRESS.fullmatch(str(place))
-    if found is None or not _REPO.fullmatch(found["repo"]):
+    match = _ADDRESS.fullmatch(str(place))
+    if match is None or not _REPO.fullmatch(match["repo"]):
         raise CheckpointError(f"{place} is no address of a model. Write hf://user/name, or hf://user/name@revision.")
-    repo, revision = found["repo"], found["revision"]
+    repo, revision = match["repo"], match["revision"]
     _check_extra()
     file = Path(_fetched(repo, DESCRIPTION, revision, JSON_BYTES))
     folder = file.parent
-    # The folder is named by the commit; both files are of one.
+    # The folder's name is the commit: so both files are of the same commit.
     weights = described(read_description(folder), folder).weights
     _fetched(repo, weights, folder.name, WEIGHTS_BYTES)
     return folder
@@ -52,15 +52,15 @@ def local(place: str | os.PathLike[str]) -> Path:
 def push(directory: str | Path, repo: str) -> str:
     """Put a saved model onto the Hugging Face Hub, in one commit.
 
-    A card (README.md) that was edited there stays, unless the local one was edited as well. Paths of this machine are
-    left out. The repository is made if need be, and is public then.
+    A card (README.md) that was edited on the Hub stays, unless the local card was edited too. Paths of this machine are
+    left out. If the repository doesn't exist, a public one is created.
 
     Args:
-        directory: what :func:`~dyconvert.save` or a fine-tuning run wrote.
-        repo: `"user/name"`. You need to have logged in (`hf auth login`), or the variable HF_TOKEN.
+        directory: the directory that :func:`~dyconvert.save` or a fine-tuning run wrote.
+        repo: `"user/name"`. Log in before (`hf auth login`), or set the variable HF_TOKEN.
 
     Returns:
-        The address to load it from, with its revision: `"hf://user/name@..."`.
+        The address for :func:`~dyconvert.load`, with its revision: `"hf://user/name@..."`.
 
     Raises:
         CheckpointError: the directory holds no saved model, or the Hub can't be written to.
@@ -91,12 +91,12 @@ def push(directory: str | Path, repo: str) -> str:
             changes.append(hub.CommitOperationAdd(CARD, card.encode("utf-8", "replace")))
         done = api.create_commit(repo, changes, commit_message=f"Model saved by dyconvert {__version__}")
     except Exception as error:
-        raise CheckpointError(_said(error, repo, None, "written to")) from error
+        raise CheckpointError(_message(error, repo, None, "written to")) from error
     return f"hf://{repo}@{done.oid}"
 
 
 def check_repo(repo: Any) -> None:
-    """Refuse what can't be pushed to, before the work is done.
+    """Check a repository's name before the work is done.
 
     Raises:
         CheckpointError: it is no name of a repository, or huggingface_hub isn't installed.
@@ -117,12 +117,12 @@ def _endpoint() -> str | None:
 
 
 def _fetched(repo: str, name: str, revision: str | None, limit: int) -> str:
-    """The path of a file in the Hub's cache, fetched if need be, and no longer than `limit`."""
+    """The path of a file in the Hub's cache; it is fetched if it isn't there, and has at most `limit` bytes."""
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError
 
     if re.fullmatch("[0-9a-f]{40}", revision or ""):
-        # What a commit holds doesn't change.
+        # A commit doesn't change, so a cached file is right.
         there = hub.try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(there, str):
             return there
@@ -142,21 +142,21 @@ def _fetched(repo: str, name: str, revision: str | None, limit: int) -> str:
     except CheckpointError:
         raise
     except Exception as error:
-        # No answer of the Hub's: what was fetched before will do.
+        # If the Hub doesn't answer, a file that was fetched before is used.
         if not isinstance(error, HfHubHTTPError) or getattr(error, "response", None) is None:
             try:
                 return hub.hf_hub_download(repo, name, revision=revision, local_files_only=True)
             except Exception:
                 pass
-        raise CheckpointError(_said(error, repo, revision, "read", name)) from error
+        raise CheckpointError(_message(error, repo, revision, "read", name)) from error
 
 
-def _said(error: Exception, repo: str, revision: str | None, what: str, name: str = "") -> str:
+def _message(error: Exception, repo: str, revision: str | None, what: str, name: str = "") -> str:
     from huggingface_hub import errors
 
     at = f" at {revision}" if revision else ""
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo} on the Hub is open to those only whom its owner admits. Ask for access on its page."
+        return f"{repo} on the Hub is open only to people whom its owner admits. Ask for access on its page."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"There is no model {repo} on the Hub that may be {what} without more rights. Check the name; for private "
@@ -173,7 +173,7 @@ def _said(error: Exception, repo: str, revision: str | None, what: str, name: st
 
 
 def _card(api: Any, repo: str, directory: Path) -> str | None:
-    """The card to put there; None: what is there stays, or there is none."""
+    """The card to push; None if there is none, or the one on the Hub was edited and this one wasn't."""
     try:
         text = read_text(directory / CARD, CARD_BYTES)
     except (OSError, ValueError):
@@ -186,7 +186,7 @@ def _card(api: Any, repo: str, directory: Path) -> str | None:
 
 
 def _without_folders(text: str | None) -> str | None:
-    """A path as its file's name: the folders are this machine's."""
+    """A path without its folders, which are this machine's."""
     head, colon, tail = (text or "").rpartition(":")
     if colon and head.endswith(".py"):
         return f"{os.path.basename(head)}:{tail}"

@@ -1,4 +1,4 @@
-"""load: the static architecture, narrowed and converted as it was, with the saved values. No code of others runs."""
+"""load: builds the static model, narrows and converts it as saved, and loads the values. No foreign code runs."""
 
 import contextlib
 import hashlib
@@ -25,28 +25,28 @@ from dyconvert.surgery.compress import compress_in_place
 from dyconvert.surgery.convert import rebuild
 from dyconvert.surgery.old_plans import old_prefixes
 
-# Tries, while another process saves the same model again and again.
+# Tries to load, if other processes save the same model again and again.
 _ATTEMPTS = 100
 
 
 class _Replaced(CheckpointError):
-    """The weights aren't those that the description names, or not any more."""
+    """The weights aren't, or are no longer, those that the description names."""
 
 
 def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """Load a model that :func:`save` wrote, in eval mode, on the CPU or on `model`'s device, in the dtype saved.
 
     Args:
-        directory: what was saved, or where it is on the Hugging Face Hub: `"hf://user/name"`, or
-            `"hf://user/name@revision"` for one commit, tag or branch.
-        model: the static architecture, of the original width, with any weights; left as it is. On the meta device
-            it needs no memory, and the loaded one comes onto the CPU. None: it is built from its source.
-        trust_code: run the source's code, where the source is a Python file or module of the user's own; and pass
-            the library's builder whatever arguments it had.
+        directory: the saved model's directory, or its address on the Hugging Face Hub: `"hf://user/name"`, or
+            `"hf://user/name@revision"` for a commit, tag or branch.
+        model: the static architecture at its original width, with any weights; it isn't changed. On the meta device it
+            needs no memory, and the loaded model comes onto the CPU. None: it is built from its source.
+        trust_code: run the source's code, if the source is a Python file or module of the user's own; and pass all
+            saved arguments to the library's builder.
 
     Raises:
-        CheckpointError: nothing was saved there; the files were altered or truncated, or are of a newer version;
-            the architecture doesn't fit, or is needed; the Hub has no such model, or can't be reached.
+        CheckpointError: no model was saved there; the files were altered or truncated, or are of a newer version; the
+            architecture doesn't fit; `model` is needed; the Hub has no such model, or can't be reached.
     """
     directory = local(directory)
     if model is not None:
@@ -57,7 +57,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         try:
             return _load(directory, description, model, trust_code)
         except CheckpointError as error:
-            # Another process may have saved while this one read: then the parts belong to two models.
+            # Another process may have saved meanwhile: then the description and the weights are of two models.
             before, text = text, read_description(directory)
             if text == before and not (isinstance(error, _Replaced) and attempt < _ATTEMPTS):
                 raise
@@ -93,10 +93,10 @@ def _load(directory: Path, description: Description, model: nn.Module | None, tr
 
 @contextlib.contextmanager
 def _opened(weights: Path, sha256: str) -> Iterator[None]:
-    """See that the file is the one that was saved, and that it still is when the block has read it."""
+    """Check that the file is the saved one, and after the block that it hasn't been replaced."""
     try:
         check_ordinary(weights)
-        # A file of holes, which takes no disk, would be hashed for hours.
+        # Hashing a sparse file, which takes no disk, could take hours.
         if os.path.getsize(weights) > WEIGHTS_BYTES:
             raise LimitError(f"it has more than {WEIGHTS_BYTES:,} bytes")
         with open(weights, "rb") as stream:
@@ -108,8 +108,7 @@ def _opened(weights: Path, sha256: str) -> Iterator[None]:
                     raise CheckpointError(f"{weights} was truncated or altered after it was saved. Copy it again.")
                 yield
             finally:
-                # Another save replaces files, and never writes into one. What was found wrong with one that was
-                # replaced is no matter.
+                # Another save replaces files, and never writes into them. So an error in a replaced file doesn't count.
                 if not _is_there(stream, weights):
                     raise _Replaced(f"{weights} was replaced while it was read. Load it again.")
     except FileNotFoundError:
@@ -123,7 +122,7 @@ def _opened(weights: Path, sha256: str) -> Iterator[None]:
 
 
 def _is_there(stream: BinaryIO, file: Path) -> bool:
-    """Whether an open file is still the one that goes by its name."""
+    """Whether an open file still has its name."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), os.stat(file))
     except FileNotFoundError:
@@ -150,5 +149,5 @@ def _build(source: "models.Source | None", directory: Path, trust_code: bool, we
 
 
 def _first_lines(error: Exception) -> str:
-    # torch lists every key that differs; the first says it.
+    # torch lists every key that differs; the first ones are enough.
     return " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(". ")

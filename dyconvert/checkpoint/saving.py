@@ -1,4 +1,4 @@
-"""save: replacing `dyconvert.json` is the one step that makes a save valid, so a killed one leaves the old model."""
+"""save: the one step that makes a save valid replaces `dyconvert.json`, so a killed process leaves the old model."""
 
 import errno
 import hashlib
@@ -15,10 +15,12 @@ from dyconvert.checkpoint.description import DESCRIPTION, WEIGHTS, Description, 
 from dyconvert.checkpoint.hub import check_repo, push
 from dyconvert.checkpoint.tensors import is_ours, write_weights
 from dyconvert.errors import CheckpointError
-from dyconvert.files import as_path, held, locked, private_folder, said, settle
+from dyconvert.files import names_in, private_folder, settle, write_errors_as
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.locks import locked
 from dyconvert.marks import compression_of, mark_preprocessing, mark_source, narrowing_of, preprocessing_of, source_of
 from dyconvert.nn import DynamicConv
+from dyconvert.paths import as_path
 from dyconvert.surgery.current import current_plan
 from dyconvert.surgery.plan import Plan
 from dyconvert.transforms import Preprocessing
@@ -38,27 +40,27 @@ def save(
 ) -> Path:
     """Save a converted or narrowed model, trained or not.
 
-    Where several processes save to one directory, one comes after the other, and the last one's model is there.
+    If several processes save to one directory, they wait for each other, and the last one's model stays.
 
     Args:
-        model: what :func:`~dyconvert.convert`, :func:`~dyconvert.narrow` or :func:`load` returned.
-        directory: made if need be. A model that was saved there before is replaced, in one step.
-        source: where the static model came from, so that :func:`load` can build it. None: what the model was
-            loaded with, if anything; else :func:`load` will need the static model.
-        force: write into a directory that holds other things, which stay as they are.
-        preprocessing: what images go through before the model sees them, and the names of its classes. None: what it
-            was fine-tuned, saved or loaded with, if anything.
-        figures: rows of the model card's table, before and after by name: whole numbers are counts, others percentages.
-            None: the parameters.
-        push_to: put it onto the Hugging Face Hub as well, as `"user/name"`; see :func:`~dyconvert.push`.
-        static: save a model that wasn't converted or narrowed as well, as a control.
+        model: the model that :func:`~dyconvert.convert`, :func:`~dyconvert.narrow` or :func:`load` returned.
+        directory: it is created if it doesn't exist. A model that was saved there before is replaced, in one step.
+        source: the source of the static model, with which :func:`load` builds it. None: the source that the model was
+            loaded with; without one, :func:`load` needs the static model.
+        force: write into a directory that holds other files; they stay as they are.
+        preprocessing: the preprocessing of images, with the classes' names. None: the one that the model was
+            fine-tuned, saved or loaded with, if there is one.
+        figures: rows of the model card's table: names with values before and after. Whole numbers are counts, others
+            percentages. None: the parameters.
+        push_to: also put the model onto the Hugging Face Hub, as `"user/name"`; see :func:`~dyconvert.push`.
+        static: also accept a model that was neither converted nor narrowed, as a control.
 
     Returns:
         The directory.
 
     Raises:
-        ModelError: the model wasn't converted or narrowed, and isn't said to be static; or its state can't be saved.
-        CheckpointError: the directory holds something else, or can't be written. What was there is still there.
+        ModelError: the model was neither converted nor narrowed, and `static` is false; or its state can't be saved.
+        CheckpointError: the directory holds other files, or can't be written. Its files are unchanged.
 
     Examples:
         >>> import dyconvert, torch
@@ -88,14 +90,14 @@ def save(
     check_writable(directory, replace=True, force=force)
     if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
         raise CheckpointError("The model is on the meta device and has no values to save.")
-    with said(directory, CheckpointError):
+    with write_errors_as(directory, CheckpointError):
         exists = directory.exists()
         if not exists:
             directory.parent.mkdir(parents=True, exist_ok=True)
         with private_folder(directory if exists else directory.parent) as folder:
-            made = folder / "made"
-            made.mkdir()
-            weights = made / WEIGHTS[0]
+            complete = folder / "complete"
+            complete.mkdir()
+            weights = complete / WEIGHTS[0]
             extra = write_weights(model, weights)
             settle(weights)
             description = Description(
@@ -113,11 +115,11 @@ def save(
                 compression=compression_of(model),
             )
             card = model_card(description, counted(model) if figures is None else figures, str(directory))
-            (made / CARD).write_bytes(card.encode("utf-8", "replace"))
-            settle(made / CARD)
-            if exists or not _took_its_name(made, directory, description):
+            (complete / CARD).write_bytes(card.encode("utf-8", "replace"))
+            settle(complete / CARD)
+            if exists or not _took_its_name(complete, directory, description):
                 with locked(directory):
-                    _replace(made, directory, description)
+                    _replace(complete, directory, description)
     if source is not None:
         mark_source(model, source)
     if preprocessing is not None:
@@ -128,14 +130,14 @@ def save(
 
 
 def check_writable(directory: Path, *, replace: bool = False, force: bool = False) -> None:
-    """Refuse a place that holds something already.
+    """Check that a model may be saved to a directory.
 
     Args:
-        replace: a model saved by dyconvert may stand there.
-        force: anything may stand there.
+        replace: it may hold a model that dyconvert saved.
+        force: it may hold anything.
 
     Raises:
-        CheckpointError: something stands there that may not, or one may not look.
+        CheckpointError: it holds other files, or can't be read.
     """
     try:
         _check_writable(directory, replace, force)
@@ -149,7 +151,7 @@ def _check_writable(directory: Path, replace: bool, force: bool) -> None:
     above = next((parent for parent in directory.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise CheckpointError(f"{directory} can't be made: {above} is a file. Choose another directory.")
-    if force or not directory.exists() or not held(directory):
+    if force or not directory.exists() or not names_in(directory):
         return
     if (directory / DESCRIPTION).exists():
         if not replace:
@@ -170,11 +172,11 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _took_its_name(made: Path, directory: Path, description: Description) -> bool:
-    """Give a directory that is whole its name; False: there is one by now."""
-    _describe(made, description)
+def _took_its_name(complete: Path, directory: Path, description: Description) -> bool:
+    """Rename the complete directory to `directory`. False: another process has made it meanwhile."""
+    _describe(complete, description)
     try:
-        os.rename(made, directory)
+        os.rename(complete, directory)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return False
@@ -182,7 +184,7 @@ def _took_its_name(made: Path, directory: Path, description: Description) -> boo
     return True
 
 
-def _replace(made: Path, directory: Path, description: Description) -> None:
+def _replace(complete: Path, directory: Path, description: Description) -> None:
     used = _used_weights(directory)
     ours = [name for name in WEIGHTS if _may_replace(directory, name)]
     name = next((name for name in ours if name != used), None)
@@ -190,30 +192,30 @@ def _replace(made: Path, directory: Path, description: Description) -> None:
         raise CheckpointError(
             f"{directory} holds {' and '.join(WEIGHTS)}, which dyconvert didn't write. Choose another directory."
         )
-    _describe(made, description.model_copy(update={"weights": name}))
+    _describe(complete, description.model_copy(update={"weights": name}))
     try:
-        os.replace(made / WEIGHTS[0], directory / name)
-        os.replace(made / DESCRIPTION, directory / DESCRIPTION)
+        os.replace(complete / WEIGHTS[0], directory / name)
+        os.replace(complete / DESCRIPTION, directory / DESCRIPTION)
     except BaseException:
         if _used_weights(directory) != name:
             (directory / name).unlink(missing_ok=True)
         raise
-    # What a user wrote or edited stays.
+    # A card that a user wrote or edited stays.
     if may_replace(directory):
-        os.replace(made / CARD, directory / CARD)
+        os.replace(complete / CARD, directory / CARD)
     for other in {*ours} - {name}:
         (directory / other).unlink(missing_ok=True)
 
 
 def _may_replace(directory: Path, name: str) -> bool:
-    # Beside a description of ours it may be what a killed process left.
+    # Beside a description that dyconvert wrote, a killed process may have left it.
     there = os.path.lexists(directory / name)
     return not there or os.path.lexists(directory / DESCRIPTION) or is_ours(directory / name)
 
 
-def _describe(made: Path, description: Description) -> None:
-    (made / DESCRIPTION).write_text(description.to_json(), encoding="utf-8")
-    settle(made / DESCRIPTION)
+def _describe(complete: Path, description: Description) -> None:
+    (complete / DESCRIPTION).write_text(description.to_json(), encoding="utf-8")
+    settle(complete / DESCRIPTION)
 
 
 def _used_weights(directory: Path) -> str | None:
@@ -224,7 +226,7 @@ def _used_weights(directory: Path) -> str | None:
 
 
 def _plan_of(model: nn.Module, may_be_static: bool) -> Plan | None:
-    # Without a plan, a model with dynamic convs is a part or a wrapper of a converted one.
+    # A model with dynamic convs but no plan is a submodule or a wrapper of a converted model.
     if may_be_static and not any(isinstance(module, DynamicConv) for module in model.modules()):
         return None
     return current_plan(model)

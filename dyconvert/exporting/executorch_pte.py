@@ -24,7 +24,7 @@ from dyconvert.exporting.exported import (
     written,
 )
 from dyconvert.exporting.named_outputs import NamedOutputs, output_names
-from dyconvert.files import as_path
+from dyconvert.paths import as_path
 from dyconvert.surgery.apply import replace_everywhere
 
 # ExecuTorch plans its memory for the largest input.

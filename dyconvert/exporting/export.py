@@ -24,8 +24,8 @@ from dyconvert.exporting.exported import (
     written,
 )
 from dyconvert.exporting.named_outputs import NamedOutputs, is_plain, output_names
-from dyconvert.files import as_path
 from dyconvert.installation import install_command
+from dyconvert.paths import as_path
 from dyconvert.surgery.apply import replace_everywhere
 from dyconvert.torch_internals.trees import tree_map_only
 

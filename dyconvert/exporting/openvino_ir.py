@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dyconvert.errors import ExportError, brief
 from dyconvert.exporting.export import example_and_axes, on_cpu, onnx_program_of, require, save_onnx
 from dyconvert.exporting.exported import Exported, difference_of_program, written
-from dyconvert.files import as_path
+from dyconvert.paths import as_path
 
 
 def export_openvino(

@@ -9,11 +9,12 @@ from typing import Any
 
 from dyconvert.checkpoint import check_writable
 from dyconvert.errors import RecipeError, brief, said_as, some
-from dyconvert.files import Claim, held, remove_leftovers, write_file
+from dyconvert.files import names_in, remove_leftovers, write_file
 from dyconvert.finetuning.recipes.recipe import Recipe, load_recipe
 from dyconvert.finetuning.summary import Summary, write_json
 from dyconvert.finetuning.training.trainers import is_main_process
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.locks import Claim
 from dyconvert.run_files import BEFORE, CHECKPOINT, LOCK, RECIPE, RUN_FILES
 
 # Keys that may change when a run is resumed: its result doesn't depend on them.
@@ -115,7 +116,7 @@ def open_run(recipe: Recipe, resume: bool) -> Run:
                 f"{directory} holds {how}. Continue it with `resume=True`, set output.directory, or remove it."
             )
         # A run that is killed at its very start leaves at most the lock.
-        if not (directory.is_dir() and held(directory) == {LOCK}):
+        if not (directory.is_dir() and names_in(directory) == {LOCK}):
             with said_as({"directory": "output.directory", "force": None}):
                 check_writable(directory)
         return Run(recipe)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dyconvert.errors import ModelError, brief, some
-from dyconvert.files import as_path
 from dyconvert.limits import check_archive
+from dyconvert.paths import as_path
 from dyconvert.state_versions import versions, with_versions
 from dyconvert.torch_internals.compiling import ORIGINAL
 from dyconvert.torch_internals.messages import refused_code, says_torchscript

@@ -9,7 +9,7 @@ from dyconvert.report.style import COLOUR
 
 
 def ridges(coefficients: Coefficients) -> Any:
-    """The distribution of each conv's coefficients, one above the other, at the width that they take."""
+    """The distribution of each conv's coefficients, one above the other, over the range that they take."""
     shown = shown_rows(coefficients.convs)
     figure, axes = new(1.0 + 0.26 * len(shown))
     low, high = _range(shown)
@@ -34,7 +34,7 @@ def variation(coefficients: Coefficients) -> Any:
     figure, axes = new(0.95 + 0.2 * len(shown))
     y = range(len(shown))
     between = [conv.spread * (conv.between_classes or 0) for conv in shown]
-    within = [conv.spread - part for conv, part in zip(shown, between, strict=True)]
+    within = [conv.spread - between_mean for conv, between_mean in zip(shown, between, strict=True)]
     known = any(conv.between_classes is not None for conv in shown)
     if known:
         axes.barh(y, between, 0.72, color=COLOUR["narrow"], label="between classes")
@@ -63,7 +63,7 @@ def variation(coefficients: Coefficients) -> Any:
 
 
 def usage(coefficients: Coefficients) -> Any:
-    """Each conv's experts: the mean coefficient of each over all images, and those that are never used."""
+    """The mean coefficient of each conv's experts over all images; experts that are never used are marked."""
     import numpy as np
 
     shown = shown_rows(coefficients.convs)
@@ -95,11 +95,11 @@ def axes(coefficients: Coefficients) -> Any:
     figure, plot = new(0.95 + 0.2 * len(shown))
     values = np.full((len(shown), len(AXES)), np.nan)
     for row, conv in enumerate(shown):
-        spreads = {"experts": conv.spread} | {axis: use.spread for axis, use in conv.axes.items()}
+        deviations = {"experts": conv.spread} | {axis: use.spread for axis, use in conv.axes.items()}
         for column, axis in enumerate(AXES):
-            if axis in spreads:
-                values[row, column] = spreads[axis]
-            text = f"{spreads[axis]:.3f}".removeprefix("0") if axis in spreads else "–"
+            if axis in deviations:
+                values[row, column] = deviations[axis]
+            text = f"{deviations[axis]:.3f}".removeprefix("0") if axis in deviations else "–"
             plot.annotate(text, (column, row), ha="center", va="center", fontsize=7.5, color=COLOUR["ink"])
     plot.imshow(_painted(np.nan_to_num(values) / max(np.nanmax(values), 1e-6)), aspect="auto", interpolation="nearest")
     plot.set_xticks(range(len(AXES)), AXES)
@@ -110,7 +110,7 @@ def axes(coefficients: Coefficients) -> Any:
 
 
 def class_map(conv: ConvCoefficients, classes: list[str]) -> Any | None:
-    """What each class does to the coefficients of one conv: how far they are from their mean, by class."""
+    """How far each class's coefficients in one conv are from their mean over all images."""
     import numpy as np
 
     rows = [(classes[number], row) for number, row in conv.signature.items()]
@@ -118,14 +118,14 @@ def class_map(conv: ConvCoefficients, classes: list[str]) -> Any | None:
         return None
     shown = shown_rows(rows)
     values = np.array([row for _, row in shown])
-    # Experts side by side; within each, channels by the class that they are highest for.
-    parts = np.split(values, conv.g, axis=1)
-    ordered = [part[:, np.lexsort((-part.max(0), part.argmax(0)))] for part in parts]
+    # Experts side by side. Within an expert, channels are ordered by the class for which they are highest.
+    experts = np.split(values, conv.g, axis=1)
+    ordered = [expert[:, np.lexsort((-expert.max(0), expert.argmax(0)))] for expert in experts]
     figure, axes = new(1.0 + 0.2 * len(shown))
     limit = max(float(np.abs(values).max()), 1e-6)
     image = np.concatenate(ordered, 1)
     axes.imshow(_painted(image / limit), aspect="auto", interpolation="nearest")
-    width = parts[0].shape[1]
+    width = experts[0].shape[1]
     axes.set_yticks(range(len(shown)), [_short(name, 20) for name, _ in shown], fontsize=7.5)
     axes.set_xticks([width * (i + 0.5) - 0.5 for i in range(conv.g)], [str(i + 1) for i in range(conv.g)])
     for i in range(1, conv.g):
@@ -143,7 +143,7 @@ def class_map(conv: ConvCoefficients, classes: list[str]) -> Any | None:
 
 
 def _painted(values: Any) -> Any:
-    """-1..1 as blue, nothing, orange: with nothing transparent, it stands on a light page as on a dark one."""
+    """Colours for -1 to 1: from blue over transparent to orange, which suits a light page and a dark one."""
     import numpy as np
 
     image = np.zeros((*values.shape, 4))

@@ -1,9 +1,9 @@
-"""The pictures, each from one part of an analysis."""
+"""The pictures of correlation, cost, latency and fine-tuning runs."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from dyconvert.analysis.ablation import Ablation, Run, Setting
+from dyconvert.analysis.ablation import Ablation, RunCurves, Setting
 from dyconvert.analysis.correlation import BANDS, BINS, Correlation, ExpertCorrelation, LayerCorrelation
 from dyconvert.analysis.cost import BlockCost
 from dyconvert.analysis.resolution import Resolution
@@ -81,10 +81,10 @@ def distribution(layer: LayerCorrelation, name: str) -> Any:
 
 
 def experts(correlations: Sequence[ExpertCorrelation]) -> Any:
-    """For each conv, how alike its experts are: the bands, stacked."""
+    """How alike each conv's experts are: the bands, stacked."""
     shown = shown_rows(correlations)
     figure, axes = new(0.9 + 0.19 * len(shown))
-    _stacked_bands(axes, [(each.conv, each.between) for each in shown])
+    _stacked_bands(axes, [(correlation.conv, correlation.between) for correlation in shown])
     axes.set_xlabel("share of pairs of experts' kernels, %")
     return figure
 
@@ -108,11 +108,11 @@ def latency(resolution: Resolution) -> Any:
     from matplotlib.ticker import LogLocator
 
     figure, axes = new(2.7)
-    names = [name for name in MODELS if any(name in each.seconds for each in resolution.sizes)]
+    names = [name for name in MODELS if any(name in at_size.seconds for at_size in resolution.sizes)]
     for name in names:
         label, colour = MODELS[name]
-        sizes = [each.size for each in resolution.sizes]
-        timings = [each.seconds[name] for each in resolution.sizes]
+        sizes = [at_size.size for at_size in resolution.sizes]
+        timings = [at_size.seconds[name] for at_size in resolution.sizes]
         axes.plot(sizes, [1e3 * t.median for t in timings], "o-", color=COLOUR[colour], label=label)
         low, high = [1e3 * t.low for t in timings], [1e3 * t.high for t in timings]
         axes.fill_between(sizes, low, high, color=COLOUR[colour], alpha=0.2, linewidth=0)
@@ -129,12 +129,12 @@ def latency(resolution: Resolution) -> Any:
 def reduced(resolution: Resolution) -> Any:
     """The latency-reduced ratio against the input's size (DyNet, figure 7), beside that of the multiply-adds."""
     figure, axes = new(2.7)
-    sizes = [each.size for each in resolution.sizes]
+    sizes = [at_size.size for at_size in resolution.sizes]
     for name in ("dynamic", "static", "narrow"):
-        if all(each.latency_reduced(name) is not None for each in resolution.sizes):
+        if all(at_size.latency_reduced(name) is not None for at_size in resolution.sizes):
             label, colour = MODELS[name]
-            time = [100 * each.latency_reduced(name) for each in resolution.sizes]
-            counted = [100 * each.macs_reduced(name) for each in resolution.sizes]
+            time = [100 * at_size.latency_reduced(name) for at_size in resolution.sizes]
+            counted = [100 * at_size.macs_reduced(name) for at_size in resolution.sizes]
             axes.plot(sizes, time, "o-", color=COLOUR[colour], label=f"{label}: latency")
             axes.plot(sizes, counted, "--", color=COLOUR[colour], label=f"{label}: MACs", linewidth=1.2)
     axes.axhline(0, color=COLOUR["muted"], linewidth=0.8)
@@ -147,12 +147,12 @@ def reduced(resolution: Resolution) -> Any:
 def overhead(resolution: Resolution) -> Any:
     """The share of the dynamic model's time that predicting and mixing take."""
     figure, axes = new(2.7)
-    sizes = [each.size for each in resolution.sizes]
-    parts = {}
-    for part in ("predicting", "mixing"):
-        parts[part] = [100 * e.seconds[part].median / e.seconds["dynamic"].median for e in resolution.sizes]
+    sizes = [at_size.size for at_size in resolution.sizes]
+    shares = {}
+    for share in ("predicting", "mixing"):
+        shares[share] = [100 * e.seconds[share].median / e.seconds["dynamic"].median for e in resolution.sizes]
     colours = [COLOUR["narrow"], COLOUR["dynamic"]]
-    axes.stackplot(sizes, parts.values(), labels=list(parts), colors=colours, alpha=0.75)
+    axes.stackplot(sizes, shares.values(), labels=list(shares), colors=colours, alpha=0.75)
     _size_axis(axes, resolution)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
@@ -162,8 +162,8 @@ def overhead(resolution: Resolution) -> Any:
 
 
 def _size_axis(axes: Any, resolution: Resolution) -> None:
-    sizes = [each.size for each in resolution.sizes]
-    # Labels of sizes close together would meet.
+    sizes = [at_size.size for at_size in resolution.sizes]
+    # Labels of sizes that are close together would overlap.
     shown = [size for i, size in enumerate(sizes) if i == 0 or size - sizes[i - 1] >= (sizes[-1] - sizes[0]) / 12]
     axes.set_xticks(shown, [str(size) for size in shown])
     axes.set_xlabel("height and width of the image, pixels")
@@ -180,7 +180,7 @@ def costs(blocks: Sequence[BlockCost], field: str) -> Any:
     pairs = any(block.before is not None for block in shown)
     for number, key in enumerate(("before", "after") if pairs else ("after",)):
         costs_of = [getattr(block, key) for block in shown]
-        values = [(getattr(each, field) or 0) / scale if each is not None else 0 for each in costs_of]
+        values = [(getattr(cost, field) or 0) / scale if cost is not None else 0 for cost in costs_of]
         offset = (number - 0.5) * 0.38 if pairs else 0
         colour = COLOUR["original" if key == "before" else "dynamic"]
         y = [i + offset for i in range(len(shown))]
@@ -195,7 +195,7 @@ def costs(blocks: Sequence[BlockCost], field: str) -> Any:
 
 
 def runs(ablation: Ablation) -> Any | None:
-    """Top-1 of every run of a sweep after fine-tuning, with the spread over seeds, against the original's."""
+    """Top-1 of a sweep's runs after fine-tuning, with the standard deviation over seeds, against the original's."""
     rows = [setting for setting in ablation.settings if "finetuned" in setting.scores]
     if not rows:
         return None
@@ -217,7 +217,7 @@ def runs(ablation: Ablation) -> Any | None:
 
 
 def widths(ablation: Ablation) -> Any | None:
-    """Static against dynamic at equal width, with the spread over seeds; None with fewer than two settings."""
+    """Static against dynamic at equal width, with the standard deviation over seeds; None if one of them is missing."""
     scored = [setting for setting in ablation.settings if "finetuned" in setting.scores]
     by_width = [setting for setting in scored if setting.width is not None]
     # Runs are narrowed to a width or to a share of the multiply-adds; one axis shows one of them.
@@ -227,7 +227,7 @@ def widths(ablation: Ablation) -> Any | None:
     figure, axes = new(2.7)
     for number, (label, chosen) in enumerate(_series(rows)):
         x = [s.width if by_width else s.flops for s in chosen]
-        _spread_line(axes, x, chosen, label, COLOUR[SERIES[number % len(SERIES)]])
+        _score_line(axes, x, chosen, label, COLOUR[SERIES[number % len(SERIES)]])
     axes.set_xlabel("width, of the original's" if by_width else "multiply-adds, of the original's")
     axes.set_ylabel("top-1 after fine-tuning, %")
     axes.legend(fontsize=7.5)
@@ -245,7 +245,7 @@ def group_sizes(ablation: Ablation) -> Any | None:
         chosen = [s for s in rows if (s.recipe, s.method, s.width, s.flops) == key]
         label = key[1] + (f", width {key[2]:g}" if key[2] is not None else "")
         label += f", {key[3]:.0%} of the MACs" if key[3] is not None else ""
-        _spread_line(axes, [s.g for s in chosen], chosen, label, COLOUR[SERIES[number % len(SERIES)]])
+        _score_line(axes, [s.g for s in chosen], chosen, label, COLOUR[SERIES[number % len(SERIES)]])
     for setting in ablation.settings:
         if setting.static and "finetuned" in setting.scores:
             mean = setting.scores["finetuned"].mean
@@ -280,7 +280,7 @@ def _series(rows: Sequence[Setting]) -> list[tuple[str, list[Setting]]]:
     return series
 
 
-def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label: str, colour: str) -> None:
+def _score_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label: str, colour: str) -> None:
     order = sorted(range(len(x)), key=lambda i: x[i])
     scores = [chosen[i].scores["finetuned"] for i in order]
     axes.errorbar(
@@ -294,7 +294,7 @@ def _spread_line(axes: Any, x: Sequence[float], chosen: Sequence[Setting], label
     )
 
 
-def courses(run: Run) -> list[tuple[str, Any]]:
+def courses(run: RunCurves) -> list[tuple[str, Any]]:
     """A fine-tuning run's losses and its validation metric over the epochs: `(title, picture)`."""
     from matplotlib.ticker import MaxNLocator
 

@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 
 
 def tables(analysis: Analysis) -> dict[str, str]:
-    """The tables as CSV, by file name; a part that the analysis left out has no file."""
+    """The tables as CSV, by file name. Figures that the analysis left out have no file."""
     tables_by_name = {
         "plan": [conv.model_dump(exclude={"note"}) | {"note": conv.note} for conv in analysis.plan.convs],
         "accuracy": list(_accuracy(analysis)),
@@ -40,7 +40,7 @@ def _csv(rows: Rows) -> str:
 
 
 def _safe(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula gets an apostrophe before it; class names come from folders."""
+    """Puts an apostrophe before text that a spreadsheet would run as a formula: class names come from folders."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
@@ -69,21 +69,27 @@ def _confusions(analysis: Analysis) -> Iterable[dict[str, Any]]:
 
 def _correlation(analysis: Analysis) -> Iterable[dict[str, Any]]:
     mine = "dynamic" if analysis.dynamic else "static"
-    sources = [(f"maps of {each.layer}", mine, each.model) for each in analysis.correlations]
-    sources += [(f"maps of {e.layer}", "original", e.original) for e in analysis.correlations if e.original is not None]
-    sources += [(f"experts of {each.conv}", mine, each.between) for each in analysis.experts]
-    for what, which, layers in sources:
-        row = {"what": what, "of": which, "pairs": layers.pairs, "mean_absolute": layers.mean_absolute, **layers.bands}
+    rows = [(f"maps of {c.layer}", mine, c.model) for c in analysis.correlations]
+    rows += [(f"maps of {c.layer}", "original", c.original) for c in analysis.correlations if c.original is not None]
+    rows += [(f"experts of {c.conv}", mine, c.between) for c in analysis.experts]
+    for what, of, correlation in rows:
+        row = {"what": what, "of": of, "pairs": correlation.pairs, "mean_absolute": correlation.mean_absolute}
+        row |= correlation.bands
         low = [round(-1 + 2 * i / CORRELATION_BINS, 4) for i in range(CORRELATION_BINS)]
-        yield row | {f"from {edge}": count for edge, count in zip(low, layers.histogram, strict=True)}
+        yield row | {f"from {edge}": count for edge, count in zip(low, correlation.histogram, strict=True)}
 
 
 def _coefficients(analysis: Analysis) -> Iterable[dict[str, Any]]:
     for conv in analysis.coefficients.convs if analysis.coefficients else ():
         whole = conv.model_dump(exclude={"experts", "signature", "axes"})
         for number, expert in enumerate(conv.experts, 1):
-            own = {"mean": expert.mean, "smallest": expert.smallest, "largest": expert.largest, "used": expert.used}
-            yield {"name": conv.name, "expert": number, **own, **whole}
+            of_expert = {
+                "mean": expert.mean,
+                "smallest": expert.smallest,
+                "largest": expert.largest,
+                "used": expert.used,
+            }
+            yield {"name": conv.name, "expert": number, **of_expert, **whole}
 
 
 def _factors(analysis: Analysis) -> Iterable[dict[str, Any]]:
@@ -110,10 +116,10 @@ def _classes(analysis: Analysis) -> Iterable[dict[str, Any]]:
 
 
 def _resolution(analysis: Analysis) -> Iterable[dict[str, Any]]:
-    for each in analysis.resolution.sizes if analysis.resolution else ():
-        for name, timing in each.seconds.items():
-            row = {"size": each.size, "what": name, "seconds": timing.median, "low": timing.low, "high": timing.high}
-            yield row | {"macs": each.macs.get(name), "latency_reduced": each.latency_reduced(name)}
+    for at_size in analysis.resolution.sizes if analysis.resolution else ():
+        for name, timing in at_size.seconds.items():
+            row = {"size": at_size.size, "what": name, "seconds": timing.median, "low": timing.low, "high": timing.high}
+            yield row | {"macs": at_size.macs.get(name), "latency_reduced": at_size.latency_reduced(name)}
 
 
 def _cost(analysis: Analysis) -> Iterable[dict[str, Any]]:
@@ -129,6 +135,6 @@ def _cost(analysis: Analysis) -> Iterable[dict[str, Any]]:
 def _ablation(analysis: Analysis) -> Iterable[dict[str, Any]]:
     for setting in analysis.ablation.settings if analysis.ablation else ():
         row = setting.model_dump(exclude={"scores", "costs"})
-        for name, spread in setting.scores.items():
-            row |= {f"{name}_{field}": value for field, value in spread.model_dump().items()}
+        for name, score in setting.scores.items():
+            row |= {f"{name}_{field}": value for field, value in score.model_dump().items()}
         yield row | setting.costs

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, from an analysis and its pictures."""
+"""Makes the page from an analysis and its pictures: one HTML file that needs no other file."""
 
 import base64
 import io
@@ -27,9 +27,9 @@ class Drawing:
     """A picture of the page.
 
     Attributes:
-        name: of its file.
-        figure: matplotlib's.
-        label: what one sees, for those who don't.
+        name: the name of its file.
+        figure: matplotlib's figure.
+        label: a description, for people who can't see it.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Drawing:
 
 
 def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
-    """The pictures of each section, those that the analysis has data for."""
+    """The pictures of each section. A picture without data is left out."""
     mine = "dynamic" if analysis.dynamic else "static"
     sections: dict[str, list[Drawing]] = {
         "coefficients": [],
@@ -90,8 +90,8 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
             ("ablation_width", "Static against dynamic", figures.widths(analysis.ablation)),
             ("ablation_g", "Number of experts", figures.group_sizes(analysis.ablation)),
         ]
-        spread = "Mean and standard deviation over the seeds."
-        sections["runs"] = [Drawing(name, title, drawn, spread) for name, title, drawn in pairs if drawn is not None]
+        caption = "Mean and standard deviation over the seeds."
+        sections["runs"] = [Drawing(name, title, drawn, caption) for name, title, drawn in pairs if drawn is not None]
     if analysis.run is not None:
         sections["runs"] += [
             Drawing(f"run_{title.lower()}", title, figure, "Over the epochs of fine-tuning.")
@@ -104,7 +104,7 @@ def drawings(analysis: Analysis) -> dict[str, list[Drawing]]:
     for section in sections.values():
         for drawing in section:
             if (count := rows.get(drawing.name, 0)) > figures.ROWS:
-                drawing.caption += f" Shown are {figures.ROWS} of {count}, evenly spread; numbers/ has all of them."
+                drawing.caption += f" Shown are {figures.ROWS} of {count}, at even intervals; numbers/ has all of them."
             drawing.label = drawing.label or f"{drawing.title}. {drawing.caption}"
     return sections
 
@@ -133,7 +133,7 @@ def _coefficients(analysis: Analysis) -> list[Drawing]:
         )
         drawn.append(Drawing("axes", "Four kinds of attention", coefficient_figures.axes(coefficients), caption))
     if all(conv.varies < UNTRAINED for conv in coefficients.convs):
-        # As converted: there is nothing that varies to be shown.
+        # A model as it was converted has coefficients that don't vary.
         drawn = [drawing for drawing in drawn if drawing.name != "variation"]
     conv = most_by_class(analysis)
     if conv is not None:
@@ -162,10 +162,10 @@ def _resolution(analysis: Analysis) -> list[Drawing]:
             f"{clock}, {threads}, medians in turns; shaded: quartiles.",
         )
     ]
-    if len(resolution.sizes) > 1 and all(len(each.macs) > 1 for each in resolution.sizes):
+    if len(resolution.sizes) > 1 and all(len(at_size.macs) > 1 for at_size in resolution.sizes):
         caption = "1 − L/L of the original, as in the paper's figure 7. Below zero, it takes longer."
         drawn.append(Drawing("latency_reduced", "Saved", figures.reduced(resolution), caption))
-    if len(resolution.sizes) > 1 and all(each.overhead is not None for each in resolution.sizes):
+    if len(resolution.sizes) > 1 and all(at_size.overhead is not None for at_size in resolution.sizes):
         caption = "All predictors, and all kernels mixed, each timed alone, over the whole model's time."
         drawn.append(Drawing("overhead", "Predicting and mixing", figures.overhead(resolution), caption))
     return drawn
@@ -209,7 +209,7 @@ def _thumbnail(images: ImageSet, index: int) -> str:
     picture = images.picture(index)
     picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     buffer = io.BytesIO()
-    # Small pictures as they are; a photograph as PNG would be ten times as large.
+    # Small pictures as PNG; a photograph would be ten times as large as PNG.
     photograph = max(picture.size) > THUMBNAIL
     picture.save(buffer, "JPEG" if photograph else "PNG", **({"quality": 80} if photograph else {}))
     kind = "jpeg" if photograph else "png"
@@ -240,7 +240,7 @@ def render(analysis: Analysis, sections: dict[str, list[Drawing]], shown: list[G
 
 
 def facts(analysis: Analysis) -> list[tuple[str, str, str]]:
-    """The figures at the head of the page: `(what, the model's, the original's or a remark)`."""
+    """The figures at the head of the page: `(name, the model's value, the original's value or a remark)`."""
     rows = []
     if analysis.accuracy is not None:
         ours, theirs = analysis.accuracy.model, analysis.accuracy.original

@@ -1,4 +1,4 @@
-"""One palette for pictures and page: in a file a colour is its light value, in the page a CSS variable of two."""
+"""The palette: in a picture's file a colour has its light value; in the page it is a CSS variable with two values."""
 
 import io
 import re
@@ -9,7 +9,7 @@ _OTHER_SCRIPTS = (
     "Noto Sans Devanagari",
 )  # fmt: skip
 
-# name: (light, dark). The light ones all differ, for they are found again in the SVG.
+# name: (light, dark). No two light values are equal, because they identify the colour in an SVG.
 PALETTE = {
     "ink": ("#1d2433", "#e6e9ef"),
     "muted": ("#667085", "#98a2b3"),
@@ -26,14 +26,14 @@ PALETTE = {
     "good": ("#0f7b52", "#5fd0a2"),
 }
 COLOUR = {name: light for name, (light, _) in PALETTE.items()}
-# Colours of series, in this order, for as many as there may be. They differ in lightness as well as in hue.
+# Colours of a plot's lines, in this order. They differ in lightness as well as in hue.
 SERIES = ("dynamic", "narrow", "good", "strong", "warning", "original", "middle", "muted")
 
-WIDTH = 3.5  # inches: it fits a phone without being made smaller, and three fit beside one another on a screen
+WIDTH = 3.5  # inches: fits a phone's screen; three fit side by side on a larger one
 
 
 def _families() -> list[str]:
-    """Fonts to look for a character in, one after the other: names of classes may be of any script."""
+    """Fonts to search for a character, in this order: names of classes may be in any script."""
     from matplotlib import font_manager
 
     there = {font.name for font in font_manager.fontManager.ttflist}
@@ -45,7 +45,7 @@ def settings() -> dict[str, Any]:
     return {
         "font.size": 8.5,
         "font.family": _families(),
-        # A dollar sign in a class's name is one.
+        # A dollar sign in a class's name doesn't start a formula.
         "text.parse_math": False,
         "text.color": COLOUR["ink"],
         "axes.labelcolor": COLOUR["muted"],
@@ -77,7 +77,7 @@ def settings() -> dict[str, Any]:
 
 
 def to_svg(figure: Any, name: str) -> str:
-    """The picture as SVG, the same at every run. `name` keeps its inner names apart from another picture's."""
+    """The picture as SVG, the same at every run. `name` makes the ids in it differ from another picture's."""
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -94,7 +94,7 @@ def to_png(figure: Any) -> bytes:
 
 
 def for_page(svg: str, label: str) -> str:
-    """An SVG to stand within the page: its colours follow the page's, its size the column's."""
+    """An SVG for the page: it takes the page's colours and the column's width."""
     svg = svg[svg.index("<svg") :]
     by_light = {light: name for name, (light, _) in PALETTE.items()}
     svg = re.sub(
@@ -103,6 +103,6 @@ def for_page(svg: str, label: str) -> str:
     head, _, body = svg.partition(">")
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    # Its metadata says nothing that the page doesn't.
+    # The page doesn't need its metadata.
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     return f'{head} role="img" aria-label="{label}">{body}'

@@ -1,4 +1,4 @@
-"""write_report: a directory with the page, its pictures and its numbers, all of it or nothing."""
+"""write_report: writes the page, its pictures and its numbers into a directory: all of them, or none."""
 
 import json
 import warnings
@@ -9,15 +9,16 @@ from typing import Any, cast
 from dyconvert.analysis.images import ImageSet
 from dyconvert.analysis.study import Analysis
 from dyconvert.errors import DyconvertError
-from dyconvert.files import as_path, held, private_folder, replace_directory, said
+from dyconvert.files import names_in, private_folder, replace_directory, write_errors_as
 from dyconvert.installation import install_command
 from dyconvert.limits import JSON_BYTES, parse_json, read_text
+from dyconvert.paths import as_path
 
 PAGE, NUMBERS = "report.html", "report.json"
 
 
 def check_extra() -> None:
-    """Refuse to begin without what draws.
+    """Check that the packages that draw are installed.
 
     Raises:
         DyconvertError: the extra `report` isn't installed.
@@ -32,7 +33,7 @@ def check_extra() -> None:
 
 
 def check_directory(directory: Path, force: bool = False) -> None:
-    """Refuse a directory that holds something already.
+    """Check that a report may be written to a directory.
 
     Raises:
         DyconvertError: it is a file, holds other files, or a report and `force` is not given.
@@ -43,7 +44,7 @@ def check_directory(directory: Path, force: bool = False) -> None:
             raise DyconvertError(
                 f"{directory} can't be made: it, or what it stands in, is a file. Choose another: `output=...`."
             )
-        if not directory.exists() or not held(directory):
+        if not directory.exists() or not names_in(directory):
             return
     except (OSError, ValueError) as error:
         raise DyconvertError(f"{directory} can't be used: {error}. Choose another: `output=...`.") from None
@@ -56,7 +57,7 @@ def check_directory(directory: Path, force: bool = False) -> None:
 
 
 def written_before(directory: Path) -> list[str]:
-    """The files of a report that we wrote into a directory, as its report.json lists them; none if it has no report."""
+    """The files of the report in a directory, as its report.json lists them; empty if it has no report."""
     try:
         content = parse_json(read_text(directory / NUMBERS, JSON_BYTES))
         listed = content.get("files") if isinstance(content, dict) else None
@@ -64,7 +65,7 @@ def written_before(directory: Path) -> list[str]:
         return []
     if isinstance(listed, list):
         return [name for name in listed if isinstance(name, str)]
-    # Before they were listed, a report was these two and pictures and numbers, all of known kinds.
+    # Older reports don't list their files: they have these two, and pictures and numbers of known types.
     if not isinstance(content, dict) or not {"conditions", "findings", "dynamic"} <= content.keys():
         return []
     kinds = (("figures", (".svg", ".png")), ("numbers", (".csv",)))
@@ -90,15 +91,16 @@ def write_report(
     `report.json` and `numbers/` as CSV.
 
     Args:
-        analysis: what :func:`~dyconvert.analysis.study.analyse` returned.
-        directory: made if need be. A report that stands there is replaced, with `force`, when the new one is complete.
-        images: those that were analysed, to show the ones that drive an expert most. None: they aren't shown.
+        analysis: the analysis that :func:`~dyconvert.analysis.study.analyse` returned.
+        directory: it is created if it doesn't exist. With `force`, a report in it is replaced when the new one is
+            complete.
+        images: the analysed images, of which the page shows those that drive an expert most. None: none are shown.
 
     Returns:
         The page.
 
     Raises:
-        DyconvertError: the extra `report` isn't installed; the directory holds something else, or can't be written.
+        DyconvertError: the extra `report` isn't installed; the directory holds other files, or can't be written.
     """
     check_extra()
     directory = as_path(directory, DyconvertError)
@@ -109,38 +111,38 @@ def write_report(
     from dyconvert.report.numbers import tables
     from dyconvert.report.style import for_page, settings, to_png, to_svg
 
-    with said(directory, DyconvertError):
+    with write_errors_as(directory, DyconvertError):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with private_folder(directory.parent) as folder:
-            made = folder / directory.name
+            complete = folder / directory.name
             for name in ("figures", "numbers"):
-                (made / name).mkdir(parents=True)
+                (complete / name).mkdir(parents=True)
             with mpl.rc_context(cast(Any, settings())), warnings.catch_warnings():
-                # No font here has the script of this text; the page's own text shows it.
+                # No font here may have the characters of a class's name; the page's text shows them.
                 warnings.filterwarnings("ignore", message="Glyph .* missing from")
                 sections = page.drawings(analysis)
                 drawn = [drawing for section in sections.values() for drawing in section]
                 for done, drawing in enumerate(drawn):
                     if progress is not None:
                         progress("drawing", done, len(drawn))
-                    # Laid out once, for both files.
+                    # The layout is computed once, for both files.
                     drawing.figure.draw_without_rendering()
                     drawing.figure.set_layout_engine("none")
                     svg = to_svg(drawing.figure, drawing.name)
-                    _write(made / "figures" / f"{drawing.name}.svg", svg)
-                    (made / "figures" / f"{drawing.name}.png").write_bytes(to_png(drawing.figure))
+                    _write(complete / "figures" / f"{drawing.name}.svg", svg)
+                    (complete / "figures" / f"{drawing.name}.png").write_bytes(to_png(drawing.figure))
                     drawing.svg = for_page(svg, drawing.label)
             html = page.render(analysis, sections, page.galleries(analysis, images))
-            _write(made / PAGE, html)
+            _write(complete / PAGE, html)
             for name, text in tables(analysis).items():
-                _write(made / "numbers" / name, text)
-            files = sorted(each.relative_to(made).as_posix() for each in made.rglob("*") if each.is_file())
+                _write(complete / "numbers" / name, text)
+            files = sorted(path.relative_to(complete).as_posix() for path in complete.rglob("*") if path.is_file())
             numbers = {**json.loads(analysis.model_dump_json()), "files": [*files, NUMBERS]}
-            _write(made / NUMBERS, json.dumps(numbers) + "\n")
-            replace_directory(made, directory, written_before(directory), DyconvertError)
+            _write(complete / NUMBERS, json.dumps(numbers) + "\n")
+            replace_directory(complete, directory, written_before(directory), DyconvertError)
     return directory / PAGE
 
 
 def _write(file: Path, text: str) -> None:
-    # Names of folders may be bytes that are no text.
+    # A folder's name may have bytes that aren't text.
     file.write_text(text, encoding="utf-8", errors="replace")

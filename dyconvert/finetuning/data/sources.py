@@ -17,11 +17,11 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from dyconvert.errors import RecipeError, brief, some
-from dyconvert.files import shown
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.schema import Data
 from dyconvert.finetuning.training.randomness import seed_of
 from dyconvert.installation import install_command
+from dyconvert.paths import shown
 from dyconvert.pictures import PictureError, check_picture, in_mode, picture_files, read_picture
 
 _MODES = {1: "L", 3: "RGB"}

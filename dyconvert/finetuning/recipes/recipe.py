@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from dyconvert.errors import RecipeError
-from dyconvert.files import current_folder, shown
 from dyconvert.finetuning.recipes.checking import RecipeFile, validated
 from dyconvert.finetuning.recipes.schema import (
     VIEWS,
@@ -25,6 +24,7 @@ from dyconvert.finetuning.recipes.schema import (
 )
 from dyconvert.finetuning.recipes.shipped import find_recipe
 from dyconvert.finetuning.recipes.yaml_file import read_yaml
+from dyconvert.paths import current_folder, shown
 
 __all__ = ["Recipe", "load_recipe"]
 

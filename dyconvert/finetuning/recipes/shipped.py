@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dyconvert.errors import RecipeError
-from dyconvert.files import as_path
 from dyconvert.finetuning.recipes.yaml_file import read_yaml
+from dyconvert.paths import as_path
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dyconvert.errors import DyconvertError, RecipeError
-from dyconvert.files import current_folder, locked, remove_leftovers, said, write_file
+from dyconvert.files import remove_leftovers, write_errors_as, write_file
 from dyconvert.finetuning import finetune
 from dyconvert.finetuning.directory import fingerprint
 from dyconvert.finetuning.recipes.recipe import Recipe
 from dyconvert.finetuning.recipes.trust import check_trusted
 from dyconvert.finetuning.sweeps.schema import Job, Sweep, jobs_of
 from dyconvert.limits import CSV_BYTES, FIGURE, read_text
+from dyconvert.locks import locked
+from dyconvert.paths import current_folder
 from dyconvert.run_files import COLUMNS, RECIPE, SWEEP, TABLE, TEXTS, WHOLE_NUMBERS
 
 
@@ -146,7 +148,7 @@ class Runner:
             **result,
             "fingerprint": fingerprint(recipe),
         }
-        with said(self.csv, RecipeError), locked(self.directory):
+        with write_errors_as(self.csv, RecipeError), locked(self.directory):
             # Another process may run other jobs of the sweep.
             self._saved |= read_rows(self.csv) | {(job.run, job.seed): row}
             write_rows(self.csv, self._saved.values())
