@@ -4,20 +4,24 @@
     python tests/make_coverage.py --again timm:resnet smp:  # and these: names, or how they begin
     python tests/make_coverage.py --table                   # only write the table from what was measured
     python tests/make_coverage.py --families                # choose timm's models afresh, from its registry
+    python tests/make_coverage.py --method odconv           # another method, on the models that take seconds
 
 Each model is measured in a process of its own, so that one that takes too long or too much memory is only a row
-that says so. Rows are kept in docs/coverage.jsonl as they come.
+that says so. Rows are kept in docs/coverage.jsonl as they come; those of another method in docs/coverage-METHOD.jsonl.
 """
 
 import argparse
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import coverage_zoo
 from covering import FLOAT32, FLOAT64, TRAINING, Row, share
 from sweep_rows import Rows, measure_here
+
+from dyconvert import METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "coverage.jsonl"
@@ -30,7 +34,24 @@ TIME = 400
 MEMORY = 9
 
 
-SWEEP = Rows(ROWS, Row, __file__, TIME)
+# Other methods are measured on the models that took at most this many seconds with dynet: the kinds of blocks and convs
+# are the same, and the whole sweep takes half an hour of a processor.
+QUICK = 6
+
+
+def sweep_of(method: str) -> Rows:
+    file = ROWS if method == "dynet" else DOCS / f"coverage-{method}.jsonl"
+    return Rows(file, Row, __file__, TIME, () if method == "dynet" else ("--method", method))
+
+
+SWEEP = sweep_of("dynet")
+
+
+def quick_cases() -> list[str]:
+    """The models that are measured with other methods, the quickest first."""
+    rows = SWEEP.measured()
+    cases = [case for case in all_cases() if case in rows and rows[case].seconds <= QUICK]
+    return sorted(cases, key=lambda case: rows[case].seconds)
 
 
 def all_cases() -> list[str]:
@@ -157,9 +178,39 @@ def write_table() -> None:
             ]
     if missing := [case for case in cases if case not in rows]:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    lines += _of_other_methods()
     lines += ["", *_of_packages()]
     TABLE.write_text("\n".join(lines) + "\n")
     print(f"{TABLE}: {len(cases) - len(missing)} of {len(cases)} models")
+
+
+def _of_other_methods() -> list[str]:
+    lines = []
+    for method in METHODS:
+        rows = list(sweep_of(method).measured().values())
+        if method == "dynet" or not rows:
+            continue
+        compared = [row for row in rows if row.difference is not None]
+        largest = exponent(max(row.difference for row in compared if row.precision == "float64"))
+        trained = exponent(max((row.training for row in compared if row.training is not None), default=None))
+        wrong = [row.case for row in rows if row.problems]
+        lines += [
+            "",
+            f"## {METHODS[method].title or method}",
+            "",
+            f"`python tests/make_coverage.py --method {method}`: the models for which the table above took at most "
+            f"{QUICK} s, the quickest first. {len(rows)} models, {share(rows):.1%} of {total(rows, 'counted')} convs "
+            f"become dynamic. {len(compared)} were run before and after: the largest difference in float64 is "
+            f"{largest} in eval mode and {trained} in training mode. "
+            + (f"Problems: {', '.join(wrong)}." if wrong else "There were no problems."),
+            "",
+            "| model | convs | converted | eval | train |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for row in rows:
+            difference = row.precision if row.difference is None else exponent(row.difference)
+            lines.append(f"| {row.case} | {row.convs} | {row.converted} | {difference} | {exponent(row.training)} |")
+    return lines
 
 
 def _of_packages() -> list[str]:
@@ -181,18 +232,20 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--families", action="store_true", help="choose timm's models afresh")
     parser.add_argument("--missing", action="store_true", help="measure no model twice, not even one with problems")
+    parser.add_argument("--method", default="dynet", choices=METHODS, help="convert to this method")
     options = parser.parse_args()
     if options.one:
         from covering import examine
 
-        measure_here(examine, options.one, MEMORY)
+        measure_here(partial(examine, method=options.method), options.one, MEMORY)
         return
     if options.families:
         rows = [json.dumps(entry) for entry in coverage_zoo.choose_families()]
         coverage_zoo.FAMILIES.write_text("[\n  " + ",\n  ".join(rows) + "\n]\n")
         return
     if not options.table:
-        SWEEP.measure(all_cases(), options.again, lambda row: row["difference"], options.missing)
+        cases = all_cases() if options.method == "dynet" else quick_cases()
+        sweep_of(options.method).measure(cases, options.again, lambda row: row["difference"], options.missing)
     write_table()
 
 

@@ -18,12 +18,13 @@ class Rows:
     Args:
         file: a JSON line for each row.
         row: their dataclass, with `case`, `problems` and `as_dict`.
-        script: what measures one case, called as `script --one CASE`: see :func:`measure_here`.
-        seconds: for one model.
+        script: measures one case, called as `script --one CASE`: see :func:`measure_here`.
+        seconds: the limit for one model.
+        options: further arguments of the script.
     """
 
-    def __init__(self, file: Path, row: type, script: str, seconds: float) -> None:
-        self.file, self.row, self.script, self.seconds = file, row, script, seconds
+    def __init__(self, file: Path, row: type, script: str, seconds: float, options: Sequence[str] = ()) -> None:
+        self.file, self.row, self.script, self.seconds, self.options = file, row, script, seconds, options
 
     def measured(self) -> dict[str, Any]:
         """The rows so far; the last one counts where a model was measured twice."""
@@ -59,7 +60,7 @@ class Rows:
     def _measured_apart(self, case: str) -> dict[str, Any]:
         """The model's row, from a process that is ended when it takes too long."""
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        command = [sys.executable, self.script, "--one", case]
+        command = [sys.executable, self.script, "--one", case, *self.options]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=self.seconds)
         except subprocess.TimeoutExpired:

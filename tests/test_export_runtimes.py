@@ -16,7 +16,8 @@ from types import ModuleType
 import pytest
 import torch
 from nets import FlatNet, ResidualNet, seeded
-from test_export import AGREES, AGREES_FP16, _DecidesByValue, _Kinds, apart, images
+from test_export import AGREES, AGREES_FP16, _Kinds, apart, images
+from test_export_failures import _DecidesByValue
 from torch import Tensor, nn
 from varied import randomised, with_statistics
 
@@ -155,7 +156,7 @@ def test_executorchs_forms_compute_the_same_in_torch(method):
 def test_failures_name_the_line_and_leave_what_was_there(export, runner, name, tmp_path):
     model = dyconvert.convert(seeded(_DecidesByValue), method="condconv", example=images(2))
     (tmp_path / name).write_text("what was there")
-    with pytest.raises(ExportError, match=r"(?s)test_export\.py, line \d+.*decides by a tensor's values"):
+    with pytest.raises(ExportError, match=r"(?s)test_export_failures\.py, line \d+.*decides by a tensor's values"):
         export(model, tmp_path / name, images(2))
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "what was there")]
 

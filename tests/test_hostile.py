@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_inputs import MARK, Case, cases
+from hostile_inputs import cases
+from hostile_values import MARK, Case
 from nets import listed
 
 import dyconvert

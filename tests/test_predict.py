@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hostile_inputs import png
+from hostile_images import png
 from nets import ResidualNet, listed, seeded
 from PIL import Image
 
