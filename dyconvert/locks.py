@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 try:
-    import fcntl
+    import fcntl as fcntl  # re-exported: files.py asks whether this system has locks
 except ImportError:  # Windows; there, processes that write to one place aren't kept apart
     fcntl = None  # type: ignore[assignment]
 

@@ -1,34 +1,20 @@
-"""What the predictors predict over real images: how far coefficients vary, for whom, and which experts are used.
+"""The coefficients over real images, as data: how far they vary, between which classes, and which experts are used."""
 
-All statistics are streamed: memory depends on the model and on the number of classes, not on the number of images.
-"""
-
-import heapq
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
-
-from dyconvert.errors import ModelError
-from dyconvert.nn import DynamicConv
-from dyconvert.nn.mixture import Mixture
-from dyconvert.surgery.watch import block_of, predictor_of
 
 BINS = 200
-# Numbers that the class sums of one conv may take: above, its output channels are sampled.
+# The sums by class of one conv have at most this many numbers; if there were more, output channels are sampled.
 CLASS_SUMS = 2**18
 # A conv's signature shows at most this many classes, and output channels of each expert. If there are more, they are
 # taken at even intervals.
 SIGNATURE = 40, 64
-# Images kept per expert.
+# Images listed for each expert.
 TOP = 6
-# A coefficient that never gets this large adds nothing one could see: its expert is not used.
+# An expert whose coefficient never gets this large is not used: it adds nothing visible.
 UNUSED = 0.01
-# A sigmoid or softmax this close to 0 or 1 passes on next to no gradient.
+# A sigmoid or softmax this close to 0 or 1 passes on hardly any gradient.
 SATURATED = 0.01
-# A predictor is called saturated where this share of its coefficients is.
+# A predictor is called saturated if at least this share of its coefficients is.
 MOSTLY = 0.9
 # Standard deviation over the images below which a coefficient is a constant.
 CONSTANT = 1e-3
@@ -39,8 +25,8 @@ class TopImage(BaseModel):
 
     Attributes:
         image: its number in the data.
-        share: the expert's share of the mixture, eta_i / sum(eta), the mean over the output channels; of a single
-            expert, its coefficient. What raises all the experts alike drives none of them.
+        share: the expert's share of the mixture, eta_i / sum(eta), the mean over the output channels; for a single
+            expert, its coefficient. An image that raises all experts alike drives none of them.
     """
 
     image: int
@@ -52,8 +38,8 @@ class ExpertUse(BaseModel):
 
     Attributes:
         mean, smallest, largest: of its coefficients, over images and output channels.
-        histogram: how many of them are in each of `BINS` equal parts of 0..1.
-        class_means: their mean over the images of each class; None for a class without images.
+        histogram: numbers of coefficients in each of `BINS` equal intervals from 0 to 1.
+        class_means: mean coefficient over the images of each class; None for a class without images.
         top: the images that drive it most.
     """
 
@@ -70,13 +56,13 @@ class ExpertUse(BaseModel):
 
 
 class AxisUse(BaseModel):
-    """The factors of one conv along one axis over all images: from 0 to 2, and 1 where a conversion starts.
+    """The factors of one conv along one axis over all images: from 0 to 2, and 1 at the start of a conversion.
 
     Attributes:
-        count: factors that each image has.
+        count: number of factors of each image.
         mean, smallest, largest: over images and factors.
-        means: each one's mean over the images; if there are more than `SIGNATURE` has, at even intervals.
-        spread, between_classes, saturated, constant: as of the experts' coefficients; within 0.02 of 0 or 2 is
+        means: the mean of each factor over the images; at even intervals, if there are more than `SIGNATURE` has.
+        spread, between_classes, saturated, constant: see :class:`ConvCoefficients`. A factor within 0.02 of 0 or 2 is
             saturated.
     """
 
@@ -95,20 +81,20 @@ class ConvCoefficients(BaseModel):
     """The coefficients of one conv over all images.
 
     Attributes:
-        block: whose predictor gives them; None: the conv's own.
-        per: "layer" or "channel"; `channels` coefficients an expert.
-        temperature: what the predictor's logits are divided by.
-        images: how often it was called, times the batch.
+        block: the block whose predictor gives them; None: the conv's own predictor does.
+        per: "layer" or "channel"; each expert has `channels` coefficients.
+        temperature: the predictor's logits are divided by it.
+        images: number of calls, times the batch.
         spread: standard deviation over the images, as the root mean square over the coefficients.
-        between_classes: share of that variance which is between the classes' means (eta squared), over
-            `channels_sampled` output channels; the rest varies within a class. None without classes.
-        by_chance: what that share would be, on average, if the classes didn't matter: (K - 1) / (N - 1).
+        between_classes: the share of the variance that lies between the classes' means (eta squared), over
+            `channels_sampled` output channels; the rest lies within the classes. None without classes.
+        by_chance: the average of that share if the classes didn't matter: (K - 1) / (N - 1).
         saturated: share of coefficients within 0.01 of 0 or 1.
         constant: share of coefficients that don't vary from image to image.
-        effective: how many experts share the mixture: exp of the entropy of eta_i / sum(eta), the mean over images
-            and channels; from 1 to g.
-        axes: of the outputs, inputs and positions, those that the conv has factors for.
-        signature: by class, how far the mean of each coefficient is from its mean over all images, in standard
+        effective: number of experts that share the mixture, from 1 to g: exp of the entropy of eta_i / sum(eta), the
+            mean over images and channels.
+        axes: the axes that the conv has factors for, among outputs, inputs and positions.
+        signature: by class, the distance of each coefficient's mean from its mean over all images, in standard
             deviations over the images: `[g * channels]`, expert by expert. At most `SIGNATURE` classes and channels.
     """
 
@@ -157,201 +143,10 @@ class Coefficients(BaseModel):
         convs: in the model's order.
         unreached: dynamic convs that no image reached.
         classes: names of the classes; empty if the images have none.
-        sampled: what was sampled instead of counted, in words.
+        sampled: sentences that name the figures that come from a sample.
     """
 
     convs: list[ConvCoefficients]
     unreached: list[str]
     classes: list[str]
     sampled: list[str]
-
-
-class CoefficientStatistics:
-    """Collects :class:`Coefficients`, batch by batch.
-
-    Args:
-        model: a converted model.
-        classes: names of the classes.
-    """
-
-    def __init__(self, model: nn.Module, classes: Sequence[str] = ()) -> None:
-        self.classes = list(classes)
-        self._model = model
-        self._convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
-        self._streams: dict[str, dict[str, _Stream]] = {}  # of each axis
-        self._labels: Tensor | None = None
-        self._first = 0
-
-    def begin(self, labels: Tensor, first: int) -> None:
-        """The next coefficients are of these labels `[N]`; the first image is number `first` of all."""
-        self._labels, self._first = labels, first
-
-    def see(self, name: str, mixture: Mixture) -> None:
-        """The mixture of a call of one conv."""
-        for axis, values in mixture.axes().items():
-            numbers = values.detach().double().cpu()
-            if axis != "experts":
-                numbers = numbers.unsqueeze(1) / 2  # [N, 1, count], from 0 to 1 as coefficients are
-            if not numbers.isfinite().all():
-                raise ModelError(f"The {axis} of {name} over the data aren't finite. Look for NaN in the images.")
-            streams = self._streams.setdefault(name, {})
-            if axis not in streams:
-                streams[axis] = _Stream(numbers.shape[1], numbers.shape[2], len(self.classes))
-            # A head that is called for every box or frame has its own batch, whose rows are no images.
-            labels = self._labels if self._labels is not None and len(self._labels) == len(numbers) else None
-            streams[axis].add(numbers, labels, self._first)
-
-    def result(self) -> Coefficients:
-        """What was collected so far."""
-        convs = [self._conv(name, self._streams[name]) for name in self._convs if name in self._streams]
-        sampled = [
-            f"classes of {conv.name}: {conv.channels_sampled} of {conv.channels} output channels, evenly spread"
-            for conv in convs
-            if self.classes and conv.channels_sampled < conv.channels
-        ]
-        return Coefficients(
-            convs=convs,
-            unreached=[name for name in self._convs if name not in self._streams],
-            classes=self.classes,
-            sampled=sampled,
-        )
-
-    def _conv(self, name: str, streams: "dict[str, _Stream]") -> ConvCoefficients:
-        stream = streams["experts"]
-        conv, predictor = self._convs[name], predictor_of(self._model, name)
-        own = conv.coefficient_predictor is not None
-        block = None if own else block_of(self._model, name)[0]
-        return ConvCoefficients(
-            name=name,
-            block=block,
-            g=stream.g,
-            per="channel" if conv.sizes.per > 1 else "layer",
-            channels=stream.channels,
-            activation=predictor.activation,
-            temperature=float(predictor.temperature),
-            **stream.summary() | ({} if conv.sizes.per else {"saturated": 0.0}),  # one expert, as it is
-            axes={axis: other.axis() for axis, other in streams.items() if axis != "experts"},
-        )
-
-
-class _Stream:
-    """Running statistics of one conv's coefficients."""
-
-    def __init__(self, g: int, channels: int, classes: int) -> None:
-        self.g, self.channels, self.classes = g, channels, classes
-        self.count = 0
-        self.mean = torch.zeros(g, channels, dtype=torch.float64)
-        self.m2 = torch.zeros(g, channels, dtype=torch.float64)
-        self.smallest = torch.full((g,), float("inf"), dtype=torch.float64)
-        self.largest = torch.full((g,), float("-inf"), dtype=torch.float64)
-        self.histogram = torch.zeros(g * BINS, dtype=torch.int64)
-        self.saturated = 0
-        self.effective = 0.0
-        width = max(1, min(channels, CLASS_SUMS // max(1, g * classes)))
-        self.sampled = _even_indices(channels, width)
-        self.class_count = torch.zeros(classes, dtype=torch.int64)
-        self.class_sums = torch.zeros(classes, g, width, dtype=torch.float64)
-        self.class_means = torch.zeros(classes, g, dtype=torch.float64)
-        self.top: list[list[tuple[float, int]]] = [[] for _ in range(g)]
-
-    def add(self, eta: Tensor, labels: Tensor | None, first: int) -> None:
-        images = len(eta)
-        if not images:
-            return
-        # Chan, Golub and LeVeque 1983: the batch's mean and squares merged into those of what came before.
-        mean = eta.mean(0)
-        apart = mean - self.mean
-        total = self.count + images
-        self.m2 += (eta - mean).square().sum(0) + apart.square() * (self.count * images / total)
-        self.mean += apart * (images / total)
-        self.count = total
-        self.smallest = torch.minimum(self.smallest, eta.amin((0, 2)))
-        self.largest = torch.maximum(self.largest, eta.amax((0, 2)))
-        bins = (eta * BINS).long().clamp_(0, BINS - 1) + torch.arange(self.g).view(1, -1, 1) * BINS
-        self.histogram += torch.bincount(bins.flatten(), minlength=self.g * BINS)
-        self.saturated += int(((eta < SATURATED) | (eta > 1 - SATURATED)).sum())
-        share = eta / eta.sum(1, keepdim=True).clamp_min(1e-300)
-        self.effective += float(torch.special.entr(share).sum(1).exp().sum()) / self.channels
-        if labels is None:
-            return
-        driven = (share if self.g > 1 else eta).mean(2)  # [N, g]
-        for i in range(self.g):
-            best = driven[:, i].topk(min(TOP, images))
-            ranked = [(v, -first - j) for v, j in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-            self.top[i] = heapq.nlargest(TOP, self.top[i] + ranked)
-        known = labels >= 0
-        if self.classes and known.any():
-            labels = labels[known]
-            self.class_count += torch.bincount(labels, minlength=self.classes)
-            self.class_sums.index_add_(0, labels, eta[known][:, :, self.sampled])
-            self.class_means.index_add_(0, labels, eta[known].mean(2))
-
-    def axis(self) -> AxisUse:
-        """How one axis of factors is used; they were collected halved, from 0 to 1."""
-        halved = self.summary()
-        (use,) = halved["experts"]
-        shown = _even_indices(self.channels, SIGNATURE[1])
-        return AxisUse(
-            count=self.channels,
-            mean=2 * use.mean,
-            smallest=2 * use.smallest,
-            largest=2 * use.largest,
-            means=(2 * self.mean[0, shown]).tolist(),
-            spread=2 * halved["spread"],
-            between_classes=halved["between_classes"],
-            saturated=halved["saturated"],
-            constant=halved["constant"],
-        )
-
-    def summary(self) -> dict[str, Any]:
-        deviation = (self.m2 / self.count).sqrt()
-        kinds = int((self.class_count > 0).sum())
-        labelled = int(self.class_count.sum())
-        between = chance = None
-        signature: dict[int, list[float]] = {}
-        if kinds > 1 and labelled == self.count > 1:
-            there = self.class_count > 0
-            apart = self.class_sums[there] / self.class_count[there].view(-1, 1, 1) - self.mean[:, self.sampled]
-            total = self.m2[:, self.sampled]
-            squares = (apart.square() * self.class_count[there].view(-1, 1, 1)).sum()
-            between = float(squares / total.sum()) if total.sum() > 0 else 0.0
-            chance = (kinds - 1) / (self.count - 1)
-            scaled = apart / deviation[:, self.sampled].clamp_min(1e-12)
-            scaled = torch.where(deviation[:, self.sampled] < CONSTANT, 0.0, scaled)
-            scaled = scaled[:, :, _even_indices(scaled.shape[2], SIGNATURE[1])].flatten(1)
-            numbers = there.nonzero().flatten().tolist()
-            for row in _even_indices(kinds, SIGNATURE[0]).tolist():
-                signature[numbers[row]] = [round(value, 3) for value in scaled[row].tolist()]
-        histogram = self.histogram.view(self.g, BINS).tolist()
-        means = self.mean.mean(1).tolist()
-        experts = [
-            ExpertUse(
-                mean=means[i],
-                smallest=float(self.smallest[i]),
-                largest=float(self.largest[i]),
-                histogram=histogram[i],
-                class_means=[
-                    float(self.class_means[k, i] / n) if n else None for k, n in enumerate(self.class_count.tolist())
-                ],
-                top=[TopImage(image=-j, share=value) for value, j in self.top[i]],
-            )
-            for i in range(self.g)
-        ]
-        return {
-            "images": self.count,
-            "spread": float(deviation.square().mean().sqrt()),
-            "between_classes": between,
-            "by_chance": chance,
-            "channels_sampled": len(self.sampled),
-            "saturated": self.saturated / (self.count * self.g * self.channels),
-            "constant": float((deviation < CONSTANT).double().mean()),
-            "effective": self.effective / self.count,
-            "experts": experts,
-            "signature": signature,
-        }
-
-
-def _even_indices(of: int, count: int) -> Tensor:
-    """At most `count` indices of `of`, at even intervals."""
-    count = min(of, count)
-    return torch.arange(count) * of // count

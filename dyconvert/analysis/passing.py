@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dyconvert.analysis.accuracy import Accuracy, accuracy
-from dyconvert.analysis.coefficients import Coefficients, CoefficientStatistics
+from dyconvert.analysis.coefficient_statistics import CoefficientStatistics
+from dyconvert.analysis.coefficients import Coefficients
 from dyconvert.analysis.correlation import LayerCorrelation, MapCorrelation
 from dyconvert.copying import in_eval_mode, skeleton
 from dyconvert.errors import ModelError, brief, some

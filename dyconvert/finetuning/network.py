@@ -1,4 +1,4 @@
-"""The networks of a recipe: the original, and the converted or narrowed one that is trained."""
+"""Makes the networks of a recipe: the original, and the converted or narrowed one that is trained."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Networks:
     """The original and the network that trains.
 
     Attributes:
-        original: the pretrained network, with a new head where the recipe asks for one.
-        source: where it came from.
-        student: narrowed and converted; a copy of the original where the recipe does neither.
-        num_classes: outputs of both.
-        teacher: of the distillation, where there is one.
+        original: the pretrained network, with a new head if the recipe says so.
+        source: the source of the original.
+        student: the narrowed and converted network; a copy of the original if the recipe does neither.
+        num_classes: number of outputs of both.
+        teacher: None if the recipe doesn't distill.
     """
 
     original: nn.Module
@@ -37,7 +37,7 @@ class Networks:
 
 
 def create_original(recipe: Recipe) -> tuple[nn.Module, "models.Source"]:
-    """The pretrained network; the same new head, or the same random weights, for the same seed.
+    """The pretrained network. For the same seed, a new head or random weights are the same.
 
     Raises:
         ModelError: it can't be built, or not with these weights.
@@ -56,7 +56,7 @@ def transform(
     """Narrow and convert a copy of the original, and pair its experts, as the recipe says.
 
     Args:
-        calibration: makes batches of normalised training images, for narrowing and pairing; None: neither is done.
+        calibration: returns batches of normalised training images, for narrowing and pairing; None: neither is done.
     """
     example = torch.zeros(2, *recipe.input_size)
     ours: dict[str, Any] = {"seed": recipe.train.seed, "diversity": recipe.dynamic.diversity, "example": example}
@@ -86,7 +86,7 @@ def _conversion(recipe: Recipe, chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_outputs(model: nn.Module, recipe: Recipe) -> int:
-    """The number of classes that a network tells apart.
+    """The number of classes of a network's output.
 
     Raises:
         ModelError: it can't take the recipe's images, or its output isn't one of a classifier or a segmenter.

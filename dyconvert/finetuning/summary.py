@@ -68,7 +68,8 @@ class Summary:
         """The summary of a finished run in `directory`, if there is one."""
         try:
             content: dict[str, Any] = parse_json(read_text(directory / SUMMARY, JSON_BYTES))
-            summary = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+            summary = cls(**values)
         except (OSError, ValueError, TypeError, AttributeError):
             return None
         return summary if summary.is_whole() else None
