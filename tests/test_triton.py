@@ -22,7 +22,7 @@ from dyconvert.nn.dispatch import dynamic_conv, force
 from dyconvert.nn.measured_choices import Choices
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Needs, Operands
-from dyconvert.nn.triton import engine
+from dyconvert.nn.triton import engine, launch
 
 pytest.importorskip("triton", reason="Triton comes with torch's Linux builds only")
 pytestmark = [
@@ -93,8 +93,8 @@ def check(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     tensors, geometry, shift = draw(rng)
     # As a large GPU splits the images among programs, and as a small one leaves them to each.
-    monkeypatch.setattr(engine, "_PROGRAMS", rng.choice([1, 512]))
-    monkeypatch.setattr(engine, "_BYTES", rng.choice([0, 2**29]))  # kernels of one image at a time, or of all
+    monkeypatch.setattr(launch, "_PROGRAMS", rng.choice([1, 512]))
+    monkeypatch.setattr(launch, "_BYTES", rng.choice([0, 2**29]))  # kernels of one image at a time, or of all
     tile = rng.choice(list(engine.TILES))
     dtype = tensors[0].dtype
     with torch.inference_mode(), force(tile):
@@ -185,7 +185,7 @@ def test_gradients_of_bank_and_coefficients_need_no_kernel_per_image(groups: int
     kernels = images * weight.nbytes // g
     with Sizes() as sizes:
         operands = Operands(x, weight, None, Mixing(eta), geometry)
-        engine._bank_and_coefficients(grad, operands, Needs(False, True, True, False))
+        launch._bank_and_coefficients(grad, operands, Needs(False, True, True, False))
     assert sizes.most < kernels / 2
 
 
@@ -227,7 +227,7 @@ def test_where_triton_fails_plain_operations_take_its_place(
     wanted = [t for t in tensors if t is not None]
     right = reference(tensors, PAIR)
     if when == "forward":
-        monkeypatch.setattr(engine, "_kernels", lambda: Broken(error))
+        monkeypatch.setattr(launch, "_kernels", lambda: Broken(error))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.filters", [])
         patch.setattr("warnings.showwarning", lambda message, *args, **options: said.append(str(message)))
@@ -236,7 +236,7 @@ def test_where_triton_fails_plain_operations_take_its_place(
             for _ in range(2):
                 out = dynamic_conv(*tensors, *PAIR)
                 if when == "backward":
-                    patch.setattr(engine, "_kernels", lambda: Broken(error))
+                    patch.setattr(launch, "_kernels", lambda: Broken(error))
                 found = torch.autograd.grad(out.sum(), wanted)
                 torch.testing.assert_close(out, right)
                 torch.testing.assert_close(found, torch.autograd.grad(right.sum(), wanted, retain_graph=True))
@@ -250,7 +250,7 @@ def test_where_triton_fails_plain_operations_take_its_place(
 
 
 def test_out_of_memory_is_not_triton_s_failure(choices: Choices, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_kernels", lambda: Broken(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(launch, "_kernels", lambda: Broken(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError), force("triton_64"):
         dynamic_conv(*small(), *PAIR)
     assert not any(choices.failed(name) for name in engine.TILES)
@@ -263,7 +263,7 @@ def test_triton_is_measured_beside_the_others(broken: bool, monkeypatch: pytest.
 
     monkeypatch.setattr(choosing, "_is_gpu", lambda x: True)
     if broken:
-        monkeypatch.setattr(engine, "_kernels", lambda: Broken(RuntimeError("PTX version is too old")))
+        monkeypatch.setattr(launch, "_kernels", lambda: Broken(RuntimeError("PTX version is too old")))
     tensors = small()
     with using(Choices(tmp_path)) as choices:
         if broken:

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from dyconvert.nn.mixture import Mixing
 from dyconvert.nn.operands import Geometry, Needs, Operands
-from dyconvert.nn.triton import engine, kernels
+from dyconvert.nn.triton import engine, gradient_kernels, kernels, launch
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
@@ -33,12 +33,13 @@ class Launches:
 
     def __getattr__(self, name: str) -> Any:
         launches = self.found
+        kernel = getattr(kernels if hasattr(kernels, name) else gradient_kernels, name)
 
         class Kernel:
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
                 assert 1 <= len(grid) <= 3
                 assert all(0 < size < (2**31 if axis == 0 else 2**16) for axis, size in enumerate(grid)), grid
-                return lambda *args, **options: launches.append((getattr(kernels, name), args, options))
+                return lambda *args, **options: launches.append((kernel, args, options))
 
         return Kernel()
 
@@ -85,11 +86,11 @@ def launches(dtype: torch.dtype, batch: int, conv: tuple[int, ...], *, last: boo
     eta = torch.empty(batch, 6, c_out if per_channel else 1, dtype=dtype)
     geometry = Geometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
     seen = Launches()
-    engine._kernels = lambda: seen
+    launch._kernels = launch._gradient_kernels = lambda: seen
     for tile in engine.TILES.values():
-        out = engine._forward(Operands(x, weight, torch.empty(6 * c_out), Mixing(eta), geometry), tile)
+        out = launch.forward(Operands(x, weight, torch.empty(6 * c_out), Mixing(eta), geometry), tile)
         operands = Operands(x, weight, None, Mixing(eta), geometry)
-        engine._backward(torch.empty_like(out), operands, Needs(True, True, True, False), tile)
+        launch.backward(torch.empty_like(out), operands, Needs(True, True, True, False), tile)
     return seen.found
 
 

@@ -15,7 +15,7 @@ class Engine(Protocol):
     """What computes a dynamic conv and its gradients without autograd, keeping no image's kernel between the two.
 
     `how` is the engine's own: a :class:`~dyconvert.nn.native.NativeCall`, a :class:`~dyconvert.nn.tiles.Tile` or None,
-    one of :data:`dyconvert.nn.recompute.STRATEGIES`, or a :class:`~dyconvert.nn.triton.engine.Tile`.
+    one of :data:`dyconvert.nn.recompute.STRATEGIES`, or a :class:`~dyconvert.nn.triton.tile.Tile`.
     """
 
     def forward(self, operands: Operands, how: Any) -> Tensor:
