@@ -96,7 +96,7 @@ class Options:
 def print_narrowing(narrowing: Narrowing) -> None:
     before, after = (sum(getattr(group, when) for group in narrowing.groups) for when in ("before", "after"))
     out.print(f"narrowed, weights by {narrowing.init}: {after} of {before} channels in {len(narrowing.groups)} groups")
-    for line in narrowing.said():
+    for line in narrowing.summary_lines():
         out.print(Text(f"  {line}", style="yellow" if line.startswith("warning") else ""))
     for why in dict.fromkeys(group.kept for group in narrowing.groups if group.kept):
         names = [group.name for group in narrowing.groups if group.kept == why]

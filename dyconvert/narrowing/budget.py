@@ -1,4 +1,4 @@
-"""How many channels each group keeps: a width for all of them, or a target of multiply-adds, spent by sensitivity."""
+"""Numbers of channels to keep: one width for all groups, or widths by sensitivity for a budget of multiply-adds."""
 
 from collections import defaultdict
 
@@ -8,21 +8,21 @@ from dyconvert.errors import ModelError
 from dyconvert.narrowing.choose import unexplained
 from dyconvert.narrowing.graph import Graph, Group
 
-# The least that a group keeps, as a share of its channels.
+# The smallest share of its channels that a group keeps.
 _LEAST = 1 / 8
-# A group is narrowed by at least this share of its channels at a time, so that large ones don't take long.
+# A step of the search narrows a group by at least this share of its channels, so that large groups don't take long.
 _STEP = 1 / 32
 
 
 def multiple(size: int, round_to: int) -> int:
-    """What a group's channels are rounded to: `round_to`, or less where that would be coarse for `size` channels."""
+    """A group of `size` channels is rounded to a multiple of this: `round_to`, or less if the group is small."""
     while round_to > 1 and round_to * 8 > size:
         round_to //= 2
     return round_to
 
 
 def rounded(group: Group, channels: float, round_to: int) -> int:
-    """The units of a group that hold about this many channels, rounded to a multiple; at least one."""
+    """The number of a group's units, at least one, with about this many channels, rounded to a multiple."""
     step = multiple(group.size, round_to)
     whole = max(step, int(channels / step + 0.5) * step)
     return min(max(1, round(whole * group.units / group.size)), group.units)
@@ -38,7 +38,7 @@ class Cost:
 
     def __init__(self, graph: Graph) -> None:
         self._layers = {name: layer.positions * layer.weights for name, layer in graph.layers.items()}
-        # For each layer: (group, side, channels there). A depthwise conv's weight shrinks with one side only.
+        # For each layer: (group, side, channels there). The weight of a depthwise conv has one such side.
         self._sides: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
         self._sizes = {group.name: group.size for group in graph.groups}
         self._units = {group.name: group.units for group in graph.groups}
@@ -74,12 +74,12 @@ def by_flops(
 ) -> dict[str, int]:
     """Units to keep, by group name, so that the multiply-adds are at most `share` of the original's.
 
-    Starting from all, the group is narrowed that loses least for the multiply-adds it saves; its loss is the share
-    of its layers' variance that so many directions don't explain.
+    The search starts with all channels. Each step narrows the group that loses least for each multiply-add that it
+    saves. A group's loss is the share of its layers' variance that its remaining directions don't explain.
 
     Args:
         similarity: by group name, `[units, units]`, as :func:`~dyconvert.narrowing.choose.choose` takes it.
-        reserve: the part of `share` that mixing kernels and predicting coefficients will take.
+        reserve: the share of multiply-adds that mixing kernels and predicting coefficients will take.
 
     Raises:
         ModelError: the target is below what can be reached.
@@ -112,7 +112,7 @@ def by_flops(
         best = min(rates, key=lambda name: rates[name][0])
         _, units[best], saved = rates[best]
         now -= saved
-        # What shares a layer with it saves less now.
+        # Groups that share a layer with it save less now.
         for name in groups:
             if cost.touched[name] & cost.touched[best]:
                 rates.pop(name, None)
@@ -129,6 +129,6 @@ def _narrower(group: Group, units: int, least: int, round_to: int) -> int | None
 
 
 def _lost(group: Group, similarity: Tensor, graph: Graph) -> list[float]:
-    """What is lost when k = 1, 2, ... units are kept, summed over the group's layers."""
+    """The loss with k = 1, 2, ... units, summed over the group's layers."""
     layers = sum(member.name in graph.layers for member in group.makers)
     return (unexplained(similarity) * layers).tolist()

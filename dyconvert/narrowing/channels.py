@@ -1,4 +1,4 @@
-"""Which channels are kept: how many of each group, by a width or a target of multiply-adds, and which ones."""
+"""Chooses the channels to keep: how many of each group, by a width or a budget of multiply-adds, and which."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from dyconvert.narrowing.checks import bare, check_runs
 from dyconvert.narrowing.cut import Choice, Folds, cut
 from dyconvert.narrowing.graph import Graph, Group
 
-# Mixing costs one multiply-add per expert weight, and operators of no layer, such as attention's, cost some as well.
-# Both are known only once the widths are, so the budget is met by iteration, at most this often.
+# Mixing costs one multiply-add per expert weight, and operators outside of layers, such as attention's, cost some too.
+# Both are known only when the widths are, so the budget is met by iteration, at most this often.
 _ATTEMPTS = 8
 
 
 @dataclass
 class Chosen:
-    """The channels that are kept.
+    """The chosen channels.
 
     Attributes:
         choices: by group.
-        missed: the share with a conversion, where it is larger than what was asked for; None: it was reached.
+        missed: the share of multiply-adds, if it is larger than requested; None: the budget is met.
     """
 
     choices: dict[str, Choice]
@@ -39,15 +39,15 @@ class Chooser:
     """Chooses among the channels of a model's groups.
 
     Args:
-        samples: what the model's layers return on calibration images; None: filters are compared instead.
-        init: "l1" keeps the largest filters.
+        samples: outputs of the model's layers on calibration images; None: filters are compared instead.
+        init: with "l1", the largest filters are kept.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, samples: Samples | None, init: str, round_to: int) -> None:
         self._model, self._graph, self._init, self._round_to = model, graph, init, round_to
-        self._similarity = {group.name: self._of(group, samples) for group in graph.free}
+        self._similarity = {group.name: self._similarity_of(group, samples) for group in graph.free}
 
-    def _of(self, group: Group, samples: Samples | None) -> Tensor:
+    def _similarity_of(self, group: Group, samples: Samples | None) -> Tensor:
         similarity = map_similarity(samples, self._graph, group) if samples is not None else None
         return choose.filter_similarity(self._model, self._graph, group) if similarity is None else similarity
 
@@ -58,10 +58,10 @@ class Chooser:
     def by_flops(
         self, share: float, example: tuple[Any, ...], dynamic: Callable[[nn.Module], nn.Module] | None
     ) -> Chosen:
-        """As many as leave a share of the multiply-adds, where they are missed least.
+        """Keep a share of the multiply-adds, and take channels away where they are missed least.
 
         Args:
-            dynamic: makes a model on the meta device what it will be after the conversion; None: it stays static.
+            dynamic: converts a model on the meta device; None: the model stays static.
         """
         one = first_image(example)
         whole = max(macs(self._model, one), 1)
@@ -83,7 +83,7 @@ class Chooser:
         return best
 
     def _macs(self, choices: dict[str, Choice], one: tuple[Any, ...], dynamic: Callable[[nn.Module], nn.Module]) -> int:
-        """Multiply-adds with these channels; of the model itself where it doesn't run on the meta device."""
+        """Multiply-adds with these channels. They are counted on the meta device if the model runs there."""
         try:
             return macs(dynamic(self._trial(on_meta(self._model), choices)), one)
         except ModelError:

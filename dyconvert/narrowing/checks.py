@@ -1,4 +1,4 @@
-"""What narrowing is asked for, and whether the model takes its inputs, before and after."""
+"""Checks narrowing's options, and that the model takes its inputs before and after."""
 
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
@@ -32,7 +32,7 @@ def checked_init(
     static: bool,
     choices: dict[str, Any],
 ) -> Init:
-    """Refuse what makes no sense; returns where the weights are to come from.
+    """Check the options; returns the init.
 
     Raises:
         ModelError: the model can't be narrowed as a whole, or is narrowed already.
@@ -64,16 +64,16 @@ def checked_init(
 
 
 def example_of(model: nn.Module, example: Any, images: Images | None) -> tuple[Any, ...]:
-    """The forward's arguments: the user's example, or calibration images, or a common size."""
+    """The forward's arguments: the user's example, or calibration images, or an example of a common size."""
     if example is None and images is not None:
         return images.part(0, 2)
     return example_for(model) if example is None else as_arguments(example)
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """A copy to run: it shares the model's weights and batch norms' statistics; in eval mode, without the user's hooks.
+    """A copy to run, in eval mode and without the user's hooks. It shares weights and batch norms' statistics.
 
-    Other buffers are its own, and so are plain attributes: a forward that counts its calls counts none here.
+    Other buffers and plain attributes are copies: a forward that counts its calls counts in the copy.
     """
     shared = {id(b) for m in model.modules() if isinstance(m, BatchNorm) for b in m.buffers()}
 
@@ -96,31 +96,31 @@ def check_no_scripts(model: nn.Module) -> None:
 
 
 def check_takes(model: nn.Module, arguments: tuple[Any, ...], what: str) -> None:
-    """Refuse inputs that the model rejects."""
+    """Check that the model accepts these arguments."""
     try:
         with torch.no_grad():
             model(*tree_map_only(Tensor, torch.clone, arguments))
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} rejects the {what}: {brief(error)}. Give what its forward takes, at its size and "
-            "normalised as it is used to: `example=...`, `data=...`."
+            f"{type(model).__name__} rejects the {what}: {brief(error)}. Give arguments of its forward, at its "
+            "size and normalised as in its training: `example=...`, `data=...`."
         ) from error
 
 
 def check_runs(original: nn.Module, narrowed: nn.Module, example: tuple[Any, ...]) -> None:
-    """Refuse a narrowed model that doesn't run, or returns other shapes."""
+    """Check that a narrowed model runs, and returns the same shapes."""
     runner = bare(narrowed)
     inside: list[str] = []
 
-    def entered(name: str) -> Callable[..., None]:
+    def enter(name: str) -> Callable[..., None]:
         return lambda *_: inside.append(name)
 
-    def left(*_: Any) -> None:
+    def leave(*_: Any) -> None:
         inside.pop()
 
     for name, module in runner.named_modules():
-        module.register_forward_pre_hook(entered(name))
-        module.register_forward_hook(left)
+        module.register_forward_pre_hook(enter(name))
+        module.register_forward_hook(leave)
     with torch.no_grad():
         expected = _shapes(original(*tree_map_only(Tensor, torch.clone, example)))
         try:

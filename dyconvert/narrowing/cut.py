@@ -1,4 +1,4 @@
-"""Carrying a choice of channels out: fewer channels in a copy of the model, selected or merged."""
+"""Cuts a copy of the model to the chosen channels, which are selected or merged."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, BatchOrInstanceNorm)
 
 @dataclass
 class Choice:
-    """What becomes of a group's channels.
+    """The choice among a group's channels.
 
     Attributes:
-        kept: `[k]`: the channels that represent the others, in order.
-        representative: `[size]`: which of the group's channels represents each of them; a kept one, itself.
+        kept: `[k]`: the channels to keep, in order.
+        representative: `[size]`: for each channel, the kept one that represents it; a kept one represents itself.
     """
 
     kept: Tensor
@@ -36,11 +36,11 @@ def everything(group: Group) -> Choice:
 
 @dataclass
 class Fold:
-    """How the channels in one place become fewer.
+    """The mapping from the channels of one place to the kept ones.
 
     Attributes:
-        kept: `[k]`: numbers of the channels that are left, in order.
-        into: `[C]`: which of those k each of the C channels becomes.
+        kept: `[k]`: numbers of the kept channels, in order.
+        into: `[C]`: for each of the C channels, the index of its representative in `kept`.
     """
 
     kept: Tensor
@@ -64,7 +64,7 @@ class Folds:
             for member in group.members:
                 place = self._represents[member.name, member.side]
                 self.dims[member.name] = member.dim
-                # A flattened map has several features of one channel: each goes to its own counterpart.
+                # A flattened map has several features for one channel; each is mapped to its own counterpart.
                 copies: dict[int, list[int]] = defaultdict(list)
                 for channel, position in sorted(zip(member.channels.tolist(), member.positions.tolist(), strict=True)):
                     copies[position].append(channel)
@@ -77,7 +77,7 @@ class Folds:
         return list(self._represents)
 
     def get(self, name: str, side: str, size: int) -> Fold:
-        """The fold of a place that has `size` channels; the identity where nothing becomes fewer."""
+        """The fold of a place that has `size` channels; the identity if all are kept."""
         place = self._represents.get((name, side), {})
         to = torch.tensor([place.get(channel, channel) for channel in range(size)])
         kept, into = to.unique(return_inverse=True)
@@ -88,8 +88,8 @@ def cut(model: nn.Module, graph: Graph, folds: Folds, *, merge: bool) -> None:
     """Make the modules of `model` narrower, in place.
 
     Args:
-        merge: average what becomes one output channel, and add up what reads it. Otherwise the representatives'
-            weights are selected.
+        merge: average the filters of channels that become one, and add up the weights that read them. Otherwise the
+            representatives' weights are selected.
     """
     for name, side in folds.places:
         if side == "parameter":
@@ -120,7 +120,7 @@ def _cut_module(module: nn.Module, name: str, side: str, cutter: Any, folds: Fol
 
 @contextmanager
 def _both_affine(module: nn.Module, size: int) -> Iterator[None]:
-    """A norm that has one of weight and bias gets the other meanwhile: torch-pruning cuts both of an affine one."""
+    """In the block, a norm with only weight or bias has the other too: torch-pruning cuts both of an affine norm."""
     missing = []
     if isinstance(module, _NORMS) and any(p is not None for p in (module.weight, module.bias)):
         missing = [key for key in ("weight", "bias") if parameter_table(module).get(key) is None]
@@ -132,7 +132,7 @@ def _both_affine(module: nn.Module, size: int) -> Iterator[None]:
 
 
 def _cut_others(module: nn.Module, size: int, kept: Tensor) -> None:
-    """Parameters and buffers that a subclass added, one value or filter a channel, as timm's `ScaledStdConv2d.gain`."""
+    """Cut parameters and buffers of a subclass with one entry per channel, such as timm's `ScaledStdConv2d.gain`."""
     for tensors in tensor_tables(module):
         for key, old in tensors.items():
             if old is not None and old.dim() and old.shape[0] == size > len(kept) and key not in ("weight", "bias"):
@@ -179,7 +179,7 @@ def _cut_parameter(model: nn.Module, name: str, folds: Folds, merge: bool) -> No
 
 
 def _cut_padding(model: nn.Module, name: str, graph: Graph, folds: Folds) -> None:
-    """Keep a slice of the output of a shortcut, which goes on padding by as many channels as before."""
+    """Keep a slice of the output of a shortcut, which still pads by as many channels as before."""
     padding = graph.paddings[name]
     size = max(int(m.channels.max()) for g in graph.groups for m in g.members if (m.name, m.side) == (name, "padding"))
     kept = folds.get(name, "padding", size + 1).kept

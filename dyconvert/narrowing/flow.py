@@ -1,4 +1,4 @@
-"""What becomes of each layer's output: which batch norm normalises it, and which residual sum it goes into."""
+"""Follows each layer's output: to the batch norm that normalises it, and the residual sum that it goes into."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ from dyconvert.torch_internals.modules import BatchNorm, ConvNd
 
 @dataclass(frozen=True)
 class Aim:
-    """Where a layer's output ends up, as far as it gets there by a batch norm and an addition.
+    """The output that a layer's weights are solved for: its own, its batch norm's, or that of a residual sum.
 
     Attributes:
-        place: of the operator whose output it is: the layer itself, its batch norm, or the sum.
-        norm: name of the batch norm in between.
-        other: the operator whose output is added, and was there before the layer ran; None: no sum.
-        channels_first: the channels are dimension 1; otherwise they are the last.
-        clamp: the range that a ReLU or a clamp leaves of it, where nothing else reads it.
-        shape: of that output.
+        place: the operator with that output: the layer itself, its batch norm, or the sum.
+        norm: name of the batch norm in between; None: there is none.
+        other: the operator whose output is added, if it ran before the layer; None: no sum.
+        channels_first: whether the channels are dimension 1; otherwise they are the last dimension.
+        clamp: the range that a ReLU or a clamp leaves, if nothing else reads the output.
+        shape: the output's shape.
     """
 
     place: Place
@@ -31,28 +31,28 @@ class Aim:
     shape: tuple[int, ...] = field(default=(), compare=False)
 
     def kind(self) -> tuple[Any, ...]:
-        """What has to agree between the original's aim and the narrowed model's."""
+        """The values that must be equal in the original's aim and the narrowed model's."""
         return self.norm, self.other is not None, self.clamp, self.channels_first
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one whose weights are solved: a conv or a linear."""
+    """Whether a module is a conv or a linear, whose weights are solved."""
     return isinstance(module, ConvNd | nn.Linear)
 
 
 def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
     """The aims of every conv and linear that a watched forward called, one for each of its calls.
 
-    A layer that is called several times is aimed at its own output. A call whose output isn't a batch of maps, or
-    that the watch didn't see made, leaves its layer out.
+    A layer that is called several times is aimed at its own output. A layer is left out if the output of a call isn't a
+    batch of maps, or the watch didn't see the operator that computed it.
     """
     readers: dict[int, list[int]] = defaultdict(list)
     for number, inputs in enumerate(watch.inputs):
-        for source in inputs:
-            if source is not None:
-                readers[source].append(number)
+        for producer in inputs:
+            if producer is not None:
+                readers[producer].append(number)
     for number in watch.returned:
-        readers[number].append(-1)  # whoever called the model
+        readers[number].append(-1)  # the caller of the model
     norms = {number: place.module for number, place in enumerate(watch.places) if _is_norm(model, watch, place)}
     aims: dict[str, tuple[Aim, ...]] = {}
     for name, calls in watch.calls.items():
@@ -70,7 +70,7 @@ def find_aims(model: nn.Module, watch: Watch) -> dict[str, tuple[Aim, ...]]:
 
 
 def _is_norm(model: nn.Module, watch: Watch, place: Place) -> bool:
-    """Whether an operator belongs to a batch norm that has statistics of its own and is called once."""
+    """Whether an operator belongs to a batch norm that has running statistics and is called once."""
     if "batch_norm" not in place.operator or len(watch.calls.get(place.module, ())) != 1:
         return False
     module = model.get_submodule(place.module)
@@ -88,8 +88,8 @@ def _aim(watch: Watch, readers: dict[int, list[int]], norms: dict[int, str], cal
         at = readers[at][0]
         norm = norms[at]
     if len(readers[at]) == 1 and (total := readers[at][0]) >= 0 and _is_sum(watch, total):
-        others = [source for source in watch.inputs[total] if source != at]
-        # If the other summand is computed later, its layer reconstructs the sum. A widened map has other pixels.
+        others = [producer for producer in watch.inputs[total] if producer != at]
+        # If the other summand is computed later, its layer reconstructs the sum. If the sum broadcasts, shapes differ.
         early = len(others) == 1 and others[0] is not None and others[0] < call.number
         if early and watch.shapes[total] == watch.shapes[others[0]] == call.shape:
             at, other = total, watch.places[others[0]]
@@ -118,5 +118,5 @@ def _clamp(watch: Watch, readers: list[int]) -> tuple[float, float] | None:
     else:
         return None
     low, high = (float("-inf") if low is None else low), (float("inf") if high is None else high)
-    # A bound that is a tensor was left out of the arguments.
+    # If a bound is a tensor, the arguments don't have it.
     return None if len(watch.inputs[readers[0]]) > 1 or low > high else (float(low), float(high))

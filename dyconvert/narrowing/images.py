@@ -1,4 +1,4 @@
-"""Calibration images: what a loader gives, as the arguments of the model's forward."""
+"""Calibration images: takes them from a loader, and gives them as the arguments of the model's forward."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +22,8 @@ class Images:
 
     Args:
         columns: one for each argument of the forward: a tensor `[N, ...]`, a list of N images for a model that takes
-            a list, or what is the same for all of them.
-        notes: what was done to them that one should know.
+            a list, or a value that is the same for all images.
+        notes: changes of the images that the user should know.
     """
 
     def __init__(self, columns: list[Any], count: int, notes: Sequence[str] = ()) -> None:
@@ -35,15 +35,15 @@ class Images:
         return self._count
 
     def part(self, first: int, last: int) -> tuple[Any, ...]:
-        """The forward's arguments for the images from number `first` up to `last`, not included; new tensors."""
-        return tuple(_part(column, first, last, self._count) for column in self._columns)
+        """The forward's arguments, as new tensors, for the images from number `first` to `last`, which is excluded."""
+        return tuple(_slice(column, first, last, self._count) for column in self._columns)
 
     def head(self, count: int) -> "Images":
-        """The first `count` of them."""
+        """The first `count` images."""
         return Images(list(self.part(0, count)), min(count, self._count), self.notes)
 
 
-def _part(column: Any, first: int, last: int, count: int) -> Any:
+def _slice(column: Any, first: int, last: int, count: int) -> Any:
     if isinstance(column, Tensor):
         return column[first:last].clone() if column.dim() and len(column) == count else column.clone()
     if isinstance(column, list) and len(column) == count:
@@ -54,8 +54,8 @@ def _part(column: Any, first: int, last: int, count: int) -> Any:
 def collect_images(data: Iterable[Any], count: int, model: nn.Module, example: Any = None) -> Images:
     """The first `count` images of a loader, as the model's forward takes them.
 
-    Images of several sizes are resized to the example's, or else to the most frequent one, unless the model takes a
-    list of images.
+    If their sizes differ, they are resized to the example's size, or else to the most frequent one, unless the model
+    takes a list of images.
 
     Args:
         data: batches: a tensor `[N, C, *spatial]`, or a tuple or list whose first item is one, or a dict with one; or
@@ -64,8 +64,8 @@ def collect_images(data: Iterable[Any], count: int, model: nn.Module, example: A
         example: the forward's arguments, if the user gave them.
 
     Raises:
-        ModelError: there are none, they hold no images, or pixels that the model can't take: NaN, or integers where
-            the example has none.
+        ModelError: there are no images, or they have pixels that the model can't take: NaN, or integers if the
+            example has none.
     """
     template = example if isinstance(example, tuple) else () if example is None else (example,)
     takes = [at for at, value in enumerate(template) if _is_images(value)] or [0]
@@ -120,7 +120,7 @@ def _dims(model: nn.Module, example: Any) -> int:
 
 
 def _items(batch: Any, columns: int, dims: int) -> tuple[list[list[Tensor]], bool]:
-    """The images of a batch, for each argument of the forward, and whether they came as a list of images."""
+    """The images of a batch for each argument of the forward, and whether the batch was a list of images."""
     values = list(batch.values()) if isinstance(batch, dict) else batch
     if _is_list_of_images(values, dims) and columns == 1:
         return [list(values)], True
@@ -185,19 +185,19 @@ def _as_taken(image: Tensor, number: int, like: Tensor | None, shown: Any) -> Te
 
 
 def _of_one_size(images: list[Tensor], shown: Any) -> tuple[list[Tensor], list[str]]:
-    """The images, resized where they differ, and a note that says so."""
+    """The images, resized if their sizes differ, and a note about it."""
     sizes = Counter(tuple(image.shape[1:]) for image in images)
     channels = {image.shape[0] for image in images}
     if len(channels) > 1:
         raise ModelError(f"The calibration images have {sorted(channels)} channels. Give images of one kind.")
-    given = tuple(shown.shape[2:]) if isinstance(shown, Tensor) else None
-    size = given if given in sizes else sizes.most_common(1)[0][0]
+    example_size = tuple(shown.shape[2:]) if isinstance(shown, Tensor) else None
+    size = example_size if example_size in sizes else sizes.most_common(1)[0][0]
     if len(sizes) == 1:
         return images, []
     other = len(images) - sizes[size]
     note = (
         f"{other} of {len(images)} calibration images were resized to {' x '.join(map(str, size))}, the size that "
-        f"{'the example has' if size == given else 'most of them have'}"
+        f"{'the example has' if size == example_size else 'most of them have'}"
     )
     return [image if tuple(image.shape[1:]) == size else _resized(image, size) for image in images], [note]
 

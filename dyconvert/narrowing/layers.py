@@ -1,13 +1,13 @@
-"""What a narrowed model may hold that the original did not."""
+"""The module that a narrowed model may have and the original doesn't."""
 
 from torch import Tensor, nn
 
 
 class ChannelSlice(nn.Module):
-    """A part of the channels that `module` returns: `[N, C, ...]` to `[N, stop - start, ...]`.
+    """A slice of the channels that `module` returns: `[N, C, ...]` to `[N, stop - start, ...]`.
 
-    A shortcut that pads channels has no parameters to narrow, and its padding is as wide as it was; this takes
-    what is left of it.
+    A shortcut that pads channels has no parameters to narrow, and its padding stays as wide as it was; this module
+    takes the kept channels of its output.
 
     Args:
         module: a module without parameters, such as the shortcut of a CIFAR ResNet.

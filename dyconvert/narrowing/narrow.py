@@ -1,4 +1,4 @@
-"""narrow(model): fewer channels, and weights that make up for them; then dynamic convs."""
+"""narrow(model): fewer channels with weights that make up for them; then dynamic convs."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,44 +52,44 @@ def narrow(
 ) -> nn.Module:
     """Narrow a pretrained model, and convert it: DyNet's way to speed (arXiv:2004.10694), for weights that exist.
 
-    Channels that are coupled are clustered together, by the correlation of their feature maps; each cluster becomes
-    one channel. The weights are then solved layer by layer so that the narrow model computes what the original does
-    at the channels that are left. The model's outputs, the stem where no residual stream is tied to it, and what
-    `keep` names keep their channels. The result computes something near to what `model` does, and needs fine-tuning.
+    Coupled channels are clustered by the correlation of their feature maps; each cluster becomes one channel. Then the
+    weights are solved layer by layer, so that the narrow model computes the original's maps at the kept channels. All
+    channels are kept of the model's outputs, of the stem if no residual stream is tied to it, and of the modules that
+    `keep` names. The result is near to the original, and needs fine-tuning.
 
     Args:
-        model: a static model; left as it is, unless `inplace`.
+        model: a static model; it isn't changed, unless `inplace`.
         width: the share of its channels that each group keeps, 0 < width <= 1.
-        flops: instead of a width, the share of the original's multiply-adds to stay below; the channels are taken
-            where they are missed least.
+        flops: in place of a width, the largest share of the original's multiply-adds; channels are removed where they
+            are missed least.
         example: an input, or the tuple of the forward's arguments. None: a calibration image, or common sizes.
-        data: calibration images: a DataLoader, another iterable of batches, or a tensor `[N, C, H, W]`. Clean ones,
-            not augmented, as the model takes them. Labels aren't used. The last fifth, or 100 at most, is held out.
-            Images of other sizes than the example's, or than most, are resized to it.
+        data: calibration images: a DataLoader, another iterable of batches, or a tensor `[N, C, H, W]`. They should be
+            normalised for the model, and not augmented. Labels aren't used. The last fifth, at most 100, is held out.
+            Images of other sizes than the example's are resized to it; without an example, to the most frequent size.
         g: number of experts per conv. None: the method's own.
-        method: as :func:`~dyconvert.convert` takes it.
-        init: where the weights come from. `"least-squares"`, the default with data: ridge regression, layer by
-            layer. `"merge"`, the default without: a cluster's filters are averaged, what reads them is added up.
-            `"l1"`: the filters of the largest L1 norm stay as they are (Li et al. 2017, arXiv:1608.08710).
-        static: don't convert: a narrow static model, the control.
-        keep: shell patterns over modules whose output channels all stay.
-        round_to: channel counts are rounded to a multiple of this; of less in groups of few channels.
-        calibration_images: how many of `data` are used, at most; fewer where their maps take over 4 GiB.
-        seed: of the sampled positions, and of the experts' differences.
-        diversity: how far the experts differ at first, as :func:`~dyconvert.convert` takes it.
-        progress: called with what is being done, how much of it is done, and how much there is.
-        inplace: change `model` itself. After an error it is still untouched.
-        choices: what else :func:`~dyconvert.plan` takes for the conversion: scope, exclude, strict, ...
+        method: see :func:`~dyconvert.convert`.
+        init: the origin of the weights. `"least-squares"`, the default with data: ridge regression, layer by layer.
+            `"merge"`, the default without data: a cluster's filters are averaged, and the weights that read them added
+            up. `"l1"`: the filters of the largest L1 norm are kept unchanged (Li et al. 2017, arXiv:1608.08710).
+        static: don't convert: the result is a narrow static model, as a control.
+        keep: shell patterns over modules whose output channels are all kept.
+        round_to: channel counts are rounded to a multiple of this; in groups of few channels, of less.
+        calibration_images: at most so many images of `data` are used; fewer if their maps would take over 4 GiB.
+        seed: for the sampled positions, and for the experts' differences.
+        diversity: how far the experts differ at first; see :func:`~dyconvert.convert`.
+        progress: called with the name of the present step, the number of its parts that are done, and their total.
+        inplace: change `model` itself. After an error it is unchanged.
+        choices: further arguments of :func:`~dyconvert.plan` for the conversion: scope, exclude, strict, ...
 
     Returns:
-        A model of the same class. `result.dyconvert_narrowing` says what was narrowed, how far each layer and the
-        outputs are off on images that weren't used to solve, and what isn't as it was asked for, of which a
-        :class:`NarrowingWarning` warns; :func:`~dyconvert.save` and :func:`~dyconvert.load` know about it.
+        A model of the same class. `result.dyconvert_narrowing` has the numbers of channels, the errors of each layer
+        and of the outputs on held-out images, and warnings, each of them also a :class:`NarrowingWarning`;
+        :func:`~dyconvert.save` and :func:`~dyconvert.load` handle such models.
 
     Raises:
-        ModelError: a width or target out of range, data that is missing or that the model rejects, or a model whose
-            channels can't be followed; the message names the operator.
-        PlanError: an unknown init, a pattern that matches nothing, or a conversion that can't be planned.
+        ModelError: the target can't be reached, the model rejects the data, or its channels can't be followed; the
+            message names the operator.
+        PlanError: an option is out of range, a pattern matches nothing, or the conversion can't be planned.
     """
     init = checked_init(model, width, flops, data, init, round_to, calibration_images, static, choices)
     check_no_scripts(model)
@@ -97,7 +97,7 @@ def narrow(
     tell = progress or (lambda what, done, total: None)
     keep = checked_patterns(keep)
     with _undisturbed(model):
-        images = None if data is None else collect_images(data, calibration_images, model, _given(example))
+        images = None if data is None else collect_images(data, calibration_images, model, _arguments(example))
         example = example_of(model, example, images)
         original = bare(model)
         check_takes(original, example, "example")
@@ -107,7 +107,7 @@ def narrow(
         tell("following the channels", 0, 1)
         graph = channel_groups(model, example, keep)
         tell("looking at images", 0, 1)
-        samples, positions = _looked_at(original, images, graph, init, seed)
+        samples, positions = _sample_original(original, images, graph, init, seed)
         chooser = Chooser(model, graph, samples, init, round_to)
         if width is not None:
             chosen = chooser.by_width(width)
@@ -144,18 +144,18 @@ def narrow(
     )
 
 
-def _given(example: Any) -> tuple[Any, ...] | None:
+def _arguments(example: Any) -> tuple[Any, ...] | None:
     return None if example is None else as_arguments(example)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """As outside of the caller's contexts (autocast, inference mode, a default device); random draws are their own."""
+    """Leaves the caller's contexts (autocast, inference mode, a default device), and restores the random generator."""
     devices = {p.device.type for p in model.parameters()} | {"cpu"}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices=()))
-        # Without a cache: a model's own autocast would go on with weights from before they were solved.
+        # No cache: with one, a model's own autocast would use cached weights from before they were solved.
         for device in devices - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
         if devices == {"cpu"}:
@@ -163,10 +163,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _looked_at(
+def _sample_original(
     original: nn.Module, images: Images | None, graph: Graph, init: str, seed: int
 ) -> tuple[Samples | None, Positions | None]:
-    """What the original computes on the images; what can't be recognised there keeps its channels."""
+    """Sample the original's maps on the images. Layers that can't be recognised in them keep their channels."""
     if images is None or init == "l1":
         return None, None
     positions = positions_for(len(images), sum(group.size * len(group.makers) for group in graph.groups), seed)

@@ -60,7 +60,7 @@ class Padding:
 
 
 class Obstacles:
-    """Why channels can't be narrowed, by the nodes that they pass through.
+    """Knows why channels can't be narrowed, from the nodes that they pass through.
 
     Args:
         model: the model that is traced.
@@ -71,7 +71,7 @@ class Obstacles:
         self._shared = shared_weights(model)
 
     def mend(self, nodes: list[bridge.Node]) -> None:
-        """Correct the traced nodes, before it is known which channels go together."""
+        """Correct the traced nodes before torch-pruning couples their channels."""
         for node in nodes:
             kind = bridge.kind(node)
             if kind in ("SPLIT", "UNBIND") or (kind == "RESHAPE" and not self._is_flatten(node.grad_fn)):
@@ -79,11 +79,11 @@ class Obstacles:
         sizes = _Sizes()
         for node in nodes:
             if bridge.kind(node) == "ELEMENTWISE" and bridge.is_operator(node) and len(node.inputs) > 1:
-                counts = {id(source): sizes.of(source) for source in node.inputs}
-                # A gate of one channel for all of them is broadcast.
+                counts = {id(input_node): sizes.of(input_node) for input_node in node.inputs}
+                # A gate with one channel is broadcast to all channels.
                 if 1 in counts.values() and any(count is not None and count > 1 for count in counts.values()):
-                    for source in [s for s in node.inputs if counts[id(s)] == 1]:
-                        bridge.part(source, node)
+                    for input_node in [s for s in node.inputs if counts[id(s)] == 1]:
+                        bridge.part(input_node, node)
 
     def _is_flatten(self, grad_fn: Any) -> bool:
         return len(_sizes(grad_fn)) in (2, self._spatial + 2)
@@ -92,7 +92,7 @@ class Obstacles:
         """Why the channels that pass through this node can't be narrowed, or None if they can.
 
         Args:
-            channels: how many there are at least.
+            channels: the least number of channels there.
         """
         if bridge.kind(node) in ("MHA", "LSTM", "EMBED"):
             return f"they pass through {type(node.module).__name__}"
@@ -126,7 +126,7 @@ class Obstacles:
         return computed_weight(module)
 
     def padding(self, node: bridge.Node) -> tuple[int, int] | None:
-        """Zero channels that a node adds before and after, if any: the pair behind those of the spatial dimensions."""
+        """The numbers of zero channels that a node adds before and after; None if it adds none."""
         if node.grad_fn is None or operator_of(node.grad_fn) != "ConstantPadNd":
             return None
         pair = tuple(saved_argument(node.grad_fn, "pad") or ())[2 * self._spatial : 2 * self._spatial + 2]
@@ -134,20 +134,20 @@ class Obstacles:
 
 
 class _Sizes:
-    """How many channels nodes return; None where it can't be told."""
+    """Numbers of channels that nodes return; None if unknown."""
 
     def __init__(self) -> None:
         self._known: dict[int, int | None] = {}
 
     def of(self, node: bridge.Node) -> int | None:
-        # Depth first, without recursion: graphs are deep.
+        # Depth first, without recursion, because graphs are deep.
         stack = [node]
         while stack:
             top = stack[-1]
             if id(top) in self._known:
                 stack.pop()
                 continue
-            missing = [] if _own_size(top) is not None else [s for s in top.inputs if id(s) not in self._known]
+            missing = [] if _size_of_weights(top) is not None else [s for s in top.inputs if id(s) not in self._known]
             if missing and not any(s in stack for s in missing):
                 stack.extend(missing)
                 continue
@@ -156,9 +156,9 @@ class _Sizes:
         return self._known[id(node)]
 
     def _from_inputs(self, node: bridge.Node) -> int | None:
-        if (own := _own_size(node)) is not None:
-            return own
-        counts = [self._known.get(id(source)) for source in node.inputs]
+        if (size := _size_of_weights(node)) is not None:
+            return size
+        counts = [self._known.get(id(input_node)) for input_node in node.inputs]
         if not counts or None in counts or bridge.kind(node) not in (*_KEEP_COUNT, "CONCAT"):
             return None
         if bridge.kind(node) == "CONCAT":
@@ -171,7 +171,7 @@ class _Sizes:
 _KEEP_COUNT = ("ELEMENTWISE", "EXPAND", "OUTPUT", "BN", "LN", "GN", "IN", "PRELU")
 
 
-def _own_size(node: bridge.Node) -> int | None:
+def _size_of_weights(node: bridge.Node) -> int | None:
     module = node.module
     if isinstance(module, ConvNd):
         return module.out_channels
@@ -184,15 +184,15 @@ _REDUCTIONS = {"Mean", "Sum", "Amax", "Amin", "LinalgVectorNorm"}
 
 def _channels_read(node: bridge.Node) -> int | None:
     sizes = _Sizes()
-    return max((count for source in node.inputs if (count := sizes.of(source)) is not None), default=None)
+    return max((count for input_node in node.inputs if (count := sizes.of(input_node)) is not None), default=None)
 
 
 def _over(node: bridge.Node, channels: int) -> bool:
-    """Whether a reduction is over the dimension of these channels: dimension 1, or the last if its size is theirs."""
+    """Whether a reduction is over the channels: dimension 1, or the last one if it has the channels' size."""
     shape, dims = _sizes(node.grad_fn), saved_argument(node.grad_fn, "dim")
     if len(shape) < 2 or dims is None or channels == 1:
         return False
-    # Negative dimensions are kept as unsigned numbers.
+    # Autograd stores negative dimensions as unsigned numbers.
     several = dims if isinstance(dims, tuple | list) else (dims,)
     reduced = {(d - 2**64 if d >= 2**63 else d) % len(shape) for d in several}
     at = 1 if shape[1] == channels or shape[-1] != channels else len(shape) - 1
@@ -205,7 +205,7 @@ def _cat_dim(grad_fn: Any) -> int:
 
 
 def _only_adds_last(node: bridge.Node) -> bool:
-    """Whether a concatenation has all inputs in the graph, or lacks the last ones only, for convs that read it."""
+    """Whether all inputs of a concatenation are in the graph; if convs read it, the last ones may be missing."""
     inside = [function is not None for function, _ in node.grad_fn.next_functions]
     if all(inside):
         return True
@@ -214,7 +214,7 @@ def _only_adds_last(node: bridge.Node) -> bool:
 
 
 def computed_weight(module: nn.Module) -> str | None:
-    """Why a module's weight is none of its own parameters, but computed from others at each call; None if it isn't."""
+    """Why a module's weight is no parameter, but computed from others at each call; None if it is a parameter."""
     if isinstance(module, ConvNd) and (parametrize.is_parametrized(module) or not _is_plain(module)):
         return f"{type(module).__name__}: {unsupported(module)}"
     if parametrize.is_parametrized(module):
@@ -243,7 +243,7 @@ def follow_padding(graph: bridge.DependencyGraph, obstacles: Obstacles, owner: C
     """Couple the channels that a channel-padding shortcut reads with those that it returns.
 
     Args:
-        owner: gives the name of the module that pads, by its grad_fn and by how many channels, or None.
+        owner: returns the name of the module that pads, from its grad_fn and the numbers of channels; or None.
     """
     for node in bridge.nodes(graph):
         if (pair := obstacles.padding(node)) is None or (name := owner(node.grad_fn, *pair)) is None:

@@ -1,4 +1,4 @@
-"""How far a narrowed model's outputs are from the original's."""
+"""The error of a narrowed model's outputs against the original's."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from dyconvert.outputs import tensors_in
 
 @torch.no_grad()
 def output_error(original: nn.Module, narrowed: nn.Module, images: Images) -> float | None:
-    """How far the narrowed model's outputs are off on the images that are held out.
+    """The error of the narrowed model's outputs on the held-out images.
 
-    Mean square of the difference, over the variance from image to image; the mean over the output's tensors. 1 is
-    what each output's mean would have. None where it can't be told: too few images, or outputs of other shapes.
+    The mean squared difference, over the variance from image to image, as a mean over the output's tensors. 1 is the
+    error of each output's mean. None if it can't be measured: too few images, or outputs of other shapes.
 
     Args:
         original, narrowed: in eval mode.

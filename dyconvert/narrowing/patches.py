@@ -1,4 +1,4 @@
-"""What a conv or linear multiplies its weights with: its input, taken apart at the sampled rows of its output."""
+"""The patches of a layer's input that its weights are multiplied with, at the sampled rows of its output."""
 
 import math
 
@@ -16,8 +16,8 @@ def patches(layer: nn.Module, x: Tensor, positions: Positions, shape: tuple[int,
     """The inputs of each sampled row of the output.
 
     Args:
-        x: what the layer reads.
-        shape: of its output.
+        x: the layer's input.
+        shape: the shape of its output.
 
     Returns:
         `[P, groups, F]`, F in the order of :func:`as_rows`.
@@ -35,11 +35,11 @@ def patches(layer: nn.Module, x: Tensor, positions: Positions, shape: tuple[int,
     geometry = zip(layer.kernel_size, layer.dilation, strict=True)
     offsets = torch.cartesian_prod(*(torch.arange(kernel) * dilation for kernel, dilation in geometry))
     channels_last = x.movedim(1, -1)
-    taken = [
+    samples = [
         channels_last[(image, *(s + int(o) for s, o in zip(starts, offset, strict=True)))]
         for offset in offsets.view(-1, len(layer.kernel_size))
     ]
-    return torch.stack(taken, 2).unflatten(1, (layer.groups, -1)).flatten(2)
+    return torch.stack(samples, 2).unflatten(1, (layer.groups, -1)).flatten(2)
 
 
 def _padded(conv: nn.Module, x: Tensor) -> Tensor:
@@ -51,20 +51,24 @@ def _padded(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def _with_zeros_between(conv: nn.Module, x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A transposed conv's input with zeros in between and around: it then is a conv with its kernel turned round."""
+    """A transposed conv's input with zeros between and around its pixels: a conv with the flipped kernel reads it."""
     widened = x.new_zeros(*x.shape[:2], *((s - 1) * step + 1 for s, step in zip(x.shape[2:], conv.stride, strict=True)))
     widened[(slice(None), slice(None), *(slice(None, None, step) for step in conv.stride))] = x
     amounts: list[int] = []
-    for had, wanted, kernel, pad, dilation in zip(
+    for had, out_size, kernel, pad, dilation in zip(
         widened.shape[2:], size, conv.kernel_size, conv.padding, conv.dilation, strict=True
     ):
         reach = dilation * (kernel - 1)
-        amounts = [reach - pad, wanted + reach - had - (reach - pad), *amounts]  # F.pad takes the last one first
+        amounts = [
+            reach - pad,
+            out_size + reach - had - (reach - pad),
+            *amounts,
+        ]  # F.pad takes the last dimension first
     return F.pad(widened, amounts)
 
 
 def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A layer's weight as `[C_out, F]`: what each output channel multiplies its patches with."""
+    """A layer's weight as `[C_out, F]`: each output channel's factors for its patches."""
     if isinstance(layer, ConvTransposeNd):
         weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.flip(tuple(range(2, weight.dim()))).flatten(1)
@@ -72,7 +76,7 @@ def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def as_weight(layer: nn.Module, rows: Tensor) -> Tensor:
-    """The other way round: `[C_out, F]` in the shape of the layer's weight."""
+    """The inverse of :func:`as_rows`: `[C_out, F]` in the shape of the layer's weight."""
     if isinstance(layer, ConvTransposeNd):
         weight = rows.unflatten(1, (-1, *layer.kernel_size))
         weight = weight.flip(tuple(range(2, weight.dim())))

@@ -1,8 +1,8 @@
-"""Places of operators in a forward: the module, its call, and the operator's number among its kind there.
+"""Places of operators in a forward: the module, its call, the operator's name, and its number among that name.
 
-Modules' hooks don't see an addition in a block's forward, so a run is watched operator by operator. Numbers alone
-don't tell which is which: a model may run other operators for one image than for many (`reshape(-1, C)`,
-`contiguous()`, `einsum`, a loop over the images). An operator's place leaves out what other operators do.
+Hooks of modules don't see an addition in a block's forward, so a run is watched operator by operator. A number in the
+run alone doesn't identify an operator: a model may run other operators for one image than for many (`reshape(-1, C)`,
+`contiguous()`, `einsum`, a loop over the images). A place doesn't depend on other operators.
 """
 
 import weakref
@@ -21,10 +21,10 @@ class Place(NamedTuple):
     """An operator of a forward.
 
     Attributes:
-        module: name of the innermost module whose call it belongs to.
-        call: which of that module's calls, from 0.
-        operator: as "add.Tensor".
-        nth: which of the operators of this name in that call, from 0.
+        module: name of the innermost module that calls it.
+        call: number of that module's call, from 0.
+        operator: its name, such as "add.Tensor".
+        nth: its number among the operators of this name in that call, from 0.
     """
 
     module: str
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 class CallResult(NamedTuple):
-    """A call of a module: its result, by the number of the operator that made it, and the result's shape."""
+    """A call of a module: the number of the operator that computed its result, and the result's shape."""
 
     number: int | None
     shape: tuple[int, ...]
@@ -45,16 +45,18 @@ class Watch(DispatchMode):
 
     Args:
         model: its modules' calls are followed by hooks while this context is entered.
-        wanted: who is told an operator's output as soon as it is there, by place.
+        listeners: by place, functions that get the operator's output as soon as it is computed.
 
     Attributes:
-        places, inputs, arguments, shapes: of each operator: its place; the numbers of the operators that made the
-            tensors it reads, None for what was there before; its arguments that aren't tensors; its output's shape.
+        places, arguments, shapes: for each operator, its place, its arguments that aren't tensors, and its output's
+            shape.
+        inputs: for each operator and each tensor that it reads, the number of the operator that computed the tensor;
+            None if it was there before.
         calls: by module name, its calls in order.
         returned: the numbers of the operators whose outputs the model returns.
     """
 
-    def __init__(self, model: nn.Module, wanted: dict[Place, list[Callable[[Tensor], None]]] | None = None) -> None:
+    def __init__(self, model: nn.Module, listeners: dict[Place, list[Callable[[Tensor], None]]] | None = None) -> None:
         super().__init__()
         self.places: list[Place] = []
         self.inputs: list[list[int | None]] = []
@@ -63,21 +65,21 @@ class Watch(DispatchMode):
         self.calls: dict[str, list[CallResult]] = {}
         self.returned: set[int] = set()
         self._model = model
-        self._wanted = wanted or {}
-        self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._listeners = listeners or {}
+        self._producers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._stack: list[tuple[str, int, Counter[str]]] = [("", 0, Counter())]
         self._called: Counter[str] = Counter()
         self._handles: list[Any] = []
 
     def number(self, value: Any) -> int | None:
-        """The number of the operator that made this tensor; None for what no operator of this run made."""
-        place = self._made.get(id(value))
+        """The number of the operator that computed this tensor; None if no operator of this run did."""
+        place = self._producers.get(id(value))
         return place[1] if place is not None and place[0]() is value else None
 
     def __enter__(self) -> "Watch":
         for name, module in self._model.named_modules():
-            self._handles.append(module.register_forward_pre_hook(self._entered(name), prepend=True))
-            self._handles.append(module.register_forward_hook(self._left(name), always_call=True))
+            self._handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave(name), always_call=True))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -85,14 +87,14 @@ class Watch(DispatchMode):
         for handle in self._handles:
             handle.remove()
 
-    def _entered(self, name: str) -> Callable[..., None]:
+    def _enter(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             self._stack.append((name, self._called[name], Counter()))
             self._called[name] += 1
 
         return hook
 
-    def _left(self, name: str) -> Callable[..., None]:
+    def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self._stack.pop()
             shape = tuple(output.shape) if isinstance(output, Tensor) else ()
@@ -118,13 +120,13 @@ class Watch(DispatchMode):
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         self.shapes.append(tuple(results[0].shape) if results else ())
         for leaf in results:
-            self._keep(leaf, number)
-        for tell in self._wanted.get(place, ()):
+            self._note(leaf, number)
+        for tell in self._listeners.get(place, ()):
             tell(output if isinstance(output, Tensor) else output[0])
         return output
 
-    def _keep(self, t: Tensor, number: int) -> None:
-        key, places = id(t), self._made
+    def _note(self, t: Tensor, number: int) -> None:
+        key, places = id(t), self._producers
         # Another tensor may get the same id once this one is gone.
         places[key] = weakref.ref(t, lambda _: places.pop(key, None)), number
 
@@ -133,10 +135,10 @@ class Watch(DispatchMode):
 def watched(
     model: nn.Module,
     arguments: tuple[Any, ...],
-    wanted: dict[Place, list[Callable[[Tensor], None]]] | None = None,
+    listeners: dict[Place, list[Callable[[Tensor], None]]] | None = None,
 ) -> Watch:
     """Run the model once, and return its record."""
-    watch = Watch(model, wanted)
+    watch = Watch(model, listeners)
     with watch:
         model(*arguments)
     return watch

@@ -1,9 +1,9 @@
-"""Where maps are sampled: the same rows of all maps of one size, and which of them are of held-out images."""
+"""Samples rows of maps: the same rows of all maps of one size. Knows which of them are of held-out images."""
 
 import torch
 from torch import Tensor
 
-# Bytes of all samples together, and the rows of one layer that this may come to.
+# Bytes of all samples together, and the least and most rows of one layer.
 _SAMPLES = 2 << 30
 _ROWS = (4096, 32768)
 
@@ -13,7 +13,7 @@ _HELD_OUT_SHARE = 5
 
 
 def held_out(images: int) -> int:
-    """How many of `images` images are held out: the last ones."""
+    """The number of held-out images among `images`: they are the last ones."""
     return 0 if images < 2 else min(max(images // _HELD_OUT_SHARE, 1), _HELD_OUT)
 
 
@@ -21,8 +21,8 @@ class Positions:
     """Rows of maps: a map `[N, C, *spatial]`, or `[..., C]`, has a row for each pixel, of C numbers.
 
     Args:
-        images: how many there are.
-        limit: rows of one layer.
+        images: number of images.
+        limit: most rows of one layer.
     """
 
     def __init__(self, images: int, limit: int, seed: int) -> None:
@@ -33,7 +33,7 @@ class Positions:
         self._known: dict[tuple[int, int], Tensor] = {}
 
     def of(self, rows: int, calls: int = 1) -> Tensor:
-        """`[P]`: numbers of the sampled rows of a map that has `rows`, in order; fewer where a layer has `calls`."""
+        """`[P]`: numbers of the sampled rows of a map that has `rows`, in order. With several `calls`, fewer each."""
         if (rows, calls) not in self._known:
             limit = max(self._limit // calls, 64)
             generator = torch.Generator().manual_seed(self._seed)
@@ -44,9 +44,9 @@ class Positions:
         return self._known[rows, calls]
 
     def fitted(self, rows: int, calls: int = 1) -> int:
-        """How many of the sampled rows are of images that the weights are solved on: the first ones.
+        """The number of sampled rows, the first ones, of images that the weights are solved on.
 
-        A map's rows are taken to stand in the order of its images; a map of fewer rows than images has no order.
+        A map's rows are in the order of its images.
         """
         return int((self.of(rows, calls) < rows * self._fitted / self._images).sum())
 
@@ -60,6 +60,6 @@ class Positions:
 
 
 def positions_for(images: int, channels: int, seed: int) -> Positions:
-    """As many rows as the samples of `channels` channels may take memory for."""
+    """Positions with as many rows as the memory for samples of `channels` channels allows."""
     low, high = _ROWS
     return Positions(images, min(max(_SAMPLES // (4 * max(channels, 1)), low), high), seed)

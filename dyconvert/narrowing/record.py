@@ -1,4 +1,4 @@
-"""Narrowing: a record of what was narrowed, enough to make the narrowed architecture out of the original one."""
+"""Narrowing: a record of the changes, from which the narrowed architecture is made out of the original one."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -14,16 +14,16 @@ from dyconvert.torch_internals.modules import buffer_table, child_table, paramet
 
 
 class NarrowingWarning(UserWarning):
-    """Narrowing did something else than was asked for, or its result is far from the original."""
+    """Narrowing didn't reach the request, or its result is far from the original."""
 
 
 class NarrowedGroup(BaseModel):
     """Channels that are narrowed together.
 
     Attributes:
-        name: the first module that makes them.
-        before, after: how many there are.
-        kept: why they were kept, where they were.
+        name: the first module that computes them.
+        before, after: their numbers.
+        kept: why all of them were kept; None if they were narrowed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -35,13 +35,13 @@ class NarrowedGroup(BaseModel):
 
 
 class NarrowedModule(BaseModel):
-    """What changed in one module.
+    """The changes of one module.
 
     Attributes:
-        name: where it stands, as in `model.get_submodule(name)`.
+        name: its name in the model, as for `model.get_submodule(name)`.
         shapes: the new shapes of its own parameters and buffers.
         attributes: the new values of its own numbers, such as `out_channels`.
-        channels: the slice (start, stop) that is left of what it returns, where its padding can't be narrowed.
+        channels: the channels (start, stop) that are kept of its output, if its padding can't be narrowed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,14 +53,14 @@ class NarrowedModule(BaseModel):
 
 
 class SolvedLayer(BaseModel):
-    """Where a layer's weights come from, and how good they are.
+    """The origin of a layer's weights, and their error.
 
     Attributes:
-        name: where it stands.
-        weights: "least-squares", or "merge" where that is better, or where they can't be solved for.
-        error: mean square of what its output is off on images that weren't used to solve, over their variance, behind
-            its batch norm, residual sum and ReLU; None: not known.
-        why: why its weights aren't least squares'.
+        name: its name in the model.
+        weights: "least-squares", or "merge" if that is better, or if they can't be solved for.
+        error: mean squared error of its output on held-out images, over the output's variance, behind its batch norm,
+            residual sum and ReLU; None: not known.
+        why: why its weights are merged.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -72,22 +72,22 @@ class SolvedLayer(BaseModel):
 
 
 class Narrowing(BaseModel):
-    """What was narrowed, and how. `print(narrowing)` shows it; `model.dyconvert_narrowing` holds it.
+    """A record of narrowing. `print(narrowing)` shows it; `model.dyconvert_narrowing` holds it.
 
     Attributes:
         model: the class of the original.
-        width, flops: what was asked for.
-        init: where the weights came from: "least-squares", "merge" or "l1".
-        macs: the share of the original's multiply-adds that is left, before a conversion.
-        images: how many calibration images were used, those that were held out included.
-        held_out: how many of them weren't used to solve, and tell the errors.
-        error: mean square of what the outputs are off on held-out images, over their variance from image to image;
+        width, flops: the requested share of channels, or of multiply-adds.
+        init: the origin of the weights: "least-squares", "merge" or "l1".
+        macs: the remaining share of the original's multiply-adds, before a conversion.
+        images: number of calibration images, including those that were held out.
+        held_out: number of images that weren't used to solve; the errors are measured on them.
+        error: mean squared error of the model's outputs on held-out images, over their variance from image to image;
             None: not known.
-        merged_error: the same, had all weights been merged.
-        warnings: what isn't as it was asked for, or as one would wish.
+        merged_error: the same error with all weights merged.
+        warnings: requests that weren't met, and large errors.
         groups: the coupled channels, in the order in which data flows.
-        layers: of least squares, layer by layer, in that order.
-        modules: what changed, module by module.
+        layers: the layers that least squares solved or tried, in that order.
+        modules: the modules that changed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -109,10 +109,10 @@ class Narrowing(BaseModel):
     modules: list[NarrowedModule]
 
     def __str__(self) -> str:
-        lines = [f"{self.model}, init {self.init}", *(f"  {line}" for line in self.said())]
+        lines = [f"{self.model}, init {self.init}", *(f"  {line}" for line in self.summary_lines())]
         for group in self.groups:
-            kept = f"  ({group.kept})" if group.kept else ""
-            lines.append(f"  {group.name}: {group.before} -> {group.after}{kept}")
+            reason = f"  ({group.kept})" if group.kept else ""
+            lines.append(f"  {group.name}: {group.before} -> {group.after}{reason}")
         if self.layers:
             lines.append("  error of each layer on held-out images:")
         for layer in self.layers:
@@ -122,8 +122,8 @@ class Narrowing(BaseModel):
 
     __repr__ = __str__
 
-    def said(self) -> list[str]:
-        """What the record says as a whole: multiply-adds, the outputs' error, warnings."""
+    def summary_lines(self) -> list[str]:
+        """The record in short: multiply-adds, the outputs' error, warnings."""
         lines = []
         if self.macs is not None:
             lines.append(f"{self.macs:.1%} of the multiply-adds")
@@ -134,7 +134,7 @@ class Narrowing(BaseModel):
 
 
 def changes(original: nn.Module, narrowed: nn.Module) -> list[NarrowedModule]:
-    """What differs in shape between a model and a narrowed copy of it."""
+    """The modules whose shapes differ between a model and a narrowed copy of it."""
     changed = []
     for name, old in original.named_modules():
         new = narrowed.get_submodule(name)
@@ -154,12 +154,12 @@ def changes(original: nn.Module, narrowed: nn.Module) -> list[NarrowedModule]:
 
 
 def rebuild_narrowed(model: nn.Module, narrowing: Narrowing) -> nn.Module:
-    """Give the original architecture, in place, the narrowed one's shapes; the values are to be loaded.
+    """Give the original architecture, in place, the narrowed one's shapes. Its values are loaded afterwards.
 
     Raises:
         PlanError: the model isn't the one that was narrowed.
     """
-    # A tensor that has several names stays one tensor.
+    # A tensor with several names stays one tensor.
     replaced: dict[int, torch.Tensor] = {}
     for entry in narrowing.modules:
         try:
@@ -211,7 +211,7 @@ def _replace(
     if len(shape) != old.dim() or any(new > whole for new, whole in zip(shape, old.shape, strict=True)):
         raise ValueError(f"{name} can't become {shape}")
     if id(old) not in replaced:
-        # Values that aren't saved would otherwise be whatever lay in memory.
+        # Zeros: values that no file has would otherwise be arbitrary.
         new = old.detach().new_zeros(shape)
         replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     own, buffers = tensor_tables(module)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Relative to the inputs' mean variance: enough against noise, far below what carries signal. Where held-out rows say
-# so, ten times as much or as little, and again; the largest leaves next to nothing but the prior.
+# The ridge relative to the inputs' mean variance: enough against noise, and far below the signal. If held-out rows
+# favour it, it is multiplied or divided by ten, several times; at the largest, the weights are nearly the prior.
 RIDGE = 1e-2
 _STEP = 10.0
 _WEAKEST, _STRONGEST = 1e-5, 1e3
-# Passes over what an activation cuts off.
+# Iterations for outputs that an activation cuts off.
 _ROUNDS = 10
 
 
@@ -24,11 +24,11 @@ class Rows:
     """A layer's inputs and the outputs that it is to return, at the sampled rows of its calls.
 
     Attributes:
-        x: `[P, groups, F]`: what the narrowed layer multiplies its weights with.
-        z: `[P, C_out]`: what the original computes.
-        added: `[P, C_out]`: what a sum adds to the layer's output before its activation; None: nothing.
-        fitted: the rows before this one are solved on, those from there on are held out.
-        clamp: the range that an activation leaves.
+        x: `[P, groups, F]`: the inputs of the narrowed layer, which its weights are multiplied with.
+        z: `[P, C_out]`: the outputs of the original.
+        added: `[P, C_out]`: the other summand, if a sum follows before the activation; None: no sum.
+        fitted: rows before this one are solved on; the others are held out.
+        clamp: the range that the activation leaves; None: no activation.
     """
 
     x: Tensor
@@ -37,15 +37,15 @@ class Rows:
     fitted: int
     clamp: tuple[float, float] | None
 
-    def error(self, made: Tensor) -> float | None:
-        """Mean square of what `made` `[P, C_out]` is off on held-out rows, over their variance; None without rows.
+    def error(self, outputs: Tensor) -> float | None:
+        """Mean squared error of `outputs` `[P, C_out]` on held-out rows, over the variance; None without rows.
 
-        Both are seen behind the activation. 1 is what the mean of each channel would have.
+        Errors are measured behind the activation. 1 is the error of each channel's mean.
         """
         held_out = len(self.z) - self.fitted
         if held_out < 2:
             return None
-        targets, outputs = self.z[self.fitted :], made[self.fitted :]
+        targets, outputs = self.z[self.fitted :], outputs[self.fitted :]
         if self.added is not None:
             targets, outputs = targets + self.added[self.fitted :], outputs + self.added[self.fitted :]
         if self.clamp is not None:
@@ -59,12 +59,12 @@ class Solution:
     """A layer's weights as :func:`solve` finds them.
 
     Attributes:
-        weight: `[groups, F, C_out / groups]`: from the inputs, less their mean, to the outputs, less theirs.
+        weight: `[groups, F, C_out / groups]`: maps inputs minus mean_in to outputs minus mean_out.
         mean_in: `[groups, F]`.
         mean_out: `[C_out]`.
-        variance: `[C_out]`: of the outputs that these weights give.
-        error: as :meth:`Rows.error` has it.
-        ridge: the strength that was chosen.
+        variance: `[C_out]`: variance of the outputs with these weights.
+        error: the value of :meth:`Rows.error`.
+        ridge: the chosen strength.
     """
 
     weight: Tensor
@@ -85,16 +85,16 @@ class _Normal:
         self.center = center
         self.mean_in = x[fit].mean(0) if center else x.new_zeros(x.shape[1:])
         self.mean_out = z[fit].mean(0) if center else z.new_zeros(z.shape[1:])
-        self.left = (x - self.mean_in).transpose(0, 1)  # [g, P, F]
-        self.gram = self._product(self.left[:, fit])
+        self.centred = (x - self.mean_in).transpose(0, 1)  # [g, P, F]
+        self.gram = self._product(self.centred[:, fit])
         self.scale = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12).view(-1, 1, 1)
         self.groups = groups
         self.cross = self.cross_with(z, self.mean_out)
         self.eye = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
 
     def _product(self, right: Tensor) -> Tensor:
-        left = self.left[:, : self.rows.fitted]
-        return (left.mT @ right).double() / self.rows.fitted
+        fitted = self.centred[:, : self.rows.fitted]
+        return (fitted.mT @ right).double() / self.rows.fitted
 
     def cross_with(self, z: Tensor, mean: Tensor) -> Tensor:
         fit = slice(self.rows.fitted)
@@ -103,19 +103,19 @@ class _Normal:
     def factor(self, ridge: float) -> Tensor:
         return torch.linalg.cholesky(self.gram + ridge * self.scale * self.eye)
 
-    def made(self, weight: Tensor, mean: Tensor) -> Tensor:
-        """`[P, C_out]`: what these weights return."""
-        return (self.left @ weight.to(self.left.dtype)).transpose(0, 1).flatten(1) + mean
+    def outputs(self, weight: Tensor, mean: Tensor) -> Tensor:
+        """`[P, C_out]`: the outputs with these weights."""
+        return (self.centred @ weight.to(self.centred.dtype)).transpose(0, 1).flatten(1) + mean
 
 
 def solve(rows: Rows, priors: list[Tensor], *, center: bool, ridge: float = RIDGE) -> Solution:
-    """Find the weights, towards the prior, and with the ridge, that held-out rows favour.
+    """Solve for the weights, with the prior and the ridge that held-out rows favour.
 
     Args:
-        priors: `[groups, F, C_out / groups]` each: what the weights are where the images don't tell; the first one
-            counts where there are no held-out rows.
-        center: with a bias, which takes the means.
-        ridge: where the search begins, and what it is where there are no held-out rows.
+        priors: `[groups, F, C_out / groups]` each: the weights where the images don't determine them. Without held-out
+            rows, the first prior is used.
+        center: whether a bias takes the means.
+        ridge: the start of the search; without held-out rows, the ridge itself.
 
     Raises:
         torch.linalg.LinAlgError: the rows aren't finite.
@@ -128,7 +128,7 @@ def solve(rows: Rows, priors: list[Tensor], *, center: bool, ridge: float = RIDG
         tried = []
         for prior in priors if rows.fitted < len(rows.z) else priors[:1]:
             weight = torch.cholesky_solve(normal.cross + pull * prior, factor)
-            error = rows.error(normal.made(weight, normal.mean_out))
+            error = rows.error(normal.outputs(weight, normal.mean_out))
             tried.append((float("nan") if error is None else error, weight, prior))
         error, weight, prior = min(tried, key=lambda entry: entry[0])
         return error, weight, prior, strength
@@ -139,7 +139,7 @@ def solve(rows: Rows, priors: list[Tensor], *, center: bool, ridge: float = RIDG
     error = None if error != error else error
     if rows.clamp is not None:
         clamped, mean = _behind_the_clamp(normal, weight, strength, prior)
-        after = rows.error(normal.made(clamped, mean))
+        after = rows.error(normal.outputs(clamped, mean))
         if after is None or after <= error:
             weight, mean_out, error = clamped, mean, after
     variance = torch.einsum("gfc,gfe,gec->gc", weight, normal.gram, weight).flatten()
@@ -149,7 +149,7 @@ def solve(rows: Rows, priors: list[Tensor], *, center: bool, ridge: float = RIDG
 def _search(
     at: Callable[[float], tuple[float, Tensor, Tensor, float]], ridge: float
 ) -> tuple[float, Tensor, Tensor, float]:
-    """Walk to the ridge of the least error, up or down by the same factor; stay where there are no errors."""
+    """Search for the ridge of the least error, in steps up or down. Without errors, the ridge stays."""
     best = at(ridge)
     for factor in (_STEP, 1 / _STEP):
         moved = False
@@ -164,7 +164,7 @@ def _search(
 
 
 def _behind_the_clamp(normal: _Normal, weight: Tensor, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and means fitted behind an activation: an output that it cuts off need only stay cut off."""
+    """Weights and means that are fitted behind an activation: an output that it cuts off must only stay cut off."""
     rows = normal.rows
     low, high = rows.clamp
     base = 0 if rows.added is None else rows.added
@@ -173,8 +173,8 @@ def _behind_the_clamp(normal: _Normal, weight: Tensor, ridge: float, prior: Tens
     factor, pull = normal.factor(ridge), ridge * normal.scale
     mean = normal.mean_out
     for _ in range(_ROUNDS):
-        made = normal.made(weight, mean) + base
-        moved = torch.where(below, made.clamp(max=low), torch.where(above, made.clamp(min=high), whole)) - base
+        outputs = normal.outputs(weight, mean) + base
+        moved = torch.where(below, outputs.clamp(max=low), torch.where(above, outputs.clamp(min=high), whole)) - base
         mean = moved[: rows.fitted].mean(0) if normal.center else mean
         weight = torch.cholesky_solve(normal.cross_with(moved, mean) + pull * prior, factor)
     return weight, mean

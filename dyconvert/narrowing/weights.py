@@ -1,4 +1,4 @@
-"""The narrowed model's weights, solved where that is better than merging, and their errors."""
+"""Gives the narrowed model its weights, solved if that is better than merged, and measures their errors."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,17 +10,18 @@ from dyconvert.errors import some
 from dyconvert.narrowing.calibrate import Samples
 from dyconvert.narrowing.checks import bare
 from dyconvert.narrowing.cut import Folds
+from dyconvert.narrowing.fit import MERGED, SOLVED
 from dyconvert.narrowing.images import Images
 from dyconvert.narrowing.outputs import output_error
 from dyconvert.narrowing.positions import Positions
-from dyconvert.narrowing.reconstruct import MERGED, SOLVED, reconstruct
+from dyconvert.narrowing.reconstruct import reconstruct
 from dyconvert.narrowing.record import Narrowing
 
-# An error above which one is warned: the share of the variance that isn't reproduced. 1 is what a constant has.
+# A larger error gives a warning. It is the share of the variance that isn't reproduced: 1 is the error of a constant.
 BOUND = 0.75
-# A share of the multiply-adds above which narrowing has next to no effect.
+# If a larger share of the multiply-adds is left, narrowing has hardly any effect.
 _MUCH_LEFT = 0.9
-# A smaller error is rounding and the ridge.
+# A smaller error comes from rounding and the ridge.
 _ROUNDING = 1e-6
 
 
@@ -35,10 +36,10 @@ def give_weights(
     record: Narrowing,
     tell: Callable[[str, int, int], None],
 ) -> None:
-    """Solve the narrowed model's weights, if that is asked for, where it is better than merging; note the errors.
+    """Solve the narrowed model's weights, if the init says so and it is better than merging; record the errors.
 
     Args:
-        record: its `init` says what is asked for, and afterwards what was done.
+        record: its `init` is the requested one, and afterwards the one that was used.
     """
     runner = bare(narrowed)
     record.error = output_error(original, runner, images)
@@ -63,7 +64,7 @@ def give_weights(
 
 
 def warn_of_width(record: Narrowing) -> None:
-    """Say so where next to nothing could be narrowed."""
+    """Add a warning if hardly any channels could be narrowed."""
     share = record.width**2 if record.width is not None else record.flops
     if record.macs > _MUCH_LEFT > share:
         reasons = Counter(group.kept.rpartition(": ")[2] for group in record.groups if group.kept)
