@@ -1,4 +1,4 @@
-"""What can go wrong, in a few types. Each message says what happened, why, and what to do next.
+"""The exception types. Each message says what happened, why, and what to do next.
 
 Below the types: how messages list many things, how they quote other errors, and how they name arguments.
 """

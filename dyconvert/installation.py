@@ -52,7 +52,7 @@ def _folder(path: Path) -> str:
 
 
 def _origin() -> dict[str, Any] | None:
-    """What pip wrote down of where this copy came from (PEP 610); None where it came from an index."""
+    """Pip's record of this copy's origin (PEP 610); None if it came from an index."""
     try:
         text = importlib.metadata.distribution("dyconvert").read_text("direct_url.json")
         origin = json.loads(text) if text else None

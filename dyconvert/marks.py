@@ -49,12 +49,12 @@ def mark_source(model: nn.Module, source: "Source") -> None:
 
 
 def narrowing_of(model: nn.Module) -> "Narrowing | None":
-    """What was narrowed, or None: the model has its original width."""
+    """The record of narrowing; None: the model has its original width."""
     return vars(model).get(_NARROWING)
 
 
 def mark_narrowing(model: nn.Module, narrowing: "Narrowing") -> None:
-    """Note what was narrowed, as a copy of the record."""
+    """Mark a model with a copy of the record of narrowing."""
     setattr(model, _NARROWING, narrowing.model_copy(deep=True))
 
 
@@ -85,7 +85,7 @@ def forget_compression(model: nn.Module) -> None:
 
 
 def preprocessing_of(model: nn.Module) -> "Preprocessing | None":
-    """What images go through before the model sees them, where it was fine-tuned or saved with it."""
+    """The preprocessing that the model was fine-tuned or saved with; None: there is none."""
     return vars(model).get(_PREPROCESSING)
 
 

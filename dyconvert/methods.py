@@ -1,4 +1,4 @@
-"""What differs between the published dynamic convolutions, as data.
+"""The differences between the published dynamic convolutions, as data.
 
 Every one of them keeps g weight sets ("experts") per conv and mixes them per image by predicted
 coefficients. They differ in the choices of a :class:`Method`. One conv module and one predictor serve all of
@@ -75,7 +75,7 @@ class Method(BaseModel):
 
     @property
     def initial_coefficient(self) -> float:
-        """What every expert's coefficient is while the predictor's logits are zero."""
+        """Every expert's coefficient while the predictor's logits are zero."""
         return 0.5 if self.activation == "sigmoid" and self.mixes_experts else 1.0 / self.g
 
     def hidden_features(self, in_features: int) -> int | None:

@@ -13,7 +13,7 @@ def holds(outer: str, name: str) -> bool:
 
 
 def within(outer: str, name: str) -> str:
-    """What the module called `name` is called within `outer`, which holds it."""
+    """The name of the module `name` within `outer`, which holds it."""
     return name[len(outer) + 1 :] if outer else name
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyconvert.torch_internals.trees import tree_is_leaf, tree_leaves
 
-# What holds no outputs: a returned module's parameters are none, for one.
+# Types that hold no outputs: for example, a returned module's parameters aren't outputs.
 _OPAQUE = (str, bytes, type, nn.Module, torch.Generator, types.ModuleType, types.FunctionType, types.MethodType)
 # A generator may have no end.
 _MOST_ITEMS = 10_000
@@ -63,7 +63,7 @@ def _parts_of_tensor(tensor: Tensor, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _children(value: Any) -> Iterable[tuple[str, Any]]:
-    """What stands directly in a container or an object, with the step that leads to it."""
+    """The direct items of a container or an object, with the step that leads to each."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return [(f".{name}", getattr(value, name)) for name in value._fields]
     inner: list[tuple[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What fine-tuning leaves behind, by name: the files of a run and of a sweep, and the columns of a sweep's table."""
+"""Names of the files of a fine-tuning run and of a sweep, and of the columns of a sweep's table."""
 
 # ---- In a run's directory, beside the best model ----
 
@@ -7,11 +7,11 @@ RECIPE = "recipe.yaml"
 BEFORE = "before.json"
 SUMMARY = "summary.json"
 METRICS = "metrics.csv"
-# What an interrupted run goes on from.
+# An interrupted run resumes from it.
 CHECKPOINT = "resume.ckpt"
 # Held by the process that works there.
 LOCK = "run.lock"
-# Folders: the last weights, the averaged ones, the static network's run, and what the loggers write.
+# Folders: the last weights, the averaged ones, the static network's run, and the loggers' files.
 LAST, EMA, PRETRAIN = "last", "ema", "pretrain"
 LOGGERS = ("tensorboard", "wandb", "mlruns", "hparams.yaml")
 
@@ -21,7 +21,7 @@ RUN_FILES = (RECIPE, BEFORE, SUMMARY, METRICS, CHECKPOINT, LOCK, LAST, EMA, PRET
 
 SWEEP, TABLE = "sweep.csv", "sweep.md"
 
-# What tells the settings of two runs apart; runs that agree in all of them are repetitions, with other seeds.
+# Columns that identify a setting. Rows that are equal in all of them differ only in their seeds.
 SETTINGS = ("run", "recipe", "method", "g", "width", "flops", "static", "epochs")
 SCORES = ("original", "converted", "finetuned", "ema")
 COSTS = ("parameters", "macs", "seconds")

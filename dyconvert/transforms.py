@@ -1,4 +1,4 @@
-"""What an image goes through before a model sees it, as plain data that a checkpoint can hold."""
+"""The preprocessing of images for a model, as plain data that a checkpoint can hold."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Preprocessing(BaseModel):
     """Reads an image, resizes and crops it, and normalises it by channel.
 
     Attributes:
-        size: (C, H, W) of what the model takes; C is 1 (grey) or 3 (RGB).
+        size: (C, H, W) of the model's input; C is 1 (grey) or 3 (RGB).
         resize: length of the shorter side before the centre crop to H x W, or (height, width); None doesn't resize.
         keep: images that are H x W already aren't resized.
         interpolation: "nearest", "bilinear" or "bicubic".

@@ -1,1 +1,1 @@
-"""What was gained: figures about a model, as data."""
+"""Figures about a model, as data."""

@@ -1,4 +1,4 @@
-"""How long dynamic convs and whole models take, beside static ones and other implementations."""
+"""Times dynamic convs and whole models beside static ones and other implementations."""
 
 import math
 import platform
@@ -61,12 +61,12 @@ LAYERS = (
 
 
 class LayerResult(NamedTuple):
-    """What :func:`bench_layer` found. Times in seconds, memory in bytes; None for what wasn't run.
+    """The result of :func:`bench_layer`. Times in seconds, memory in bytes; None if it wasn't run.
 
     Attributes:
         limit: the static conv's time and one read of the bank (forward and backward read it twice, and write it
             once).
-        kernel: which of the compiled kernels computed the output, or None.
+        kernel: the compiled kernel that computed the output; None: another strategy did.
     """
 
     layer: str
@@ -83,7 +83,7 @@ class LayerResult(NamedTuple):
 
 
 def computer(device: torch.device) -> str:
-    """What computes on a device: the GPU's name, or the processor's with the compiled kernels that it takes."""
+    """The name of the GPU, or of the processor with the compiled kernels that it takes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -92,7 +92,7 @@ def computer(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """This machine's processor, by its name and its family; generic names don't tell the family."""
+    """The name of this machine's processor, with its family, which generic names leave out."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -189,7 +189,7 @@ def _check_sizes(layer: Layer, batch: int, g: int) -> None:
 
 
 def mixture_of(layer: Layer, batch: int, method: Method, make: Callable[..., Tensor]) -> Mixture:
-    """What `method` predicts for the layer, of tensors that `make` makes of their sizes."""
+    """A mixture as `method` predicts it for the layer; `make(*size)` makes its tensors."""
     sizes = sizes_for(method, layer.c_in, layer.c_out, (layer.kernel,) * 2, layer.groups)
     factors = [make(batch, size) if size else None for size in (sizes.outputs, sizes.inputs, sizes.positions)]
     return Mixture(make(batch, sizes.g, sizes.per), *factors)
@@ -206,7 +206,7 @@ def layer_calls(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> dict[str, Callable[[], Tensor]]:
-    """What :func:`bench_layer` times: functions of no argument that compute the same from the same numbers."""
+    """The functions that :func:`bench_layer` times: without arguments, computing the same from the same numbers."""
     generator = torch.Generator().manual_seed(0)
     form = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -273,7 +273,7 @@ def _timm_conv(layer: Layer, weight: Tensor, g: int) -> nn.Module | None:
 
 
 class ModelResult(NamedTuple):
-    """What :func:`bench_model` found. Times in seconds; `limit` as for a layer, over all banks."""
+    """The result of :func:`bench_model`. Times in seconds; `limit` as for a layer, over all banks."""
 
     batch: int
     training: bool

@@ -23,7 +23,7 @@ REST = "(the rest)"
 
 
 class Cost(BaseModel):
-    """What a block, or a model, costs for one image.
+    """The cost of a block, or a model, for one image.
 
     Attributes:
         macs: multiply-adds; None where they couldn't be counted.

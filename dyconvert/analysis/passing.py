@@ -18,7 +18,7 @@ from dyconvert.surgery.watch import arguments_of, watch_mixtures
 
 
 class Seen(BaseModel):
-    """What a pass found.
+    """The results of a pass.
 
     Attributes:
         images: how many were seen.
@@ -68,7 +68,7 @@ def pass_over(
         model: converted or not; left as it is.
         batches: `(images, labels)`, or what :func:`~dyconvert.collapse` takes; a batch is seen and let go.
         layers: names of the layers whose feature maps are correlated, and why each was chosen.
-        classes: what the labels number.
+        classes: the names of the classes that labels number.
         count: how many images there will be, if that is known.
         progress: called with how many images are done.
 

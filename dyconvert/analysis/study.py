@@ -44,7 +44,7 @@ class Analysis(BaseModel):
         dynamic: whether it has a dynamic conv at all.
         data: what images were seen; `images` of `images_in_data`; `shape` of one, `[C, H, W]`.
         accuracy: top-1 of the model and of the original, by classes, where the images' classes are the outputs.
-        sampled: what was sampled instead of counted, in words.
+        sampled: sentences that name the figures that come from a sample.
         conditions: versions, threads, date.
         seconds: what making the analysis took, by part.
     """
@@ -111,7 +111,7 @@ def analyse(
         cpu_time: count CPU time, which others on the machine disturb less.
         run, ablation: what fine-tuning wrote, to be shown with the rest.
         names: what to call "model", "original" and "narrow"; by default after their classes.
-        progress: called with what is being done, how much of it is, and of how much.
+        progress: called with the name of the present step, the number of its parts that are done, and their total.
 
     Raises:
         ModelError: a model has NaN in its weights, no convs, or rejects the images; a layer has no such name.

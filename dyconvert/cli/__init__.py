@@ -50,7 +50,7 @@ def _flushed() -> int:
 
 
 def _forget_unwritten() -> None:
-    """What can't be written to stdout goes nowhere; Python itself tries at the end, and would print a traceback."""
+    """Discard output that can't be written: Python would try again at the end, and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

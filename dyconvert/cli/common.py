@@ -1,4 +1,4 @@
-"""What every command takes: -q, -v and, where a model runs, --device."""
+"""The options of every command: -q, -v and, if a model runs, --device."""
 
 import functools
 import inspect

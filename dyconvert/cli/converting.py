@@ -94,7 +94,7 @@ def convert_and_save(
     """Convert the model, compare it with the original, save it, and print a report."""
     started = time.perf_counter()
     with progress(f"loading {request.specifier}") as tell:
-        # What can be refused without the weights is refused before they are loaded.
+        # Errors that don't need the weights are found before they are loaded.
         destination = output or Path(_name(request.specifier, chosen, narrowing) + (f"-{compress}" if compress else ""))
         checkpoint.check_writable(destination, force=force)
         static, source, example = request.create()
@@ -144,7 +144,7 @@ def convert_and_save(
 
 
 def _name(model: str, chosen: dict[str, Any], narrowing: Options) -> str:
-    """What the directory to save to is called by default."""
+    """The default name of the directory to save to."""
     method = get_method(chosen["method"], g=chosen["g"], scope=chosen["scope"])
     name = model.rpartition(":")[2].replace("/", "-") + narrowing.suffix
     return f"{name}-static" if narrowing.static else f"{name}-{method.name}-g{method.g}"

@@ -15,7 +15,7 @@ from dyconvert.installation import install_command
 
 
 class Format(str, Enum):
-    """What `--to` takes."""
+    """The values of `--to`."""
 
     onnx = "onnx"
     torch = "torch"
@@ -24,7 +24,7 @@ class Format(str, Enum):
 
 
 _SUFFIX = {Format.onnx: ".onnx", Format.torch: ".pt2", Format.openvino: ".xml", Format.executorch: ".pte"}
-# What runs the file to check it.
+# The runtime that checks the file.
 _RUNNER = {
     Format.onnx: "onnxruntime",
     Format.torch: "the loaded program",

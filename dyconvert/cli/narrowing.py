@@ -1,4 +1,4 @@
-"""What `dyconvert convert` takes for narrowing, and prints of it."""
+"""The options of `dyconvert convert` for narrowing, and the lines that it prints about it."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ class Options:
 
     @property
     def suffix(self) -> str:
-        """What the saved directory's name says of it."""
+        """The part of the saved directory's name that tells the width."""
         if not self.wanted:
             return ""
         return f"-width{self.width:g}" if self.width is not None else f"-flops{self.flops:g}"

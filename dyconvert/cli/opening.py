@@ -88,7 +88,7 @@ def example_of(
 
 
 def _size_in_plan(model: nn.Module) -> tuple[int, ...] | None:
-    """What the model's input was when it was converted: the map that its stem reads."""
+    """The shape of the model's input when it was converted: that of the map that its stem reads."""
     plan = plan_of(model)
     stems = [conv for conv in plan.convs if conv.reason == STEM] if isinstance(plan, Plan) else []
     if not stems or not stems[0].map_size:

@@ -1,4 +1,4 @@
-"""What several commands take."""
+"""Options of several commands."""
 
 import os
 from pathlib import Path
@@ -82,7 +82,7 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def name_of(directory: Path) -> str:
-    """What a directory is called, be it given as "." or through links."""
+    """The real name of a directory, also if it is given as "." or through links."""
     return os.path.basename(os.path.realpath(directory))
 
 

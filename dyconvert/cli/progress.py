@@ -1,4 +1,4 @@
-"""What a command is at, on a line of stderr that goes when it is done; nothing where stderr is no terminal."""
+"""Shows a command's present step on a line of stderr, and removes it at the end; nothing without a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

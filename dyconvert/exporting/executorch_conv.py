@@ -29,7 +29,7 @@ _WRITTEN = (DynamicConv1d, DynamicConv2d)
 
 
 def prepared(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """What to put in the place of each dynamic conv of `model` before it is exported.
+    """The modules that replace the dynamic convs of `model` for the export.
 
     Others, of three dimensions and transposed, are exported operation by operation, to ExecuTorch's portable ones.
     """
@@ -56,7 +56,7 @@ def _plain(layer: CompressedLinear) -> nn.Linear:
 
 
 class _Mixed(nn.Module):
-    """What both forms have: the coefficients, the padding, the bias."""
+    """The base of both forms: coefficients, padding, bias."""
 
     def __init__(self, conv: DynamicConv) -> None:
         super().__init__()

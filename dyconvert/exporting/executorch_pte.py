@@ -78,7 +78,7 @@ def export_executorch(
 
 
 def _executorch() -> tuple[Any, Any, Any]:
-    """What lowers a program, XNNPACK's partitioner, and the runtime."""
+    """The function that lowers a program, XNNPACK's partitioner, and the runtime."""
     try:
         with quiet(), _without_stderr():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

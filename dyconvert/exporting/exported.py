@@ -34,7 +34,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """A written export.
 
     Attributes:
         file: the exported file; for ONNX above 2 GB, the weights are beside it in `<file>.data`, for OpenVINO in the
@@ -95,7 +95,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-# What stands in an exporter's message, and what to do about it.
+# For texts in an exporter's message, the advice that is added.
 _WORKAROUNDS = (
     (
         r"No ONNX function found|No decompositions registered|UnsupportedOperator",

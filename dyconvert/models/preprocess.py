@@ -15,7 +15,7 @@ _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hor
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """What an image goes through before `model` sees it: call the result with a PIL image or a file.
+    """The preprocessing of images for `model`: call the result with a PIL image or a file.
 
     >>> images = dyconvert.preprocessing(model).batch(["cat.jpg", "dog.jpg"])  # doctest: +SKIP
     >>> model(images).softmax(1)  # doctest: +SKIP
@@ -40,7 +40,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
 
 def preprocessing_for(source: Source) -> Preprocessing | None:
-    """What the library says of the model and its weights; None where it says nothing."""
+    """The preprocessing that the library records for the model and its weights; None if it has none."""
     library, _, name = source.specifier.partition(":")
     if library == "torchvision":
         found = _of_torchvision(name, source)

@@ -48,8 +48,8 @@ class Source:
         """Return a dict that `json` can write.
 
         Args:
-            directory: what it is written to. Paths are then relative to it where both are below one folder, so that
-                they may be moved and copied together; "absolute" has them as they are.
+            directory: the directory that it is written to. Paths are relative to it if both are below one folder, so
+                that they may be moved and copied together; "absolute" has them as they are.
 
         Raises:
             ModelError: an argument isn't plain data (a class, say), so it can't be saved.

@@ -1,4 +1,4 @@
-"""What runs after conversion: the dynamic conv, its predictor, its kernels. Knows nothing of surgery."""
+"""The code that runs after conversion: dynamic convs, predictors, kernels. It knows nothing of surgery."""
 
 from dyconvert.nn.convs import DynamicConv, DynamicConv1d, DynamicConv2d, DynamicConv3d
 from dyconvert.nn.dispatch import dynamic_conv

@@ -1,4 +1,4 @@
-"""A dynamic conv's bank: its experts' weights and biases, compressed or not, and what they mix to."""
+"""A dynamic conv's bank: its experts' weights and biases, compressed or not, and mixing them."""
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Bank(nn.Module):
     def experts(self) -> Tensor:
         """The bank, expert by expert: `[g, C_out, C_in / groups, *kernel]`, transposed C_in first.
 
-        A view, or of a compressed conv what is unpacked.
+        A view; for a compressed conv, the unpacked weights.
         """
         if self.mean is None:
             return self.weight.unflatten(0, (self.g, -1))

@@ -59,7 +59,8 @@ def _measured(choices: Choices, operands: Operands) -> str:
     if known := choices.known(shape):
         return known
     fitting.check(operands)  # else every strategy would be found to fail
-    # What was read, but never ran here, isn't compiled yet: a graph's capture is no time to do it.
+    # A strategy that was read from the file but never ran here isn't compiled yet, and can't be while a graph is
+    # captured.
     if engines.capturing(x):
         return "native"
     if mode == "read-only":
@@ -72,7 +73,7 @@ _UNFOLDED = 512 * 2**20
 
 
 def trials(operands: Operands) -> dict[str, Callable[[], None]]:
-    """What is to be timed to find the fastest strategy: each that can serve a call like this one.
+    """The functions to time to find the fastest strategy: one for each that can serve a call like this one.
 
     In training, strategies that keep every image's kernel are tried where those are small. Mixing feature maps takes
     g times the work, and is tried on GPUs, where the maps are small beside the kernels (`docs/kernels.md`).

@@ -54,7 +54,7 @@ def _operands(
     groups: int,
     shift: Tensor | None = None,
 ) -> Operands:
-    """What an operator was given."""
+    """The arguments of an operator's call."""
     return Operands(x, weight, bias, Mixing(coefficients, factors), Geometry(stride, padding, dilation, groups), shift)
 
 
@@ -83,7 +83,7 @@ def dynamic_conv(operands: Operands, *, training: bool = False) -> Tensor:
     """A strategy, padding in numbers. Differentiable but for the bias and the shift.
 
     Args:
-        training: whether a backward may follow, by which what was measured is looked up.
+        training: whether a backward may follow. Measurements are looked up by it.
     """
     return torch.ops.dyconvert.dynamic_conv(operands.x, operands.weight, *_flat(operands), training)
 

@@ -1,4 +1,4 @@
-r"""Compressed banks, for inference: what the experts have in common, and their differences in few bits.
+r"""Compressed banks, for inference: the experts' mean, and their differences from it in few bits.
 
 .. math:: w_i = \bar w + s_i \odot q_i
 
@@ -17,7 +17,7 @@ from dyconvert.nn.compressed import Compressed
 from dyconvert.nn.trials import is_tracing, needs_backward
 from dyconvert.torch_internals.watching import observed
 
-# What differences can be kept in.
+# The dtypes in which differences can be stored.
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 # Kernels of fewer elements an output channel, those of depthwise convs mostly, aren't compressed: their scales would be
 # about as many bytes as they save.

@@ -1,4 +1,4 @@
-"""What a compressed bank is made of."""
+"""The tensors of a compressed bank."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Compressed(NamedTuple):
     Attributes:
         mean: one expert's shape, such as `[C_out, C_in / groups, *kernel]`.
         differences: the bank's, such as `[g * C_out, C_in / groups, *kernel]`, of int8 or bfloat16.
-        scale: what they are multiplied with, `[g, C_out]`; None for bfloat16.
+        scale: the differences are multiplied by it, `[g, C_out]`; None for bfloat16.
     """
 
     mean: Tensor

@@ -41,14 +41,15 @@ class DynamicConv(Bank):
     - `mean` and `scale`: None, but for a compressed conv (:func:`~dyconvert.compress`), whose `weight` are the experts'
       differences from their mean.
 
-    Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g`; `sizes`, what its
-    predictor gives it (:class:`~dyconvert.nn.mixture.Sizes`); and `initial_coefficient`, what all of them start at.
+    Attributes other than these are the static conv's (`stride`, `padding_mode`, ...), beside `g`; `sizes`, the
+    sizes of its predictor's outputs (:class:`~dyconvert.nn.mixture.Sizes`); and `initial_coefficient`, where all
+    coefficients start.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
             of the static conv. `padding` may also be :data:`~dyconvert.nn.padding.TF_SAME`.
         g: number of experts. None: the method's own.
-        method: a name, or a :class:`~dyconvert.methods.Method`: what the coefficients are, and their predictor.
+        method: a name, or a :class:`~dyconvert.methods.Method`, which says how coefficients are predicted.
 
     Shape:
         - Input: `[N, C_in, *spatial]`; coefficients, where given by hand, `[N, g, 1]`, `[N, g, C_out]` or a
@@ -132,7 +133,7 @@ class DynamicConv(Bank):
         self._explicit_padding = (
             None if padding_mode == "zeros" else amounts_of_padding(self.kernel_size, self.padding, self.dilation)
         )
-        # What a block being compiled hands over; see nn/handing.py.
+        # The mixture that a block hands over while it is compiled; see nn/handing.py.
         self._handed: Mixture | None = None
         self.register_parameter("shift", None)
         self.register_parameter("mean", None)
@@ -157,7 +158,7 @@ class DynamicConv(Bank):
         Args:
             conv: a conv of torch's, of as many dimensions, transposed or not as this class.
             weight, bias: the banks, as the class has them.
-            padding: what the conv pads by, which a subclass of torch's may say otherwise.
+            padding: the conv's padding, which a subclass of torch's conv may name otherwise.
             coefficient_predictor: None: the coefficients will be handed by the conv's block.
         """
         dynamic = cls.__new__(cls)

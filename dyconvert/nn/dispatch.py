@@ -136,7 +136,7 @@ def _compiling(operands: Operands) -> Tensor:
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to a conv's arguments: an autograd function doesn't see it in its backward."""
+    """Cast a conv's arguments as autocast does: in an autograd function's backward, autocast is off."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -12,7 +12,7 @@ from dyconvert.nn.triton import engine as triton
 
 
 class Engine(Protocol):
-    """What computes a dynamic conv and its gradients without autograd, keeping no image's kernel between the two.
+    """Computes a dynamic conv and its gradients without autograd, and keeps no image's kernel between the two.
 
     `how` is the engine's own: a :class:`~dyconvert.nn.native.NativeCall`, a :class:`~dyconvert.nn.tiles.Tile` or None,
     one of :data:`dyconvert.nn.recompute.STRATEGIES`, or a :class:`~dyconvert.nn.triton.tile.Tile`.
@@ -74,7 +74,7 @@ def known_or_by_rule(operands: Operands, *, backward: bool, training: bool) -> t
 
     Args:
         backward: whether the engine must know the backward.
-        training: what is looked up: whether a backward follows, by whichever engine.
+        training: whether a backward follows, by any engine. Measurements are looked up by it.
     """
     if not operands.x.is_cpu and choice.mode() != "off" and not deterministic():
         known = choice.current().known(key(operands, training=training))

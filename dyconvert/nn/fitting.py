@@ -12,7 +12,7 @@ from dyconvert.nn.operands import Geometry, Operands
 
 
 class Looks(NamedTuple):
-    """What decides whether a tensor fits: hashable, so that answers are kept."""
+    """The properties of a tensor that decide whether it fits; hashable, so that answers are cached."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -30,7 +30,7 @@ _ITEM = re.compile(r"\[(?:(\d+)|'([^']*)')\]")
 
 
 class Handing:
-    """What the hooks of one block know: which argument its predictor reads, and which convs it serves.
+    """The knowledge of one block's hooks: the argument that its predictor reads, and the convs that it serves.
 
     Plain data, so that blocks can be copied and pickled, and replicas of a block use their own convs.
 
@@ -106,7 +106,7 @@ def share(block: nn.Module, handing: Handing, predictor: "CoefficientPredictor")
 
 
 def handing_of(block: nn.Module) -> Handing | None:
-    """What :func:`share` was given for this block, or None: its convs share no predictor."""
+    """The arguments of :func:`share` for this block; None: its convs share no predictor."""
     for hook in forward_pre_hooks(block).values():
         if is_handing(hook):
             return hook.__self__

@@ -15,7 +15,7 @@ _WORTH_A_CALL = 2**16
 
 
 def compressed_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
-    """What :class:`CompressedLinear` computes of `x`, `[N, in_features]`."""
+    """The output of :class:`CompressedLinear` for `x`, `[N, in_features]`."""
     if read_as_they_are(x, weight, scale, bias):
         if torch.compiler.is_compiling():
             return compile_op.compressed_linear(x, weight, scale, bias)

@@ -33,7 +33,7 @@ _CALLS = 20
 
 
 class Key(NamedTuple):
-    """What the fastest strategy for a dynamic conv depends on, beside the machine and the libraries."""
+    """The key of a measurement: the fastest strategy depends on it, on the machine and on the libraries."""
 
     shape: tuple[int, ...]
     weight: tuple[int, ...]
@@ -83,7 +83,7 @@ class Measured(NamedTuple):
 
 
 class Choices:
-    """What was measured on this machine, in the process and in a folder.
+    """Measurements of this machine, in the process and in a folder.
 
     Args:
         folder: holds a file for each device and set of libraries; None: nothing is read or written.
@@ -108,12 +108,12 @@ class Choices:
         return len(self._measured)
 
     def known(self, key: Key) -> str | None:
-        """What was chosen in this process, be it measured here or read."""
+        """The choices of this process, measured here or read from the file."""
         choice = self._measured.get(key)
         return None if choice is None or choice.strategy in self._failed else choice.strategy
 
     def read(self, key: Key) -> str | None:
-        """What was chosen in this process, or by an earlier one as the file has it."""
+        """The choice of this process, or that of an earlier one, from the file."""
         choice = self._file(key.device).get(str(key))
         if choice is not None and choice.strategy not in self._failed:
             self._measured.setdefault(key, choice)
@@ -123,7 +123,7 @@ class Choices:
         """The strategy for `key`: known or read, else the fastest of the trials, which is then kept.
 
         Args:
-            trials: for each strategy that can serve the key, what to time.
+            trials: for each strategy that can serve the key, the function to time.
             rule: the strategy where none of them runs.
         """
         with self._lock:
@@ -183,7 +183,7 @@ class Choices:
             else:
                 self.fail([name], error)
             return None
-        # What runs may have failed, been reported, and been replaced by something that is not to be timed.
+        # A strategy that fails is reported and replaced by another, which must not be timed in its name.
         return None if name in self._failed else took
 
     def _time(self, trial: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -206,7 +206,7 @@ class Choices:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _file(self, device: torch.device) -> dict[str, Measured]:
-        """What the device's file says; it is read once."""
+        """The content of the device's file, which is read once."""
         if device not in self._files:
             self._files[device] = {} if self._folder is None else self._load(self._path(device))
         return self._files[device]

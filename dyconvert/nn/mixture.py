@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_for(method: Method, in_channels: int, out_channels: int, kernel_size: Sequence[int], groups: int) -> Sizes:
-    """What `method` predicts for a conv.
+    """The sizes of the tensors that `method` predicts for a conv.
 
     As in ODConv's own code, a depthwise conv's output channels have no factors, which would be those of its input
     channels again, nor has the one position of a 1 x 1 kernel.
@@ -70,7 +70,7 @@ def sizes_for(method: Method, in_channels: int, out_channels: int, kernel_size: 
 
 
 class Mixture(NamedTuple):
-    """What a predictor gives to one conv, N images at a time.
+    """A predictor's outputs for one conv, for N images.
 
     Attributes:
         experts: `[N, g, 1]`, a coefficient for each expert, or `[N, g, C_out]`, for each output channel as well.
@@ -93,11 +93,11 @@ class Mixture(NamedTuple):
         return {name: axis for name, axis in zip(self._fields, self, strict=True) if axis is not None}
 
     def coefficients(self) -> Tensor:
-        """What experts, and their biases, are mixed by: `[N, g, 1]` or `[N, g, C_out]`."""
+        """The coefficients that mix experts and their biases: `[N, g, 1]` or `[N, g, C_out]`."""
         return self.experts if self.outputs is None else self.experts * self.outputs.unsqueeze(1)
 
     def factors(self, groups: int, per_group: int, kernel_size: Sequence[int]) -> Tensor | None:
-        """What the elements of a mixed kernel are multiplied by: `[N, groups or 1, C_in / groups, *kernel]`; None: 1.
+        """The factors of a mixed kernel's elements: `[N, groups or 1, C_in / groups, *kernel]`; None: 1.
 
         Args:
             per_group: C_in / groups.
@@ -124,7 +124,7 @@ class Mixing(NamedTuple):
 
     Attributes:
         coefficients: `[N, g, 1]` or `[N, g, C_out]`.
-        factors: `[N, groups, C_in / groups, *kernel]`, what the elements of a mixed kernel are multiplied by, or
+        factors: `[N, groups, C_in / groups, *kernel]`, the factors of a mixed kernel's elements, or
             `[N, 1, C_in / groups, *kernel]`, where that is the same in all groups; None: 1.
     """
 
@@ -139,7 +139,7 @@ class Mixing(NamedTuple):
             bias: whether the experts have biases, which coefficients mix as well.
 
         Raises:
-            ArgumentError: a factor is of another size than what it is for.
+            ArgumentError: a factor has the wrong size.
         """
         if isinstance(mixture, Tensor):
             return cls(mixture)

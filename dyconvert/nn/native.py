@@ -24,7 +24,7 @@ _TYPES = {
     torch.int8: 4,
 }  # as `csrc/native.cpp` numbers them
 _LINEAR_WEIGHTS = (torch.float32, torch.int8, torch.bfloat16)
-# What is computed in, and the banks that are read with it.
+# For each dtype that the kernels compute in, the dtypes of banks that they read.
 BANKS = {
     torch.float32: (torch.float32, torch.float16, torch.bfloat16),
     torch.float64: (torch.float64,),

@@ -25,7 +25,7 @@ def pad_tf_same(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], di
 
 
 def amounts_of_padding(kernel_size: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
-    """What `F.pad` takes for a conv's padding: (before, after) of the last dimension first.
+    """The argument of `F.pad` for a conv's padding: (before, after) of the last dimension first.
 
     All zero for :data:`TF_SAME`, whose amounts :func:`pad_tf_same` takes from the input.
     """

@@ -87,7 +87,7 @@ class CoefficientPredictor(nn.Module):
         return tuple(mixtures)
 
     def _mixture(self, size: Sizes, z: Tensor, sigmoids: Tensor, start: int) -> Mixture:
-        """What the logits from `start` on say of one conv."""
+        """The mixture of one conv, from the logits from `start` on."""
         count = size.g * size.per
         if not count:
             experts = z.new_ones(z.shape[0], 1, 1)

@@ -62,7 +62,7 @@ def unfold(operands: Operands) -> Tensor:
 
 
 def unfolded(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple[Tensor, Sequence[int]]:
-    """What a kernel's elements meet at each pixel of the output, `[N, groups, C_in / groups * taps, L]`; the output's
+    """The elements that a kernel is multiplied with at each pixel, `[N, groups, C_in / groups * taps, L]`; the output's
     size."""
     taps = shifted(x, kernel_size, geometry)  # k1 k2 ... x [N, C_in, *out]
     spatial = taps[0].shape[2:]

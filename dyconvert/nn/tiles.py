@@ -125,7 +125,7 @@ class _Shapes:
 
 
 def _at_stride(x: Tensor, geometry: Geometry) -> Tensor:
-    """What a 1 x 1 conv reads of its input."""
+    """The pixels of its input that a 1 x 1 conv reads."""
     if all(step == 1 for step in geometry.stride):
         return x
     return x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
@@ -167,7 +167,7 @@ def forward(operands: Operands, tile: Tile | None = None) -> Tensor:
 
 
 def _biases(bias: Tensor | None, coefficients: Tensor, shift: Tensor | None) -> Tensor | None:
-    """What is added to each image's output channels, `[N, C_out]`."""
+    """The biases and shifts of each image's output channels, `[N, C_out]`."""
     if bias is None:
         return None if shift is None else shift.expand(coefficients.shape[0], -1)
     biases = mix(bias.to(coefficients.dtype).unflatten(0, (coefficients.shape[1], -1)), coefficients)

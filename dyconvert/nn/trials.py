@@ -1,4 +1,4 @@
-"""What measured choice measures: one dynamic conv by one strategy, under the mode that it was called in."""
+"""Trials for measured choice: one dynamic conv by one strategy, in the mode of the call."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def needs_backward(*tensors: Tensor | None) -> bool:
 
 
 def key(operands: Operands, training: bool | None = None) -> Key:
-    """What :class:`~dyconvert.nn.measured_choices.Choices` are looked up by.
+    """The key by which :class:`~dyconvert.nn.measured_choices.Choices` are looked up.
 
     Args:
         training: whether a backward may follow; None: as the tensors say.
@@ -50,7 +50,7 @@ def key(operands: Operands, training: bool | None = None) -> Key:
 
 
 def _precision() -> str:
-    """What float32 is computed in on a GPU, and whether cuDNN looks for its fastest algorithm."""
+    """The precision of float32 on a GPU, and whether cuDNN measures its fastest algorithm."""
     backends: Any = torch.backends
     names = [backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision]
     return "/".join(names) + (" benchmark" if backends.cudnn.benchmark else "")

@@ -58,7 +58,7 @@ def tune(model: nn.Module, example: Any, *, repeats: int = 5) -> dict[str, str]:
 
 
 def _observe(model: nn.Module, convs: set[str], arguments: tuple[Any, ...]) -> dict[str, Operands]:
-    """What each of the `convs`, by name, is called with, from one run."""
+    """The arguments that each of the `convs` is called with in one run, by name."""
     calls: dict[str, Operands] = {}
 
     def note(name: str) -> Callable[..., None]:
