@@ -31,7 +31,7 @@ class Twice(nn.Module):
 
 
 def traced(model: Net, mend=lambda nodes: None, training: bool = False) -> bridge.DependencyGraph:
-    return bridge.dependency_graph(model, (torch.randn(2, 3, 8, 8),), training, mend)
+    return bridge.dependency_graph(model, (torch.randn(2, 3, 8, 8),), training, mend, [])
 
 
 def by_name(graph: bridge.DependencyGraph, operator: str) -> bridge.Node:

@@ -93,11 +93,10 @@ def map_similarity(samples: Samples, graph: Graph, group: Group) -> Tensor | Non
     """
     parts = {}
     for member in group.makers:
-        if member.name not in samples.rows or len(member.positions) != group.size:
+        order = member.order(group.size)
+        if member.name not in samples.rows or order is None:
             continue
-        ordered = torch.empty(group.size, dtype=torch.long)
-        ordered[member.positions] = member.channels
-        rows = torch.cat(samples.rows[member.name])[:, ordered].float()
+        rows = torch.cat(samples.rows[member.name])[:, order].float()
         rows = rows - rows.mean(0)
         covariance = rows.T @ rows / len(rows)
         if covariance.isfinite().all():

@@ -92,10 +92,9 @@ def filters(model: nn.Module, graph: Graph, group: Group) -> list[Tensor]:
             continue
         weight = module.weight.detach()
         rows = (weight.transpose(0, 1) if getattr(module, "transposed", False) else weight).flatten(1).float()
-        if len(member.positions) == group.size:
-            ordered = torch.empty(group.size, dtype=torch.long)
-            ordered[member.positions] = member.channels
-            layers.append(rows[ordered])
+        order = member.order(group.size)
+        if order is not None:
+            layers.append(rows[order])
     return layers
 
 

@@ -6,7 +6,7 @@ torch-pruning doesn't follow is in :mod:`dyconvert.narrowing.obstacles`.
 """
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from dyconvert.torch_internals.trees import tree_flatten, tree_map_only
 
 STEM = "the stem"
 OUTPUT = "the model's output"
+UNLIKE = "some of its channels go along with more others than the rest"
 ENDLESS = "they are reshaped in ways that don't fit together"
 SINGLE = "a single channel"
 
@@ -45,6 +46,12 @@ class Member:
     channels: Tensor
     positions: Tensor
     dim: int = 0
+
+    def order(self, size: int) -> Tensor | None:
+        """`[size]`: its channels in the order of the group's; None where it hasn't just one for each of them."""
+        if len(self.positions) != size or len(self.positions.unique()) != size:
+            return None
+        return self.channels[self.positions.argsort()]
 
 
 @dataclass
@@ -240,7 +247,15 @@ class _Traced:
     obstacles: Obstacles
 
 
-def _traced(runner: nn.Module, arguments: tuple[Any, ...], training: bool = False) -> _Traced:
+def _traced(
+    runner: nn.Module, arguments: tuple[Any, ...], training: bool = False, unused: Sequence[str] = ()
+) -> _Traced:
+    """Trace a run.
+
+    Args:
+        unused: layers that reach no output: theirs are traced as if the model returned them, for their inputs are
+            narrowed with what makes them.
+    """
     clear_hooks(runner)
     for p in runner.parameters():
         p.requires_grad_(p.is_floating_point() or p.is_complex())
@@ -250,13 +265,29 @@ def _traced(runner: nn.Module, arguments: tuple[Any, ...], training: bool = Fals
     channels = tensors[0].shape[0 if listed else 1] if tensors and tensors[0].dim() > 2 else 0
     watch = _Watch(runner, channels, max(images, 1))
     obstacles = Obstacles(runner)
+    returned: list[Tensor] = []
+    handles = [runner.get_submodule(name).register_forward_hook(_keeper(returned)) for name in unused]
     try:
         with torch.enable_grad():
-            graph = bridge.dependency_graph(runner, arguments, training, obstacles.mend)
+            graph = bridge.dependency_graph(runner, arguments, training, obstacles.mend, returned)
     finally:
         watch.remove()
+        for handle in handles:
+            handle.remove()
+    followed = {id(node.module) for node in bridge.nodes(graph)}
+    rest = [name for name in watch.layers if id(runner.get_submodule(name)) not in followed]
+    if rest and not unused:
+        return _traced(runner, arguments, training, rest)
     follow_padding(graph, obstacles, watch.padding)
     return _Traced(graph, watch, obstacles)
+
+
+def _keeper(returned: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            returned.append(output)
+
+    return hook
 
 
 def _groups(traced: _Traced, runner: nn.Module) -> tuple[list[Group], dict[str, Any]]:
@@ -289,7 +320,7 @@ def _group(
     parameters = {id(p): n for n, p in runner.named_parameters()}
     dims = bridge.parameter_dims(traced.graph)
     place = {channel: position for position, channel in enumerate(rest)}
-    members, reason = [], None
+    members, reason, misfit = [], None, None
     unit = torch.arange(len(rest))
     try:
         coupled = list(bridge.coupled(traced.graph, module, rest))
@@ -306,7 +337,10 @@ def _group(
             member = Member(parameters[id(target)], "parameter", channels, positions, dims[id(target)])
         elif id(target) in names:
             member = Member(names[id(target)], side, channels, positions)
-            cutters[member.name] = bridge.cutter(traced.graph, target)
+            cutter = cutters[member.name] = bridge.cutter(traced.graph, target)
+            if is_layer(target) and max(numbers) >= (getattr(cutter, f"get_{side}_channels")(target) or 0):
+                # A conv along the channels, as in efficient channel attention: they are its pixels.
+                misfit = f"{member.name} reads or makes them along another dimension"
             if side == "out":
                 covered.setdefault(member.name, set()).update(numbers)
                 if not node.outputs:
@@ -318,11 +352,24 @@ def _group(
             reason = reason or (OUTPUT if bridge.is_output(node) else None)
             continue
         members.append(member)
+    reason = reason or misfit
     group = Group(name, len(rest), members, unit, reason)
     if reason is None and group.units == 1:
         grouped = next((m.name for m in members if getattr(runner.get_submodule(m.name), "groups", 1) > 1), None)
         group.kept = SINGLE if len(rest) == 1 or grouped is None else f"{grouped}: its groups tie all channels together"
+    if reason is None and group.kept is None and not _alike(group):
+        group.kept = UNLIKE
     return group
+
+
+def _alike(group: Group) -> bool:
+    """Whether one unit can represent another: they have as many channels, and those are in the same places."""
+    sizes = group.unit.bincount()
+    if sizes.min() != sizes.max():
+        return False
+    by_unit = group.unit.argsort(stable=True)
+    counts = (m.positions.bincount(minlength=group.size)[by_unit].view(group.units, -1) for m in group.members)
+    return all(bool((rows == rows[0]).all()) for rows in counts)
 
 
 def _once(channels: Tensor, positions: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:

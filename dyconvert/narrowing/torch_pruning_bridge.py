@@ -40,12 +40,14 @@ def dependency_graph(
     arguments: tuple[Any, ...],
     training: bool,
     mend: Callable[[list[Node]], None],
+    returned: list[Tensor],
 ) -> DependencyGraph:
     """Trace a forward, by its autograd graph, into torch-pruning's dependency graph.
 
     Args:
         training: trace the forward of training mode; it would always be eval mode's.
         mend: is given the nodes before dependencies are made of them: :func:`treat_as_elementwise`, :func:`part`.
+        returned: what hooks put there in the forward is followed back as if the model returned it.
 
     Raises:
         DyconvertError: torch-pruning isn't installed.
@@ -66,18 +68,17 @@ def dependency_graph(
             mend(list(nodes.values()))
             return nodes
 
+    def run(model: nn.Module, args: tuple[Any, ...]) -> Any:
+        returned.clear()
+        return model(*args)
+
+    def followed(output: Any) -> list[Tensor]:
+        """The outputs that depend on weights."""
+        return [t for t in (*(t for _, t in tensors_in(output)), *returned) if t.grad_fn is not None]
+
     return Graph().build_dependency(
-        model,
-        example_inputs=arguments,
-        forward_fn=lambda model, args: model(*args),
-        output_transform=_tensors,
-        verbose=False,
+        model, example_inputs=arguments, forward_fn=run, output_transform=followed, verbose=False
     )
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The outputs that it follows back: those that depend on weights."""
-    return [t for _, t in tensors_in(output) if t.grad_fn is not None]
 
 
 def nodes(graph: DependencyGraph) -> list[Node]:
@@ -159,7 +160,8 @@ def coupled(graph: DependencyGraph, module: nn.Module, channels: list[int]) -> I
             if left < 0:
                 raise Endless
             place = places.setdefault((dependency.target, dependency.handler), {})
-            new = [pair for pair in dict.fromkeys(there) if pair not in place]
+            # Some mappings return sets, in any order. What goes along with several channels is placed by the first.
+            new = sorted({pair for pair in there if pair not in place}, key=lambda pair: (pair.root_idx, pair.idx))
             if new:
                 place.update(dict.fromkeys(new))
                 waiting.append((dependency.target, dependency.handler, new))
