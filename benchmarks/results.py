@@ -8,6 +8,7 @@
 `collect` takes what is finished so far, beside the rows of earlier sweeps: NAME.csv has a row for each run and seed,
 NAME-curves.csv one for each epoch. Top-1 is that of the last epoch's weights on the validation images, which are the
 10,000 test images of CIFAR-10; "training" is top-1 of the same weights on 10,000 training images, not augmented.
+NAME is a sweep's; runs with other settings, such as fewer epochs, are kept under `SWEEP--WHAT-DIFFERS`.
 """
 
 import argparse
@@ -57,6 +58,10 @@ def _value(key: str, text: str) -> Any:
     if key in ("run", "static"):
         return text == "True" if key == "static" else text
     return None if text == "" else float(text) if "." in text else int(text)
+
+
+def sweep_of(name: str) -> str:
+    return name.partition("--")[0]
 
 
 def names() -> list[str]:
@@ -150,7 +155,7 @@ def costs(name: str, threads: int, seconds: float) -> None:
 
     torch.set_num_threads(threads)
     # Neither depends on the weights' values.
-    sweep = load_sweep(name, ["model.weights=none", "distill=null", "dynamic.pair_spread=null"])
+    sweep = load_sweep(sweep_of(name), ["model.weights=none", "distill=null", "dynamic.pair_spread=null"])
     networks: dict[tuple[str, str], nn.Module] = {}
     recipes = {run.name: sweep.recipe_of(run, 0, Path("runs")) for run in sweep.runs}
     for run, recipe in recipes.items():

@@ -28,7 +28,7 @@ def test_pages_say_what_was_measured(results):
 def test_results_are_of_the_last_epochs(results):
     for name in results.names():
         curves = {(row["run"], row["seed"], row["epoch"]): row["top1"] for row in results.read(f"{name}-curves")}
-        runs = {run.name for run in load_sweep(name).runs}
+        runs = {run.name for run in load_sweep(results.sweep_of(name)).runs}
         for row in results.read(name):
             assert row["run"] in runs
             assert row["top1"] == curves[row["run"], row["seed"], row["epochs"]]
@@ -71,7 +71,7 @@ def test_tables_stand_between_marks(results, tmp_path, monkeypatch):
     assert results.pages() == {page: expected}
 
 
-def test_commands_of_results_name_shipped_sweeps():
+def test_commands_of_results_name_shipped_sweeps(results):
     text = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for name in re.findall(r"<!-- results: ([\w.-]+) -->", text):
-        assert f"recipes sweep {name}" in text, "each table by one command"
+        assert f"recipes sweep {results.sweep_of(name)}" in text, "each table by one command"
