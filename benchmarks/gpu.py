@@ -36,7 +36,8 @@ from torch import nn
 
 import dyconvert
 from dyconvert import models
-from dyconvert.analysis.bench import LAYERS, Layer, geometric_mean, layer_calls
+from dyconvert.analysis.bench_layer import LAYERS, Layer, layer_calls
+from dyconvert.analysis.timing import geometric_mean
 from dyconvert.methods import get_method
 from dyconvert.nn import choice, engines
 from dyconvert.nn.dispatch import force

@@ -20,7 +20,7 @@ import torch
 
 import dyconvert
 from dyconvert import models
-from dyconvert.analysis import bench
+from dyconvert.analysis import bench_layer, bench_model, machine, timing
 from dyconvert.nn import native_library
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -31,11 +31,11 @@ MARK = re.compile(r"(<!-- processors -->\n).*?(<!-- end of processors -->)", re.
 
 def measure_layers(arguments: argparse.Namespace, *, training: bool = False) -> dict[str, Any]:
     """The layers of `dyconvert bench layers`, over static and against timm's."""
-    read = bench.bandwidth(arguments.cpu_time)
+    read = timing.bandwidth(arguments.cpu_time)
     rows = []
     for batch in (1, 8) if training else (1, 8, 32):
-        for layer in bench.LAYERS:
-            found = bench.bench_layer(
+        for layer in bench_layer.LAYERS:
+            found = bench_layer.bench_layer(
                 layer,
                 batch,
                 training=training,
@@ -68,7 +68,7 @@ def measure_model(arguments: argparse.Namespace, name: str, batches: tuple[int, 
     rows = []
     for batch in batches:
         example = torch.randn(batch, *source.input_size)
-        found = bench.bench_model(
+        found = bench_model.bench_model(
             static, dynamic, example, other=small, repeats=arguments.repeats, cpu=arguments.cpu_time
         )
         base = found.static.median
@@ -125,7 +125,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 def measure(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    processor = bench.processor()
+    processor = machine.processor()
     file = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', processor.lower()).strip('-')}.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     found |= {"processor": processor, "kernels": native_library.target()}
@@ -155,7 +155,7 @@ def bars(found: dict[str, Any]) -> dict[str, str]:
 
     def against_timm(part: str) -> str:
         ratios = [row["timm"] / row["ours"] for row in rows(part) if row["timm"]]
-        return f"{bench.geometric_mean(ratios):.2f}; {min(ratios):.2f}" if ratios else "-"
+        return f"{timing.geometric_mean(ratios):.2f}; {min(ratios):.2f}" if ratios else "-"
 
     def one(part: str, key: str, batch: int) -> str:
         row = by(part, batch=batch)

@@ -10,7 +10,7 @@ import statistics
 import torch
 from rich.progress import track
 
-from dyconvert.analysis.bench import LAYERS, layer_calls
+from dyconvert.analysis.bench_layer import LAYERS, layer_calls
 from dyconvert.analysis.timing import in_turns
 from dyconvert.methods import METHODS, get_method
 

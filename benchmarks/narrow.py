@@ -19,7 +19,7 @@ import torch
 
 import dyconvert
 from dyconvert import models
-from dyconvert.analysis.bench import prepare
+from dyconvert.analysis.bench_model import prepare
 from dyconvert.analysis.flops import macs, parameters
 from dyconvert.analysis.timing import in_turns
 

@@ -15,7 +15,7 @@ A step takes as long as its arithmetic at the card's peak or its traffic at the 
 import argparse
 from typing import NamedTuple
 
-from dyconvert.analysis.bench import LAYERS, Layer
+from dyconvert.analysis.bench_layer import LAYERS, Layer
 
 IMAGES_A_READ = 16  # of the bank, by the kernel that mixes
 TILE = 64  # pixels of a fused tile

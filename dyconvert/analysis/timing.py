@@ -1,13 +1,14 @@
 """Timing that can be compared: in turns, medians, and with what disturbed it left out or named."""
 
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -131,3 +132,8 @@ def peak_memory(code: str, threads: int) -> int:
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1]) * 1024
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean of ratios: the reciprocals' mean is its reciprocal."""
+    return math.exp(sum(map(math.log, values)) / len(values))

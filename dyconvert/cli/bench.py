@@ -16,7 +16,7 @@ from dyconvert.limits import BATCH, INPUT_SIDE, PROCESSES, REPEATS
 if TYPE_CHECKING:
     import torch
 
-    from dyconvert.analysis.bench import Layer
+    from dyconvert.analysis.bench_layer import Layer
     from dyconvert.analysis.timing import Timing
 
 app = typer.Typer(help="Time dynamic convs and whole models against what they replace.", no_args_is_help=True)
@@ -52,9 +52,9 @@ def layers(
     """Single convs: time over the static conv's, beside timm's CondConv2d and mixing feature maps."""
     sizes = _batches(batch)
 
-    from dyconvert.analysis import bench, timing
+    from dyconvert.analysis import bench_layer, timing
 
-    shapes = [_layer(text) for text in layer] if layer else list(bench.LAYERS)
+    shapes = [_layer(text) for text in layer] if layer else list(bench_layer.LAYERS)
     place = _place(device, cpu_time)
     if memory and place.type != "cpu":
         raise ModelError("--memory measures the memory of processes on a CPU. Leave --device out, or --memory.")
@@ -66,7 +66,7 @@ def layers(
         for done, (size, shape) in enumerate(cases):
             tell(f"batch {size}: {shape.label}", done, len(cases))
             results.append(
-                bench.bench_layer(
+                bench_layer.bench_layer(
                     shape,
                     size,
                     method,
@@ -104,7 +104,7 @@ def layers(
     for name in ("timm", "features"):
         against = [getattr(r, name).median / r.dynamic.median for r in results if getattr(r, name) is not None]
         if against:
-            mean = bench.geometric_mean(against)
+            mean = timing.geometric_mean(against)
             out.print(f"{name} / {method}: {mean:.2f} in the geometric mean, {min(against):.2f} at least")
         elif name == "timm":
             out.print("timm: left out; it isn't installed, or has no conv like this method's")
@@ -152,7 +152,7 @@ def model(
     if bank_dtype and compress:
         raise ModelError("--bank-dtype with --compress: the experts are kept in one way. Leave one of them out.")
 
-    from dyconvert.analysis import bench, timing
+    from dyconvert.analysis import bench_model, timing
     from dyconvert.cli.opening import example_of
     from dyconvert.surgery.compress import compress as compress_model
     from dyconvert.surgery.convert import convert
@@ -177,11 +177,11 @@ def model(
         dynamic = compress_model(dynamic.eval(), compress, check=False)  # of random weights it says nothing
     other = models.create(against, "none", {})[0].to(place) if against else None
     networks = [network for network in (static, dynamic, other) if network is not None]
-    examples = bench.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
+    examples = bench_model.prepare(networks, examples, channels_last=channels_last, compiled=compiled)
     read = timing.bandwidth(cpu_time, place)
     try:
         results = [
-            bench.bench_model(
+            bench_model.bench_model(
                 static,
                 dynamic,
                 example,
@@ -237,7 +237,7 @@ def _half(name: str | None) -> "torch.dtype | None":
 
 
 def _layer(text: str) -> "Layer":
-    from dyconvert.analysis.bench import Layer
+    from dyconvert.analysis.bench_layer import Layer
 
     numbers = whole_numbers(text)
     if not 4 <= len(numbers) <= 6 or min(numbers) < 1:
@@ -273,7 +273,7 @@ def _ratio(timing: "Timing | None", base: float) -> tuple[str, str]:
 def _conditions(train: bool, read: float, cpu: bool, place: "torch.device") -> str:
     import torch
 
-    from dyconvert.analysis.bench import computer
+    from dyconvert.analysis.machine import computer
 
     mode = "a forward and a backward" if train else "inference"
     threads = f", {torch.get_num_threads()} threads" if place.type == "cpu" else ""
@@ -287,7 +287,7 @@ def _conditions(train: bool, read: float, cpu: bool, place: "torch.device") -> s
 def _print_json(results: list[Any], train: bool, read: float, cpu: bool, place: "torch.device") -> None:
     import torch
 
-    from dyconvert.analysis.bench import computer, processor
+    from dyconvert.analysis.machine import computer, processor
     from dyconvert.nn import native_library
 
     def plain(value: Any) -> Any:

@@ -1,16 +1,12 @@
-"""Times dynamic convs and whole models beside static ones and other implementations."""
+"""Times single dynamic convs beside static ones and other implementations."""
 
-import math
-import platform
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dyconvert.analysis.timing import Timing, bandwidth, in_turns, peak_memory
-from dyconvert.arguments import as_arguments
 from dyconvert.errors import ModelError
 from dyconvert.limits import INPUT_VALUES
 from dyconvert.methods import Method, get_method
@@ -82,27 +78,6 @@ class LayerResult(NamedTuple):
     kernel: str | None
 
 
-def computer(device: torch.device) -> str:
-    """The name of the GPU, or of the processor with the compiled kernels that it takes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return f"{device.type} of {processor()}"
-    return f"{processor()}; compiled kernels: {native_library.target() or 'none'}"
-
-
-def processor() -> str:
-    """The name of this machine's processor, with its family, which generic names leave out."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.partition(":")[::2] for line in reversed(lines))
-    about = {name.strip(): value.strip() for name, value in fields.items()}
-    name = about.get("model name") or platform.machine()
-    return f"{name} (family {about['cpu family']}, model {about['model']})" if "cpu family" in about else name
-
-
 def compiled_kernel(layer: Layer, batch: int, method: Method) -> str | None:
     """Which of the compiled kernels computes the layer's output; None: another strategy does."""
     channels = layer.c_in // layer.groups
@@ -151,7 +126,7 @@ def bench_layer(
     if memory:
         for name in calls:
             code = (
-                "from dyconvert.analysis.bench import Layer, layer_calls\n"
+                "from dyconvert.analysis.bench_layer import Layer, layer_calls\n"
                 "from dyconvert.methods import Method\n"
                 f"method = Method.model_validate_json({method.model_dump_json()!r})\n"
                 f"run = layer_calls({layer!r}, {batch}, method, {training}, only={name!r})[{name!r}]\n"
@@ -270,93 +245,3 @@ def _timm_conv(layer: Layer, weight: Tensor, g: int) -> nn.Module | None:
     )
     conv.weight = nn.Parameter(weight.detach().reshape(g, -1), requires_grad=weight.requires_grad)
     return conv
-
-
-class ModelResult(NamedTuple):
-    """The result of :func:`bench_model`. Times in seconds; `limit` as for a layer, over all banks."""
-
-    batch: int
-    training: bool
-    static: Timing
-    dynamic: Timing
-    limit: float
-    other: Timing | None = None
-
-
-def bench_model(
-    static: nn.Module,
-    dynamic: nn.Module,
-    example: Any,
-    *,
-    other: nn.Module | None = None,
-    training: bool = False,
-    repeats: int = 15,
-    read: float | None = None,
-    cpu: bool = False,
-) -> ModelResult:
-    """A converted model against its original, in turns.
-
-    Args:
-        example: an input or the tuple of the forward's arguments, of the batch size to measure.
-        other: one more model, to be timed in the same turns.
-        training: time a forward, a backward from the outputs' sum, and no optimizer step.
-        cpu: count CPU time, see :func:`~dyconvert.analysis.timing.in_turns`.
-    """
-    arguments = as_arguments(example)
-    place = next(a.device for a in arguments if isinstance(a, Tensor))
-    read = read or bandwidth(cpu, place)
-    calls = {"static": model_call(static, arguments, training), "dynamic": model_call(dynamic, arguments, training)}
-    if other is not None:
-        calls["other"] = model_call(other, arguments, training)
-    timings = in_turns(calls, repeats, seconds=12, cpu=cpu, device=place)
-    added = sum(p.numel() * p.element_size() for p in dynamic.parameters())
-    added -= sum(p.numel() * p.element_size() for p in static.parameters())
-    batch = next(a.shape[0] for a in arguments if isinstance(a, Tensor))
-    limit = timings["static"].median + added * (3 if training else 1) / read
-    return ModelResult(batch, training, timings["static"], timings["dynamic"], limit, timings.get("other"))
-
-
-def prepare(
-    networks: Iterable[nn.Module], examples: Iterable[tuple[Any, ...]], *, channels_last: bool, compiled: bool
-) -> list[tuple[Any, ...]]:
-    """Put networks, in place, and their arguments into channels-last format, and have the networks compiled.
-
-    Compiled for the sizes that are timed: a dynamic batch would slow all of them.
-    """
-    networks, examples = list(networks), list(examples)
-    if channels_last:
-        for network in networks:
-            network.to(memory_format=torch.channels_last)
-        examples = [tuple(map(_channels_last, example)) for example in examples]
-    if compiled:
-        for network in networks:
-            network.compile(dynamic=False)
-    return examples
-
-
-def _channels_last(argument: Any) -> Any:
-    images = isinstance(argument, Tensor) and argument.dim() == 4
-    return argument.contiguous(memory_format=torch.channels_last) if images else argument
-
-
-def model_call(model: nn.Module, arguments: Sequence[Any], training: bool) -> Callable[[], Any]:
-    """A function of no argument that runs `model` once, in training or in inference."""
-    model.train(training)
-
-    def step() -> None:
-        model.zero_grad()
-        out = model(*arguments)
-        if not isinstance(out, Tensor):
-            out = next(iter(out.values())) if isinstance(out, dict) else out[0]
-        out.sum().backward()
-
-    def infer() -> Any:
-        with torch.inference_mode():
-            return model(*arguments)
-
-    return step if training else infer
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """The geometric mean of ratios: the reciprocals' mean is its reciprocal."""
-    return math.exp(sum(map(math.log, values)) / len(values))
