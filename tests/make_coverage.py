@@ -191,8 +191,9 @@ def _of_other_methods() -> list[str]:
         if method == "dynet" or not rows:
             continue
         compared = [row for row in rows if row.difference is not None]
-        largest = exponent(max(row.difference for row in compared if row.precision == "float64"))
-        trained = exponent(max((row.training for row in compared if row.training is not None), default=None))
+        exact = [row for row in compared if row.precision == "float64"]
+        largest = exponent(max((row.difference for row in exact), default=None))
+        trained = exponent(max((row.training for row in exact if row.training is not None), default=None))
         wrong = [row.case for row in rows if row.problems]
         lines += [
             "",
