@@ -76,8 +76,15 @@ SHAPES = {
     Kernel.TILE_PRODUCTS: ((2, 24, 40, 38), (16, 24, 3, 3), 1, 1, 1),
     Kernel.PIXEL_PRODUCTS: ((2, 12, 20, 18), (8, 12, 3, 3), 2, 1, 1),
     Kernel.DEPTHWISE_PRODUCTS: ((2, 9, 13, 10), (18, 1, 3, 3), 1, 1, 9),
+    Kernel.CHANNELS: ((8, 20, 5, 5), (45, 20, 3, 3), 1, 1, 1),
 }
 PRODUCTS = (Kernel.TILE_PRODUCTS, Kernel.PIXEL_PRODUCTS, Kernel.DEPTHWISE_PRODUCTS)
+
+
+def chosen(kernel: Kernel, target: str) -> Kernel:
+    """Which kernel computes the shape of `kernel` on a target: some are chosen for vectors of 64 bytes only."""
+    wide = target.startswith("avx512")
+    return Kernel.PLANES if kernel == Kernel.CHANNELS and not wide else kernel
 
 
 @pytest.mark.skipif(native_library.library() is None, reason="the compiled kernels aren't built")
@@ -99,7 +106,7 @@ def test_each_kernel(kernel, dtype, target):
     with on(target):
         call = native.prepare(Operands(x, weight, None, Mixing(eta), geometry))
         asked = [Task.BANK_GRADIENT] if kernel in PRODUCTS else [Task.OUTPUT]
-        assert call.kernel(asked[0], dtype) == kernel
+        assert call.kernel(asked[0], dtype) == chosen(kernel, target)
         tensors = [t if t is None else t.requires_grad_(kernel in PRODUCTS) for t in (x, weight, None, eta)]
         found = dynamic_conv(*tensors, *geometry)
         if dtype == torch.float64:
@@ -115,6 +122,52 @@ def test_each_kernel(kernel, dtype, target):
             theirs = torch.autograd.grad(expected, [t for t in exact if t is not None], grad.double())
             for our, their in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(our.double(), their, rtol=1e-3, atol=1e-3)
+
+
+# Of maps on which vectors of output channels are the faster way: the batch, groups and channels, then the map, the
+# kernel, padding and dilation.
+SMALL_MAPS = {
+    "7 x 7": (9, 1, 24, 40, (7, 7), (3, 3), (1, 1), (1, 1)),
+    "one image": (1, 1, 24, 128, (7, 7), (3, 3), (1, 1), (1, 1)),
+    "not square": (3, 1, 17, 16, (4, 9), (3, 3), (1, 1), (1, 1)),
+    "no padding": (2, 1, 16, 40, (7, 7), (3, 3), (0, 0), (1, 1)),
+    "more padding than the kernel reaches": (2, 1, 16, 40, (4, 5), (3, 3), (3, 2), (1, 1)),
+    "two pixels of padding": (2, 1, 16, 40, (7, 7), (5, 5), (2, 2), (1, 1)),
+    "dilation": (2, 1, 16, 40, (8, 7), (3, 3), (2, 2), (2, 2)),
+    "a row of taps": (2, 1, 16, 40, (5, 6), (1, 3), (0, 1), (1, 1)),
+    "groups": (3, 2, 36, 32, (6, 6), (3, 3), (1, 1), (1, 1)),
+    "several parts": (5, 1, 1300, 8, (5, 5), (3, 3), (1, 1), (1, 1)),
+    "planes of 256 bytes": (2, 1, 16, 40, (6, 6), (3, 3), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.skipif(native_library.library() is None, reason="the compiled kernels aren't built")
+@pytest.mark.parametrize("target", [target for target in TARGETS if target and target.startswith("avx512")])
+@pytest.mark.parametrize("last", ["", "input", "bank"])
+@pytest.mark.parametrize("name", SMALL_MAPS)
+def test_output_channels_in_vectors(name, last, target):
+    batch, groups, c_in, c_out, size, kernel, padding, dilation = SMALL_MAPS[name]
+    g = 2
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, eta = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in (
+            (batch, c_in, *size),
+            (g * c_out, c_in // groups, *kernel),
+            (g * c_out,),
+            (batch, g, c_out if batch % 2 else 1),
+        )
+    )
+    if last == "input":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif last == "bank":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    geometry = Geometry((1, 1), padding, dilation, groups)
+    with on(target), torch.inference_mode():
+        call = native.prepare(Operands(x, weight, bias, Mixing(eta), geometry))
+        assert call.kernel(Task.OUTPUT, torch.float64) == Kernel.CHANNELS
+        found = native.forward(Operands(x, weight, bias, Mixing(eta), geometry), call)
+        compare(found, [x, weight, bias, eta], geometry)
 
 
 @pytest.mark.skipif(

@@ -19,7 +19,7 @@ from dyconvert.errors import DyconvertError
 from dyconvert.torch_internals.operators import parallel_for
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 4  # as `csrc/native.cpp` has it
+_ABI = 5  # as `csrc/native.cpp` has it
 
 
 class Shape(ctypes.Structure):
@@ -60,6 +60,7 @@ class Kernel(enum.IntEnum):
     TILE_PRODUCTS = 5
     PIXEL_PRODUCTS = 6
     DEPTHWISE_PRODUCTS = 7
+    CHANNELS = 8
 
 
 @functools.cache

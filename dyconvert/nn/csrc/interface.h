@@ -24,6 +24,7 @@ enum DyconvertPath {
   kTileProducts,        // the bank's gradient, by Winograd's filtering
   kPixelProducts,       // the bank's gradient, tap by tap
   kDepthwiseProducts,   // the bank's gradient, channel by channel
+  kChannels,            // pixels broadcast to vectors of output channels
 };
 
 // What a call returns, as `native.py` numbers it.

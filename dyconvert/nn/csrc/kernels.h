@@ -4,6 +4,7 @@
 #include "depthwise/conv.h"
 #include "depthwise/last.h"
 #include "direct/bank_gradient.h"
+#include "direct/channels.h"
 #include "direct/conv.h"
 #include "interface.h"
 #include "linear/linear.h"
@@ -19,12 +20,35 @@ inline bool in_panels(const Shape& s, bool gradient) {
   if (s.taps() == 1 && !s.padding_y && !s.padding_x) return true;
   if (gradient || s.group_in() < 16 || s.group_out() < 48) return false;
   if (s.stride_y * s.stride_x > 1) return true;
-  constexpr i64 n = kLanes<T>;
-  const i64 pitch = s.out_width + (s.kernel_width - 1) * s.dilation_x;
-  const i64 planes = min(s.out_height * divided_up(s.out_width, n),
-                         divided_up((s.out_height - 1) * pitch + s.out_width, n));
+  const i64 n = kLanes<T>, planes = vectors_of_planes<T>(s);
   const i64 panels = s.pixels() > n && s.pixels() % n == 1 ? s.pixels() / n : divided_up(s.pixels(), n);
   return s.pixels() >= n && 6 * (planes - panels) >= planes;
+}
+
+// In one direction, the number of pairs of a pixel and a tap that read the input, not its padding. Stride 1.
+inline i64 pairs_inside(i64 pixels, i64 length, i64 taps, i64 dilation, i64 padding) {
+  i64 pairs = 0;
+  for (i64 tap = 0; tap < taps; tap++)
+    pairs += max<i64>(0, min(pixels, length + padding - tap * dilation) - max<i64>(0, padding - tap * dilation));
+  return pairs;
+}
+
+// Measured with vectors of 64 bytes only. Those of 32 bytes would need microtiles of several vectors.
+constexpr bool kChannelsMeasured = DYCONVERT_VECTOR == 64;
+
+// Whether vectors of output channels are faster, counted as in `winograd_cost`: they leave out padding and lanes
+// without a pixel, but kernels are transposed, which takes as long as half a vector for each tap.
+template <typename T>
+inline bool in_channels(const Shape& s) {
+  if (!kChannelsMeasured || s.taps() == 1 || s.stride_y * s.stride_x > 1 || s.group_in() < 16) return false;
+  if (s.out_width < 5) return false;  // with fewer sums, each waits for the one before it
+  const i64 n = kLanes<T>, blocks = divided_up(s.group_out(), n), pieces = blocks * s.groups * s.images;
+  const double pairs = pairs_inside(s.out_height, s.height, s.kernel_height, s.dilation_y, s.padding_y) *
+                       pairs_inside(s.out_width, s.width, s.kernel_width, s.dilation_x, s.padding_x);
+  const double empty_lanes = double(blocks * n) / s.group_out(), idle = double(rounded_up(pieces, s.threads)) / pieces;
+  const double cost = (pairs / n + s.taps() / 2.) * empty_lanes * idle;
+  const i64 vectors = in_panels<T>(s, false) ? divided_up(s.pixels(), n) : vectors_of_planes<T>(s);
+  return cost < min(0.95 * s.taps() * vectors, 0.8 * winograd_cost<T>(s));  // as measured
 }
 
 template <typename T>
@@ -33,6 +57,7 @@ DyconvertPath path_of(const Shape& s, DyconvertTask task) {
     return s.group_in() == 1 ? kDepthwiseProducts : winograd_pays<T>(s) ? kTileProducts : kPixelProducts;
   if (task == kOutput && takes_channels_last<T>(s)) return kDepthwiseLast;
   if (s.group_in() == 1) return kDepthwise;
+  if (task == kOutput && in_channels<T>(s)) return kChannels;
   if (winograd_pays<T>(s)) return kWinograd;
   return in_panels<T>(s, task == kInputGradient) ? kPanels : kPlanes;
 }
@@ -62,6 +87,9 @@ void convolve(const Shape& s, ParallelFor parallel_for, const DyconvertTensors& 
     case kDepthwiseLast: return DepthwiseLast<T, B>(problem).compute();
     case kDepthwise: return Depthwise<T, B, task>(problem).compute();
     case kWinograd: return compute_with_scratch<WinogradConv<T, B, task>>(problem);
+    case kChannels:
+      if constexpr (kChannelsMeasured && task == kOutput) return compute_with_scratch<ChannelConv<T, B>>(problem);
+      [[fallthrough]];
     case kPanels: return compute_with_scratch<Conv<T, B, Panels, task>>(problem);
     default: return compute_with_scratch<Conv<T, B, Planes, task>>(problem);
   }

@@ -7,7 +7,7 @@
 #define DYCONVERT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised when `Shape`, an enum or a function changes.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 // The best first; the one that is only for tests last.
 #if defined(__x86_64__)

@@ -29,16 +29,27 @@ inline void copy_every_other(T* to, const T* from, i64 count) {
 // Elements that are laid out at a time: they stay in the outermost cache.
 constexpr i64 kLaidOut = 1024 * 1024;
 
+// Vectors of pixels of a conv of stride 1 that reads planes: row by row, or from end to end, with the gaps.
+template <typename T>
+inline i64 vectors_of_planes(const Shape& s) {
+  const i64 pitch = s.out_width + (s.kernel_width - 1) * s.dilation_x;
+  return min(s.out_height * divided_up(s.out_width, kLanes<T>),
+             divided_up((s.out_height - 1) * pitch + s.out_width, kLanes<T>));
+}
+
 template <typename T>
 class Planes {
  public:
-  explicit Planes(const Shape& s)
+  // spread: whether planes are not to lie a multiple of 256 bytes apart. If they do, the same pixel of many channels
+  // has few of the cache's sets to lie in.
+  explicit Planes(const Shape& s, bool spread = false)
       : shape_(s),
         phases_y_(s.kernel_height == 1 ? 1 : s.stride_y),
         phases_x_(s.kernel_width == 1 ? 1 : s.stride_x),
         pitch_(s.out_width + (s.kernel_width - 1) * s.dilation_x / s.stride_x),
         phase_elements_(pitch_ * (s.out_height + (s.kernel_height - 1) * s.dilation_y / s.stride_y)),
-        plane(phases_y_ * phases_x_ * phase_elements_),
+        plane(phases_y_ * phases_x_ * phase_elements_ +
+              (spread && phases_y_ * phases_x_ * phase_elements_ * sizeof(T) % 256 < 64 ? 64 / sizeof(T) : 0)),
         image(s.in_channels * plane) {}
 
   // Elements of the planes of `images` images, and of the vector that is read beyond them.

@@ -7,20 +7,23 @@
 
 namespace DYCONVERT_TARGET {
 
-// Whether Winograd's filtering is faster. Both sides count vectors multiplied per pair of channels. The direct conv has
-// 9 for each vector of pixels. Winograd's filtering has 36 for each vector of tiles, and transforms: as measured, that
-// of a kernel takes as long as 30, and that of a vector of tiles, or of results, as long as 530, once per channel.
+// The cost of Winograd's filtering, in vectors multiplied per pair of channels: 36 for each vector of tiles, and
+// transforms. As measured, that of a kernel takes as long as 30, and that of a vector of tiles, or of results, as long
+// as 530, once per channel.
 template <typename T>
-inline bool winograd_pays(const Shape& s) {
+inline double winograd_cost(const Shape& s) {
   const bool fits = s.kernel_height == 3 && s.kernel_width == 3 && s.stride_y == 1 && s.stride_x == 1 &&
                     s.dilation_y == 1 && s.dilation_x == 1;
-  if (!fits) return false;
-  constexpr i64 n = kLanes<T>;
-  const double direct = 9. * min(s.out_height * divided_up(s.out_width, n),
-                                 divided_up((s.out_height - 1) * (s.out_width + 2) + s.out_width, n));
+  if (!fits) return __builtin_inf();
   const i64 tiles = divided_up(s.out_height, Winograd::tile) * divided_up(s.out_width, Winograd::tile);
   const double transforms = 530. / s.group_in() + 530. / s.group_out();
-  return 30 + divided_up(tiles, n) * (Winograd::elements + transforms) < direct;
+  return 30 + divided_up(tiles, kLanes<T>) * (Winograd::elements + transforms);
+}
+
+// Whether it is less than that of planes, which multiply each vector of pixels by all taps.
+template <typename T>
+inline bool winograd_pays(const Shape& s) {
+  return winograd_cost<T>(s) < s.taps() * vectors_of_planes<T>(s);
 }
 
 // For the input's gradient, the problem's x is the output's gradient, and its out is the input's.
