@@ -18,8 +18,9 @@ from dyconvert.names import checked_patterns
 from dyconvert.narrowing.calibrate import Samples, images_that_fit, sample
 from dyconvert.narrowing.channels import Chooser, Chosen, cut_channels
 from dyconvert.narrowing.checks import Init, bare, check_no_scripts, check_runs, check_takes, checked_init, example_of
+from dyconvert.narrowing.coupling import channel_groups
 from dyconvert.narrowing.cut import Folds
-from dyconvert.narrowing.graph import Graph, channel_groups, check_free, keep_unsteady
+from dyconvert.narrowing.graph import Graph, check_free, keep_unsteady
 from dyconvert.narrowing.images import Images, collect_images
 from dyconvert.narrowing.positions import Positions, held_out, positions_for
 from dyconvert.narrowing.record import NarrowedGroup, Narrowing, NarrowingWarning, changes, rebuild_narrowed
