@@ -124,6 +124,13 @@ def cutter(graph: DependencyGraph, module: Any) -> Any:
     return graph.get_pruner_of_module(module)
 
 
+class _Followed(NamedTuple):
+    """A channel in one place, and the one that it goes along with, by the names that torch-pruning's mappings use."""
+
+    idx: int
+    root_idx: int
+
+
 class Endless(Exception):
     """Ever more channels are coupled: reshapes on a way around don't fit together."""
 
@@ -137,7 +144,6 @@ def coupled(graph: DependencyGraph, module: nn.Module, channels: list[int]) -> I
     Raises:
         Endless: there is no end of it.
     """
-    from torch_pruning._helpers import _HybridIndex
     from torch_pruning.dependency import index_mapping
 
     index_mapping.update_index_mapping(graph)
@@ -145,7 +151,7 @@ def coupled(graph: DependencyGraph, module: nn.Module, channels: list[int]) -> I
     # The largest group of DenseNet-121 and ResNet50 takes a third of a million.
     left = max(4 * edges * len(channels), 1_000_000)
     node, cut = graph.module2node[module], cutter(graph, module).prune_out_channels
-    pairs = dict.fromkeys(_HybridIndex(idx=channel, root_idx=channel) for channel in channels)
+    pairs = dict.fromkeys(_Followed(channel, channel) for channel in channels)
     places = {(node, cut): pairs}
     waiting = [(node, cut, list(pairs))]
     while waiting:
