@@ -188,7 +188,7 @@ def _referent(proxy: Any) -> Any:
 
 
 def _point_to_copies(holder: Any, memo: dict[int, Any]) -> None:
-    """Exchange the methods and weak references in a copied container, and in a copied object's attributes."""
+    """Exchange the functions and weak references in a copied container, and in a copied object's attributes."""
     kind = type(holder)
     if issubclass(kind, (*_SHARED, *_PROXIES, Tensor)):
         return
@@ -197,6 +197,11 @@ def _point_to_copies(holder: Any, memo: dict[int, Any]) -> None:
         items = list(dict.items(holder))
     elif issubclass(kind, (list, deque)):
         items = list(enumerate(holder))
+    elif issubclass(kind, set):
+        for value in list(holder):
+            if (new := _pointing_to_copy(value, memo)) is not value:
+                holder.remove(value)
+                holder.add(new)
     for key, value in items:
         if (new := _pointing_to_copy(value, memo)) is not value:
             holder[key] = new
@@ -206,7 +211,7 @@ def _point_to_copies(holder: Any, memo: dict[int, Any]) -> None:
 
 
 def _pointing_to_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """`value`, or what stands in its place in a copy; of methods and weak references, alone or in a tuple."""
+    """`value`, or what stands in its place in a copy; of functions and weak references, alone or in a tuple."""
     kind = type(value)
     if kind is weakref.ReferenceType:
         new = memo.get(id(value()))
@@ -227,7 +232,16 @@ def _pointing_to_copy(value: Any, memo: dict[int, Any]) -> Any:
     if kind is _CACHED:
         function = memo.get(id(value.__wrapped__))
         return value if function is None else functools.lru_cache(**value.cache_parameters())(function)
-    if issubclass(kind, tuple):
+    if kind is types.FunctionType:  # from Python 3.14 on, deepcopy looks for no function in its memo
+        return memo.get(id(value), value)
+    if kind is functools.partial:
+        before = [value.func, *value.args, *value.keywords.values()]
+        function, *rest = (_pointing_to_copy(part, memo) for part in before)
+        if all(new is old for new, old in zip([function, *rest], before, strict=True)):
+            return value
+        keywords = dict(zip(value.keywords, rest[len(value.args) :], strict=True))
+        return functools.partial(function, *rest[: len(value.args)], **keywords)
+    if issubclass(kind, (tuple, frozenset)):
         items = [_pointing_to_copy(item, memo) for item in value]
         if any(new is not old for new, old in zip(items, value, strict=True)):
             return kind._make(items) if hasattr(kind, "_make") else kind(items)
