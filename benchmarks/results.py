@@ -284,6 +284,7 @@ def figure() -> None:
             milliseconds = statistics.median(time for each, time in originals if each == top1)
             _point(axes, milliseconds, top1, "", kinds["original"], "original")
     axes.set(xlabel="milliseconds (one image, two threads)", ylabel="top-1, CIFAR-10 (%)")
+    axes.set_xlim(0, 1.3 * axes.get_xlim()[1])  # from 0, and with room for names
     axes.grid(alpha=0.3)
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     axes.legend(handles.values(), handles.keys(), frameon=False)
