@@ -112,12 +112,15 @@ def _parts_and_functions(model: nn.Module) -> tuple[set[int], list[types.Functio
 
 def _reaching(functions: list[types.FunctionType], parts: set[int]) -> tuple[set[int], list[types.FunctionType]]:
     """Of all that functions know, what reaches a part of the model, by `id`; and the functions among that."""
-    met: dict[int, Any] = {}
     holders: dict[int, list[int]] = {}
-    for value in _walk(functions, lambda value: [] if id(value) in parts else _held(value)):
-        met[id(value)] = value
-        for inner in [] if id(value) in parts else _held(value):
-            holders.setdefault(id(inner), []).append(id(value))
+
+    def known(value: Any) -> list[Any]:
+        inner = [] if id(value) in parts else _held(value)
+        for part in inner:
+            holders.setdefault(id(part), []).append(id(value))
+        return inner
+
+    met = {id(value): value for value in _walk(functions, known)}
     reaching: set[int] = set()
     waiting = [number for number in met if number in parts]
     while waiting:

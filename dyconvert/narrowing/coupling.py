@@ -45,26 +45,26 @@ def channel_groups(model: nn.Module, example: tuple[Any, ...], keep: Sequence[st
 
 
 def _groups(traced: Traced) -> tuple[list[Group], dict[str, Any]]:
-    runner = traced.runner
-    names = {id(m): name for name, m in runner.named_modules()}
+    names = {id(m): name for name, m in traced.runner.named_modules()}
+    parameters = {id(p): name for name, p in traced.runner.named_parameters()}
     by_name = {names[id(node.module)]: node for node in bridge.nodes(traced.graph) if id(node.module) in names}
     covered: dict[str, set[int]] = {}
     groups, cutters = [], dict[str, Any]()
     for name in traced.watch.layers:
         if name not in by_name:
-            continue  # it doesn't reach the output
+            continue  # nothing that the model returns, or throws away, leads back to it
         module = by_name[name].module
         size = bridge.cutter(traced.graph, module).get_out_channels(module)
         rest = sorted(set(range(size)) - covered.get(name, set()))
         if rest:
-            groups.append(_group(traced, runner, names, name, module, rest, covered, cutters))
+            groups.append(_group(traced, names, parameters, name, module, rest, covered, cutters))
     return groups, cutters
 
 
 def _group(
     traced: Traced,
-    runner: nn.Module,
     names: dict[int, str],
+    parameters: dict[int, str],
     name: str,
     module: nn.Module,
     rest: list[int],
@@ -72,7 +72,6 @@ def _group(
     cutters: dict[str, Any],
 ) -> Group:
     """The group of the channels `rest` of a module; notes which channels of which modules it covers."""
-    parameters = {id(p): n for n, p in runner.named_parameters()}
     dims = bridge.parameter_dims(traced.graph)
     place = {channel: position for position, channel in enumerate(rest)}
     members, reason, misfit = [], None, None
@@ -109,10 +108,10 @@ def _group(
         members.append(member)
     reason = reason or misfit
     group = Group(name, len(rest), members, unit, reason)
-    if reason is None and group.units == 1:
-        grouped = next((m.name for m in members if getattr(runner.get_submodule(m.name), "groups", 1) > 1), None)
+    if group.kept is None and group.units == 1:
+        grouped = next((m.name for m in members if getattr(traced.runner.get_submodule(m.name), "groups", 1) > 1), None)
         group.kept = SINGLE if len(rest) == 1 or grouped is None else f"{grouped}: its groups tie all channels together"
-    if reason is None and group.kept is None and not _alike(group):
+    if group.kept is None and not _alike(group):
         group.kept = UNLIKE
     return group
 
@@ -140,6 +139,8 @@ def _once(channels: Tensor, positions: Tensor, unit: Tensor) -> tuple[Tensor, Te
         other = first.setdefault(channel, position)
         if other != position and unit[other] != unit[position]:
             unit = torch.where(unit == unit[position], unit[other], unit)
+    if len(first) == len(channels):
+        return channels, positions, unit
     unit = unit.unique(return_inverse=True)[1]
     return torch.tensor(list(first)), torch.tensor(list(first.values())), unit
 

@@ -47,7 +47,7 @@ def cached_outputs(
     """Read the outputs for all views; compute and write those that are missing.
 
     Args:
-        part: the training images.
+        split: the training images.
         device: the teacher runs there.
         stopping: whether the user wants to stop; the views written so far stay.
         report: gets a line for each view that is computed.

@@ -13,12 +13,14 @@ from dyconvert.nn.triton.kernels import compiled
 def _reduce(
     kernel_grad,  # [rows, elements], of one image
     weights,  # [experts, rows, elements] of the bank
-    factors,  # [experts, rows, 1] of the image's coefficients
+    eta,  # of the image
     total,  # [experts, rows, elements], the bank's gradient
     grad_eta,  # of the image
     row,
     held,
     expert,
+    eta_expert,
+    eta_row,
     grad_eta_expert,
     EXPERTS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
@@ -40,8 +42,23 @@ def _reduce(
                 grad_eta + expert * grad_eta_expert, tl.sum(products, 1), mask=expert < EXPERTS, sem="relaxed"
             )
     if NEEDS_BANK:
-        total += factors * kernel_grad[None, :, :]
+        factors = tl.load(
+            eta + (expert * eta_expert)[:, None] + (row * eta_row)[None, :],
+            mask=(expert < EXPERTS)[:, None] & held[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total += factors[:, :, None] * kernel_grad[None, :, :]
     return total
+
+
+@triton.jit
+def _write(grad_bank, total, inside, NEEDS_BANK: tl.constexpr, ATOMIC: tl.constexpr):
+    """The bank's gradient, to the places `grad_bank`."""
+    if NEEDS_BANK:
+        if ATOMIC:
+            tl.atomic_add(grad_bank, total, mask=inside, sem="relaxed")
+        else:
+            tl.store(grad_bank, total, mask=inside)
 
 
 @compiled
@@ -139,31 +156,24 @@ def gradients(
                 other=0.0,
             )
             kernel_grad = tl.dot(results, pixels, kernel_grad, input_precision=PRECISION)
-        factors = tl.load(
-            eta + n * eta_n + (expert * eta_expert)[:, None] + ((group * rows + row) * eta_row)[None, :],
-            mask=(expert < EXPERTS)[:, None] & held[None, :],
-            other=0.0,
-        ).to(tl.float32)
         total = _reduce(
             kernel_grad,
             weights,
-            factors[:, :, None],
+            eta + n * eta_n,
             total,
             grad_eta + n * grad_eta_n,
             group * rows + row,
             held,
             expert,
+            eta_expert,
+            eta_row,
             grad_eta_expert,
             EXPERTS,
             PER_CHANNEL,
             NEEDS_BANK,
             NEEDS_ETA,
         )
-    if NEEDS_BANK:
-        if ATOMIC:
-            tl.atomic_add(grad_bank + where, total, mask=inside, sem="relaxed")
-        else:
-            tl.store(grad_bank + where, total, mask=inside)
+    _write(grad_bank + where, total, inside, NEEDS_BANK, ATOMIC)
 
 
 @compiled
@@ -252,28 +262,21 @@ def depthwise_gradients(
                 )
                 met = tl.sum(results * pixels.to(tl.float32), 1)
                 kernel_grad += tl.where((tap == t)[None, :], met[:, None], 0.0)
-        factors = tl.load(
-            eta + n * eta_n + (expert * eta_expert)[:, None] + (channel * eta_row)[None, :],
-            mask=(expert < EXPERTS)[:, None] & held[None, :],
-            other=0.0,
-        ).to(tl.float32)
         total = _reduce(
             kernel_grad,
             weights,
-            factors[:, :, None],
+            eta + n * eta_n,
             total,
             grad_eta + n * grad_eta_n,
             channel,
             held,
             expert,
+            eta_expert,
+            eta_row,
             grad_eta_expert,
             EXPERTS,
             PER_CHANNEL,
             NEEDS_BANK,
             NEEDS_ETA,
         )
-    if NEEDS_BANK:
-        if ATOMIC:
-            tl.atomic_add(grad_bank + where, total, mask=inside, sem="relaxed")
-        else:
-            tl.store(grad_bank + where, total, mask=inside)
+    _write(grad_bank + where, total, inside, NEEDS_BANK, ATOMIC)
